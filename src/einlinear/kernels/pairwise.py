@@ -1,0 +1,111 @@
+"""One contraction of two tensors whose result is written where the next one can read it.
+
+`torch.einsum` computes the same, but leaves its result in the order of the matmul it chose: the
+step after it must then copy. Here the result's memory order is part of the request, and is reached
+by strides, so that a chain of block-diagonal maps runs without a transposition (KERNELS.md 2.1).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("einlinear::pairwise", mutates_args=())
+def pairwise(a: Tensor, b: Tensor, spec: str) -> Tensor:
+    """`torch.einsum(spec, a, b)` as one contiguous tensor, by one strided batched matmul where there is one.
+
+    Args:
+        a: tensor of the axes named first in `spec`, any strides.
+        b: tensor of the axes named second.
+        spec: such as `"mgk,gnk->gnm"`: one letter an axis. No letter may stand in one operand alone.
+
+    The derivatives of a contraction are contractions: the op is its own backward, to any order.
+    """
+    names_a, names_b, names_out = _names(spec)
+    size = _sizes(spec, a.shape, b.shape)
+    out = a.new_empty([size[name] for name in names_out])
+    matmul = _as_matmul(names_a, names_b, names_out)
+    if matmul is None:
+        return out.copy_(torch.einsum(spec, a, b))
+    batch, rows, summed, columns = matmul
+    left, right = _view(a, names_a, batch + rows + summed), _view(b, names_b, batch + summed + columns)
+    result = _view(out, names_out, batch + rows + columns)
+    if names_out.index(rows) > names_out.index(columns):  # the transposed product is contiguous as it stands
+        left, right, result = right.mT, left.mT, result.mT
+    if not batch:
+        torch.mm(left, right, out=result)
+    else:
+        count = size[batch]
+        torch.bmm(left.expand(count, -1, -1), right.expand(count, -1, -1), out=result)
+    return out
+
+
+@pairwise.register_fake
+def _(a: Tensor, b: Tensor, spec: str) -> Tensor:
+    size = _sizes(spec, a.shape, b.shape)
+    return a.new_empty([size[name] for name in _names(spec)[2]])
+
+
+def _setup_context(ctx: object, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
+    a, b, ctx.spec = inputs  # type: ignore[attr-defined]
+    ctx.save_for_backward(a, b)  # type: ignore[attr-defined]
+
+
+def _backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    a, b = ctx.saved_tensors  # type: ignore[attr-defined]
+    names_a, names_b, names_out = _names(ctx.spec)  # type: ignore[attr-defined]
+    needs_a, needs_b, _ = ctx.needs_input_grad  # type: ignore[attr-defined]
+    grad_a = pairwise(grad, b.conj(), f"{names_out},{names_b}->{names_a}") if needs_a else None
+    grad_b = pairwise(a.conj(), grad, f"{names_a},{names_out}->{names_b}") if needs_b else None
+    return grad_a, grad_b, None
+
+
+pairwise.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.utils.flop_counter.register_flop_formula(torch.ops.einlinear.pairwise)
+def _(a: list[int], b: list[int], spec: str, **_: object) -> int:
+    return 2 * math.prod(_sizes(spec, a, b).values())
+
+
+def _names(spec: str) -> tuple[str, str, str]:
+    operands, result = spec.split("->")
+    first, second = operands.split(",")
+    return first, second, result
+
+
+def _sizes(spec: str, a: Sequence[int], b: Sequence[int]) -> dict[str, int]:
+    names_a, names_b, _ = _names(spec)
+    return {**dict(zip(names_a, a, strict=True)), **dict(zip(names_b, b, strict=True))}
+
+
+def _as_matmul(a: str, b: str, out: str) -> tuple[str, str, str, str] | None:
+    """The letters (batch, rows, summed, columns) of the one matmul that `spec` is, or None.
+
+    Where an operand has two letters to itself, the first one is a batch that the other operand is
+    repeated over, by a stride of zero.
+    """
+    batch = [name for name in a if name in b and name in out]
+    summed = [name for name in a if name in b and name not in out]
+    rows = [name for name in a if name not in b]
+    columns = [name for name in b if name not in a]
+    if not batch and len(rows) == 2:
+        batch, rows = rows[:1], rows[1:]
+    elif not batch and len(columns) == 2:
+        batch, columns = columns[:1], columns[1:]
+    if max(map(len, (batch, summed, rows, columns))) > 1 or not (summed and rows and columns):
+        return None
+    # Of three dimensions, one of the matmul's two must have stride one, in every tensor.
+    if batch and any(batch[0] == names[-1] for names in (a, b, out)):
+        return None
+    return "".join(batch), rows[0], summed[0], columns[0]
+
+
+def _view(tensor: Tensor, names: str, order: str) -> Tensor:
+    """`tensor` with its axes in `order`; an axis it does not have is one of size 1."""
+    missing = [name for name in order if name not in names]
+    names = "".join(missing) + names
+    tensor = tensor[(None,) * len(missing)]
+    return tensor.permute([names.index(name) for name in order])
