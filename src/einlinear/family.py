@@ -168,7 +168,7 @@ def prime_factors(number: int) -> list[int]:
             primes.append(candidate)
             number //= candidate
         candidate += 1
-    return primes + [number] if number > 1 else primes
+    return [*primes, number] if number > 1 else primes
 
 
 def _short_name(cls: type[Family]) -> str:

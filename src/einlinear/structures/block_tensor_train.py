@@ -65,7 +65,8 @@ class Monarch(Family):
     def __call__(self, d_in: int, d_out: int) -> Structure:
         if self.blocks is None:
             return BTT()(d_in, d_out)
-        return BTT(rank=-(-min(d_in, d_out) // self.blocks**2), blocks=(self.blocks, self.blocks))(d_in, d_out)
+        rank = max(1, -(-min(d_in, d_out) // self.blocks**2))
+        return BTT(rank, blocks=(self.blocks, self.blocks))(d_in, d_out)
 
 
 @dataclass(frozen=True, repr=False)
@@ -122,7 +123,7 @@ def _full_rank_blocks(ins: tuple[int, ...], outs: tuple[int, ...]) -> tuple[tupl
 
 
 def _radices(width: int, radix: int) -> list[int]:
-    smooth = next(n for n in range(width, 2 * width + 1) if max(prime_factors(n), default=1) <= 5)
+    smooth = next(n for n in range(block_size(width, 1), 2 * width + 1) if max(prime_factors(n), default=1) <= 5)
     groups: list[int] = []
     for prime in sorted(prime_factors(smooth), reverse=True):
         if groups and groups[-1] * prime <= radix:

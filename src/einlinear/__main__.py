@@ -1,0 +1,5 @@
+"""`python -m einlinear` is the `einlinear` command."""
+
+from einlinear.cli import main
+
+main()
