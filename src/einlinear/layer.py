@@ -25,12 +25,12 @@ class Linear(nn.Module):
         d_out: features of the output.
         family: a family, its short text (`"btt(rank=4)"`), or a `Structure` of these widths.
         bias: whether to add a learned `[d_out]` vector, zero at first (muP's rule).
+        device: of the parameters.
+        dtype: of the parameters.
         cap: whether each factor is scaled by a learned gain and, where its root mean square has
             grown beyond the initial one, back to that: a ceiling against blow-up at large rates
             (weight normalisation of MATH.md section 2; `_norm` in Searching for Efficient Linear Layers).
         zero: whether the last factor starts at zero, as it should in the last layer of a residual branch.
-        device: of the parameters.
-        dtype: of the parameters.
 
     Shape:
         `[..., d_in]` to `[..., d_out]`.
@@ -47,11 +47,11 @@ class Linear(nn.Module):
         d_out: int,
         family: Family | Structure | str,
         bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         cap: bool = False,
         zero: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.structure = _structure(d_in, d_out, family)
@@ -145,5 +145,5 @@ def _excess(factor: Tensor, ceiling: float) -> Tensor:
 
     The constant inside the root keeps its derivative finite where a factor starts at zero.
     """
-    mean_square = factor.float().square().mean()
+    mean_square = factor.to(torch.promote_types(factor.dtype, torch.float32)).square().mean()
     return ((mean_square + 1e-12 * ceiling**2).sqrt() / ceiling).clamp(min=1.0)
