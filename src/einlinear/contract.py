@@ -37,6 +37,12 @@ def apply(structure: Structure, factors: Factors, x: Tensor, gate: Tensor | None
             f"that was routed by .route(axis, active=k), and only then"
         )
     batch = x.shape[:-1]
+    if gate is not None and structure.routed and gate.shape != (*batch, structure.sizes[structure.routed]):
+        raise StructureError(
+            f"cannot apply {structure} to an input of shape {tuple(x.shape)} with a gate of shape "
+            f"{tuple(gate.shape)}: it needs {(*batch, structure.sizes[structure.routed])}, one weight for each "
+            f"entry of the axis '{structure.routed}'"
+        )
     state = pad_last(x, structure.pad_in).reshape(*batch, *structure.shape(structure.x))
     gated_at = max((k for k, axes in enumerate(structure.factors) if structure.routed in axes), default=-1)
     for position, (step, factor) in enumerate(zip(structure.steps, shaped(structure, factors), strict=True)):
@@ -73,7 +79,7 @@ def einsum(structure: Structure, operands: Sequence[Axes], result: Axes, tensors
 
 def equation(structure: Structure, operands: Sequence[Axes], result: Axes, lead: Sequence[bool]) -> str:
     """The text that `torch.einsum` reads; `lead` marks the operands with dimensions before those named."""
-    letter = dict(zip(structure.sizes, string.ascii_letters, strict=False))
+    letter = dict(zip(dict.fromkeys(axis for axes in operands for axis in axes), string.ascii_letters, strict=False))
     spelled = ["".join(letter[axis] for axis in axes) for axes in (*operands, result)]
     *left, right = ["..." * dots + axes for dots, axes in zip((*lead, any(lead)), spelled, strict=True)]
     return f"{','.join(left)}->{right}"
@@ -86,11 +92,13 @@ def check(structure: Structure, factors: Factors, x: Tensor) -> None:
             f"cannot apply {structure} to an input of shape {tuple(x.shape)}: "
             f"its last dimension must be d_in = {structure.d_in}"
         )
-    shapes = zip(factors, structure.factor_shapes, structure.matrix_shapes, strict=False)
-    if len(factors) != len(structure.factors) or not all(tuple(f.shape) in shape for f, *shape in shapes):
+    found = [tuple(factor.shape) for factor in factors]
+    fitting = [{shape} for shape in structure.factor_shapes]
+    if structure == structure.canonical:
+        fitting = [{*views} for views in zip(structure.factor_shapes, structure.matrix_shapes, strict=True)]
+    if len(found) != len(fitting) or any(shape not in views for shape, views in zip(found, fitting, strict=True)):
         raise StructureError(
-            f"cannot apply {structure}: it has factors of shapes {structure.factor_shapes}, "
-            f"found {tuple(tuple(factor.shape) for factor in factors)}"
+            f"cannot apply {structure}: it has factors of shapes {structure.factor_shapes}, found {tuple(found)}"
         )
 
 

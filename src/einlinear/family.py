@@ -88,14 +88,15 @@ def structure(text: str) -> Family:
     options = {field.name for field in fields(cls)}
     try:
         call = ast.parse(f"f({match.group(2) or ''})", mode="eval").body
-        assert isinstance(call, ast.Call)
-        if call.args:
-            raise StructureError(f"{doing}: settings are given by name, as in 'btt(rank=4)'")
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+            raise SyntaxError
         settings = {str(pair.arg): ast.literal_eval(pair.value) for pair in call.keywords}
-    except (SyntaxError, ValueError) as error:
-        if isinstance(error, StructureError):
-            raise
+    except (SyntaxError, ValueError):
         raise StructureError(f"{doing}: expected settings of the form name=number, as in 'btt(rank=4)'") from None
+    if call.args:
+        raise StructureError(f"{doing}: settings are given by name, as in 'btt(rank=4)'")
+    if len(settings) < len(call.keywords):
+        raise StructureError(f"{doing}: a setting is given twice; leave one of the two out")
     for option in settings:
         if option not in options:
             hint = f"it has {', '.join(sorted(options))}" if options else "it has no settings"

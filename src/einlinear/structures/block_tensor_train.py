@@ -123,6 +123,8 @@ def _full_rank_blocks(ins: tuple[int, ...], outs: tuple[int, ...]) -> tuple[tupl
 
 
 def _radices(width: int, radix: int) -> list[int]:
+    if width < 1:
+        raise StructureError(f"cannot split the width {width}: a width is an integer of at least 1")
     smooth = next(n for n in range(block_size(width, 1), 2 * width + 1) if max(prime_factors(n), default=1) <= 5)
     groups: list[int] = []
     for prime in sorted(prime_factors(smooth), reverse=True):

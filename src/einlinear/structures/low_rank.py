@@ -15,5 +15,5 @@ class LowRank(Family):
     source: ClassVar = "Sainath et al. 2013, ICASSP, doi:10.1109/ICASSP.2013.6638949"
 
     def __call__(self, d_in: int, d_out: int) -> Structure:
-        rank = self.rank or math.isqrt(min(d_in, d_out))
+        rank = self.rank or math.isqrt(max(1, min(d_in, d_out)))
         return Structure.parse("i, r i, o r -> o", i=d_in, r=rank, o=d_out)
