@@ -14,7 +14,8 @@ import time
 import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, fields
+from dataclasses import Field, asdict, astuple, fields
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Self
 
@@ -57,27 +58,29 @@ class Count(sa.TypeDecorator[int]):
         """Elsewhere decimals of 38 digits are exact, and enough."""
         return sa.BigInteger() if dialect.name == "sqlite" else sa.Numeric(38, 0)
 
-    def process_bind_param(self, value: Any, dialect: sa.Dialect) -> Any:
+    def process_bind_param(self, value: int | None, dialect: sa.Dialect) -> int | str | None:
         """The count as the database takes it."""
+        if value is None:
+            return None
         return f"{value:_}" if dialect.name == "sqlite" and abs(value) >= 2**63 else int(value)
 
-    def process_result_value(self, value: Any, dialect: sa.Dialect) -> int:
+    def process_result_value(self, value: int | str | Decimal | None, dialect: sa.Dialect) -> int | None:
         """The count as Python's int."""
-        return int(value)
+        return None if value is None else int(value)
 
 
-def _column(name: str, kind: Any) -> sa.Column[Any]:
+def _column(field: Field[Any]) -> sa.Column[Any]:
     """The column of a field of `Run`, from the field's own type."""
-    kinds = typing.get_args(kind) or (kind,)
+    kinds = typing.get_args(field.type) or (field.type,)
     types: dict[Any, sa.types.TypeEngine[Any]] = {str: sa.Text(), int: Count(), float: sa.Double()}
-    return sa.Column(name, types[kinds[0]], nullable=type(None) in kinds)
+    return sa.Column(field.name, types[kinds[0]], nullable=type(None) in kinds)
 
 
 RUNS = sa.Table(
     "runs",
     sa.MetaData(),
     sa.Column("id", sa.Integer, primary_key=True),  # the order of arrival
-    *(_column(field.name, field.type) for field in fields(Run)),
+    *map(_column, fields(Run)),
     sa.UniqueConstraint(*Run.identity),
 )
 
@@ -95,13 +98,13 @@ class Store:
     def __init__(self, location: str | Path) -> None:
         is_url = "://" in str(location)
         url = sa.make_url(str(location)) if is_url else sa.URL.create("sqlite", database=str(location))
-        is_file = url.get_backend_name() == "sqlite"
+        is_file = url.drivername.startswith("sqlite")
         self._place = f"the store {url.database if is_file else url}"
-        # No pool: the last connection to close folds the write-ahead log into the file, so that between two
-        # calls the store truly is one file, safe to copy.
         waiting = {"timeout": PATIENCE} if is_file else {}
-        self._engine = sa.create_engine(url, poolclass=sa.NullPool, connect_args=waiting)
         with self._explained("Opening"):
+            # No pool: the last connection to close folds the write-ahead log into the file, so that between
+            # two calls the store truly is one file, safe to copy.
+            self._engine = sa.create_engine(url, poolclass=sa.NullPool, connect_args=waiting)
             if is_file:
                 self._open_file(Path(url.database or ""))
             else:
@@ -213,8 +216,8 @@ class Store:
         """Turn the database's errors into one sentence with a remedy."""
         try:
             yield
-        except sa.exc.DBAPIError as error:
-            cause = str(error.orig)
+        except (sa.exc.DBAPIError, sa.exc.ArgumentError) as error:
+            cause = str(getattr(error, "orig", error))
             known = (remedy for word, remedy in REMEDIES.items() if word in cause)
             remedy = next(known, "All runs stored before are intact.")
             raise StoreError(f"{doing} {self._place} failed: {cause}. {remedy}") from error

@@ -65,7 +65,7 @@ def cifar10(
 def _digits() -> tuple[np.ndarray, np.ndarray]:
     """UCI's optical digits: 1797 images, uint8 [count, 8, 8, 1] with levels 0 to 16, and their classes."""
     with extra("lab"):
-        from sklearn.datasets import load_digits
+        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
     images, labels = load_digits(return_X_y=True)
     return images.astype(np.uint8).reshape(-1, 8, 8, 1), labels
 

@@ -19,7 +19,7 @@ def read_rows(
     Raises ValueError where there is neither, and where the rows cannot be read or lack one of `columns`.
     """
     with extra("hf"):
-        import datasets
+        import datasets  # type: ignore[import-untyped]
     if paths:
         files = [str(file) for _, file in find_files(paths)]
         kinds = {FORMATS.get(Path(file).suffix, "") for file in files}
@@ -40,4 +40,6 @@ def read_rows(
                 raise LookupError(f"the column {missing[0]!r} is missing among {', '.join(row)}")
             yield row
     except Exception as error:  # of many kinds, from parquet, json, the file system and the network
-        raise ValueError(f"Reading the rows of the task {name!r} failed: {error}. Check them.") from error
+        cause = str(error).rstrip(".") or type(error).__name__
+        source = ", ".join(map(str, paths)) or repository
+        raise ValueError(f"Loading the task {name!r}: reading {source} failed: {cause}.") from error

@@ -29,8 +29,7 @@ def python_source(*, context: int = 128, data_seed: int = 0, limit: int = 2**16)
         (relative.encode(), read_file(path))
         for relative, path in find_files([sysconfig.get_paths()["stdlib"]], left_out=NOT_SOURCE)
         # A table again, and the configuration of the build, which differs from machine to machine.
-        if relative.endswith(".py")
-        and not relative.startswith(("html/entities", "config-", "_sysconfigdata"))
+        if relative.endswith(".py") and not relative.startswith(("html/entities", "config-", "_sysconfigdata"))
     ]
     what = f"the source of Python {sys.version_info.major}.{sys.version_info.minor}'s standard library"
     return _corpus("bytes", what, documents, context, data_seed, limit)
@@ -95,9 +94,7 @@ def _joined(documents: Sequence[bytes]) -> Tensor:
     return torch.from_numpy(np.frombuffer(bytearray(b"\0").join(documents), np.uint8))
 
 
-def _sequences(
-    name: str, description: str, train: Tensor, validation: Tensor, context: int, limit: int
-) -> Sequences:
+def _sequences(name: str, description: str, train: Tensor, validation: Tensor, context: int, limit: int) -> Sequences:
     return Sequences(
         name=name,
         description=description,
