@@ -1,12 +1,17 @@
 """What all tests share: one thread each, and the families at the widths that laws are checked for."""
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
+from torch import Tensor
 
 import einlinear as el
 
 WIDTHS = [(16, 16), (36, 64), (64, 36), (97, 131)]
 """Square, wide, tall, and prime widths that need padding."""
+
+Draw = Callable[..., list[Tensor]]
 
 
 @pytest.fixture(autouse=True)
@@ -29,3 +34,29 @@ def widths(request: pytest.FixtureRequest) -> tuple[int, int]:
 @pytest.fixture
 def structure(family: el.Family, widths: tuple[int, int]) -> el.Structure:
     return family(*widths)
+
+
+@pytest.fixture(scope="session")
+def draw() -> Draw:
+    """Draws factors for a structure, one dimension for each axis, at the scale of its initialisation."""
+
+    def factors(structure: el.Structure, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+        scales = zip(structure.factor_shapes, el.spectral(structure), strict=True)
+        return [torch.randn(shape, dtype=dtype) * scale.std for shape, scale in scales]
+
+    return factors
+
+
+@pytest.fixture
+def factors(structure: el.Structure, draw: Draw) -> list[Tensor]:
+    return draw(structure)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that is handed out uninitialised holds NaN, so a kernel that forgets to write is caught."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(4).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
