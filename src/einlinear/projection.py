@@ -7,7 +7,7 @@ two-factor ones among them; alternating least squares lowers the error of every 
 import torch
 from torch import Tensor
 
-from einlinear.contract import Factors, einsum
+from einlinear.contract import Factors, dense, einsum, shaped
 from einlinear.structure import Axes, Structure, StructureError
 
 
@@ -16,19 +16,26 @@ def project(weight: Tensor, structure: Structure) -> list[Tensor]:
 
     With two factors this minimises the Frobenius error exactly, and specialises to the methods
     known by other names: truncated SVD (low rank), Van Loan and Pitsianis (Kronecker), the
-    Monarch projection (BTT of rank 1). With more it is TT-SVD, quasi-optimal; `refine` improves it.
+    Monarch projection (BTT of rank 1). With more it is TT-SVD (Oseledets 2011), which recovers
+    chains such as a tensor train or a butterfly; `refine` lowers its error elsewhere.
+
+    Padding is filled with zeros. That costs nothing where a padded side gives each factor a
+    rectangle of every block (low rank, BTT and Monarch with two cores, block-diagonal). Elsewhere
+    (Kronecker, tensor train) the result is optimal for the matrix with its padding, not for the
+    part that is used, and even a member of the family is missed; `refine` does not count padding.
 
     Args:
-        weight: `[d_out, d_in]`.
-        structure: an unrouted structure of these widths; padding is filled with zeros.
+        weight: `[d_out, d_in]`, real or complex; computed in float32 at least.
+        structure: an unrouted structure of these widths.
 
     Returns:
-        A tensor for each factor, shaped `structure.factor_shapes`.
+        A tensor for each factor, shaped `structure.factor_shapes`, in the weight's dtype.
 
     Raises:
-        StructureError: if the widths differ, the weight is not finite or the structure is routed.
+        StructureError: if the widths differ, the structure is routed, or the weight is not finite
+            or not of floating point.
     """
-    axes, rest = _target(weight, structure)
+    axes, rest = _blocks(_checked(weight, structure), structure)
     factors: list[Tensor] = []
     for position, factor in enumerate(structure.factors[:-1]):
         later = {axis for other in structure.factors[position + 1 :] for axis in other}
@@ -49,35 +56,41 @@ def project(weight: Tensor, structure: Structure) -> list[Tensor]:
 def refine(weight: Tensor, structure: Structure, factors: Factors, sweeps: int = 1) -> list[Tensor]:
     """Lowers the Frobenius error by solving for one factor at a time with the others held.
 
-    Each solve is a linear least-squares problem, so the error never rises. Arguments and errors
-    as in `project`; `factors` is where to start, and `sweeps` counts rounds over all factors.
+    The matrix is linear in each factor, so each solve is a batched linear least-squares problem
+    and the error never rises, but for rounding to the weight's dtype. Entries that only padding
+    has are asked to stay as they are: the error of the others still falls, in smaller steps.
+    Arguments and errors as in `project`; `factors` is where to start, and `sweeps` counts rounds
+    over all factors.
+
+    A solve holds the product of the other factors: as many entries as the weight, times the sizes
+    of the axes that bind its factor to the others.
     """
-    target_axes, target = _target(weight, structure)
-    found = [f.reshape(s).to(target.dtype) for f, s in zip(factors, structure.factor_shapes, strict=True)]
+    target = _checked(weight, structure)
+    found = [_exact(factor) for factor in factors]
     for position in list(range(len(found))) * sweeps:
+        # A correction, not a new factor: what the weight cannot determine, padding above all, then stays as it is.
+        axes, residual = _blocks(target - dense(structure, found), structure)
+        found = shaped(structure, found)
         factor = structure.factors[position]
-        others = [axes for k, axes in enumerate(structure.factors) if k != position]
-        around = {axis for axes in others for axis in axes}
-        batch = tuple(axis for axis in factor if axis in target_axes and axis in around)
-        rows = tuple(axis for axis in factor if axis in target_axes and axis not in around)
-        bond = tuple(axis for axis in factor if axis not in target_axes)
-        columns = tuple(axis for axis in target_axes if axis not in factor)
-        tensors = [tensor for k, tensor in enumerate(found) if k != position]
-        environment = torch.ones(structure.shape(batch + bond + columns), dtype=target.dtype, device=target.device)
+        others = [other for k, other in enumerate(structure.factors) if k != position]
+        around = {axis for other in others for axis in other}
+        batch = tuple(axis for axis in factor if axis in axes and axis in around)
+        rows = tuple(axis for axis in factor if axis in axes and axis not in around)
+        bond = tuple(axis for axis in factor if axis not in axes and axis in around)
+        columns = tuple(axis for axis in axes if axis not in factor)
+        environment = target.new_ones(())
         if others:
+            tensors = [tensor for k, tensor in enumerate(found) if k != position]
             environment = einsum(structure, others, batch + bond + columns, tensors)
-        wanted = einsum(structure, [target_axes], batch + rows + columns, [target])
         known = _grouped(structure, environment, batch, bond, columns)
-        solved = _grouped(structure, wanted, batch, rows, columns) @ torch.linalg.pinv(known)
-        found[position] = _spread(structure, solved, batch + rows + bond, factor)
+        wanted = einsum(structure, [axes], batch + rows + columns, [residual])
+        correction = _grouped(structure, wanted, batch, rows, columns) @ torch.linalg.pinv(known)
+        found[position] = found[position] + _spread(structure, correction, batch + rows + bond, factor)
     return [factor.to(weight.dtype) for factor in found]
 
 
-def _target(weight: Tensor, structure: Structure) -> tuple[Axes, Tensor]:
-    """The weight with an axis for each of the structure's ends, axes common to both taken once.
-
-    Entries off the diagonal of a common axis are no matter of the structure: it has zeros there.
-    """
+def _checked(weight: Tensor, structure: Structure) -> Tensor:
+    """The weight in the precision of the computation."""
     if weight.shape != (structure.d_out, structure.d_in):
         raise StructureError(
             f"cannot project a weight of shape {tuple(weight.shape)} onto {structure!r}: "
@@ -85,10 +98,27 @@ def _target(weight: Tensor, structure: Structure) -> tuple[Axes, Tensor]:
         )
     if structure.routed:
         raise StructureError(f"cannot project onto {structure!r}: a routed structure has no single matrix; unroute it")
+    if weight.is_meta or not (weight.is_floating_point() or weight.is_complex()):
+        raise StructureError(
+            f"cannot project a weight of {weight.dtype} on the device '{weight.device}': "
+            f"it needs entries of floating point; load or dequantise the weight first"
+        )
     if not torch.isfinite(weight).all():
         raise StructureError("cannot project a weight with entries that are not finite; mend NaN or infinity first")
-    exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    padded = torch.nn.functional.pad(exact, (0, structure.pad_in, 0, structure.pad_out))
+    return _exact(weight)
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """`tensor` without its history, in float32 at least."""
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _blocks(matrix: Tensor, structure: Structure) -> tuple[Axes, Tensor]:
+    """A matrix with an axis for each of the structure's ends, axes common to both taken once.
+
+    Entries off the diagonal of a common axis are no matter of the structure: it has zeros there.
+    """
+    padded = torch.nn.functional.pad(matrix, (0, structure.pad_in, 0, structure.pad_out))
     ends = structure.y + structure.x
     axes = tuple(dict.fromkeys(ends))
     return axes, einsum(structure, [ends], axes, [padded.reshape(structure.shape(ends))])
