@@ -2,6 +2,8 @@
 
 from einlinear.contract import apply as apply
 from einlinear.contract import dense as dense
+from einlinear.conversion import Report as Report
+from einlinear.conversion import convert as convert
 from einlinear.kernels import explain as explain
 from einlinear.layer import Linear as Linear
 from einlinear.projection import project as project
