@@ -4,8 +4,8 @@
 
 L is the loss, C the cost, g the group (a family). With one group this is L = E + (C/C0)^-c; with two,
 exp(s_1) is the compute multiplier of group 1 over group 0. A parameter vector is `[E, a, b, s.., d..]`.
-The solver is our own because it takes every start and every bootstrap draw as one batch: some thousand
-small fits cost a fraction of a second, where one library call per fit takes half a minute.
+The solver is our own because it takes every start and every bootstrap draw as one batch of small problems,
+which no library at hand does; a report needs some ten thousand of these fits.
 """
 
 from collections.abc import Callable
@@ -19,6 +19,7 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 DRAWS = 400  # of the bootstrap: the 2.5 % quantile then rests on 10 draws
+STEPS = 200  # of the solver; a draw that still moves then is used as it is
 TOP = 0.999  # E stays in [0, TOP * the lowest loss]
 AGREE = 1e-6  # starts within this share of the best sum of squares found the same optimum
 
@@ -34,15 +35,6 @@ class Sample:
     run_cell: Integers  # [runs] index of the run's cell
     run_cluster: Integers  # [runs] runs of one cluster (a trunk) are dependent; a cluster lies in one group
 
-    def keep(self, cells: NDArray[np.bool_]) -> "Sample":
-        """The sample restricted to the cells that are True."""
-        runs = cells[self.run_cell]
-        renumbered = np.cumsum(cells) - 1
-        return Sample(
-            self.cost[cells], self.loss[cells], self.group[cells],
-            self.run_loss[runs], renumbered[self.run_cell[runs]], self.run_cluster[runs],
-        )  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Fit:
@@ -53,7 +45,6 @@ class Fit:
     draws: Floats  # [draws, p] of the bootstrap
     squares: float  # sum of squared residuals of the cells
     freedom: int  # cells minus free parameters
-    clusters: int
     stretch: float  # widens percentile intervals of few clusters
     agreement: float  # share of the starts that reached the best optimum
 
@@ -67,9 +58,9 @@ class Fit:
 
         The wider one of two at each end. The t-interval (Gauss-Newton, delta method) covers 95 % when cells
         are independent but not when horizons share a trunk. The bootstrap over trunks sees that dependence,
-        yet percentiles of a handful of clusters are too narrow; it is expanded for that by sqrt(K / (K - 1))
-        and Student's t (the expanded percentile interval of Hesterberg 2015, "What Teachers Should Know About
-        the Bootstrap"). `tests/lab/test_laws.py` measures the coverage of both.
+        yet percentiles of a handful of clusters are too narrow: they are stretched by what fitting took from
+        the residuals and by Student's t (the expanded percentile interval of Hesterberg 2015, "What Teachers
+        Should Know About the Bootstrap"). `tests/lab/test_laws.py` measures the coverage of both.
         """
         best = functional(self.parameters[None])[0]
         step = 1e-5 * np.maximum(np.sqrt(np.diag(self.covariance)), 1e-9)
@@ -85,9 +76,9 @@ class Fit:
         )
 
 
-def predict(parameters: Floats, cost: Floats, group: Integers, own_exponent: bool = False) -> Floats:
-    """ln L `[n, points]` of parameter vectors `[n, p]` at centred ln C `[points]` of groups `[points]`."""
-    return _evaluate(parameters, cost, group, own_exponent)[0]
+def predict(parameters: Floats, cost: Floats) -> Floats:
+    """ln L `[n, points]` of group 0 under parameters `[n, p]`, at centred ln C `[points]`."""
+    return _evaluate(parameters, cost, np.zeros(len(cost), dtype=np.int64), own_exponent=False)[0]
 
 
 def fit_law(sample: Sample, *, offset: bool = True, own_exponent: bool = False, draws: int = DRAWS) -> Fit:
@@ -99,39 +90,40 @@ def fit_law(sample: Sample, *, offset: bool = True, own_exponent: bool = False, 
     Starts: E / min L in {0, .3, .6, .9} times b in {.05, .1, .2, .4}.
     """
     groups = int(sample.group.max())
+    top = TOP * float(np.exp(sample.loss.min())) if offset else 0.0
     starts = _starts(sample, groups * (2 if own_exponent else 1), offset)
-    weights = np.ones((len(starts), len(sample.loss)))
     found, squares = _least_squares(
-        starts, sample.cost, sample.loss, sample.group, weights, offset=offset, own_exponent=own_exponent
-    )
+        starts, sample.cost, np.repeat(sample.loss[None], len(starts), axis=0), sample.group,
+        np.ones(len(sample.loss)), top, own_exponent,
+    )  # fmt: skip
     best = found[squares.argmin()]
     least = float(squares.min())
 
     free = np.ones(len(best), dtype=bool)
-    free[0] = offset and 0 < best[0]
+    free[0] = offset and best[0] > 0
     freedom = len(sample.loss) - int(free.sum())
     if freedom < 1:
         raise ValueError(
             f"Fitting a power law: {len(sample.loss)} cells do not determine {int(free.sum())} parameters; "
             "measure more widths or horizons."
         )
-    jacobian = _evaluate(best[None], sample.cost, sample.group, own_exponent)[1][0][:, free]
+    expected, jacobians = _evaluate(best[None], sample.cost, sample.group, own_exponent)
+    jacobian = jacobians[0][:, free]
     covariance = np.zeros((len(best), len(best)))
     covariance[np.ix_(free, free)] = np.linalg.pinv(jacobian.T @ jacobian) * least / freedom
 
-    multiplicity, sizes = _resample(sample, draws)
-    cell_size = np.bincount(sample.run_cell)
+    cell = sample.run_cell
     drawn, _ = _least_squares(
-        np.repeat(best[None], draws, axis=0), sample.cost[sample.run_cell], sample.run_loss,
-        sample.group[sample.run_cell], multiplicity / cell_size[sample.run_cell],
-        offset=offset, own_exponent=own_exponent,
+        np.repeat(best[None], draws, axis=0), sample.cost[cell], _disturbed(sample, expected[0], draws),
+        sample.group[cell], 1 / np.bincount(cell)[cell], top, own_exponent,
     )  # fmt: skip
-    clusters = int(sizes.sum())
-    narrowness = np.mean([np.sqrt(k / (k - 1)) if k > 1 else np.sqrt(2) for k in sizes])
-    student = stats.t.ppf(0.975, max(1, clusters - int(free.sum()))) / stats.norm.ppf(0.975)
+    clusters = len(np.unique(sample.run_cluster))
+    left = clusters - int(free.sum())
+    shrunken = np.sqrt(clusters / max(1, left))
+    student = stats.t.ppf(0.975, max(2, left)) / stats.norm.ppf(0.975)
     return Fit(
-        parameters=best, covariance=covariance, draws=drawn, squares=least, freedom=freedom, clusters=clusters,
-        stretch=float(narrowness * student),
+        parameters=best, covariance=covariance, draws=drawn,
+        squares=least, freedom=freedom, stretch=float(shrunken * student),
         agreement=float(np.mean(squares <= least * (1 + AGREE) + 1e-18 * len(sample.loss))),
     )  # fmt: skip
 
@@ -174,13 +166,15 @@ def _starts(sample: Sample, shifts: int, offset: bool) -> Floats:
 
 
 def _least_squares(
-    parameters: Floats, cost: Floats, loss: Floats, group: Integers, weights: Floats,
-    *, offset: bool, own_exponent: bool,
-) -> tuple[Floats, Floats]:  # fmt: skip
-    """Levenberg-Marquardt with E projected to its bounds, all rows at once: parameters `[n, p]`, squares `[n]`."""
-    top = TOP * np.exp(loss.min())
-    parameters = parameters.copy()
-    damping = np.full(len(parameters), 1e-3)
+    parameters: Floats, cost: Floats, loss: Floats, group: Integers, weights: Floats, top: float, own_exponent: bool
+) -> tuple[Floats, Floats]:
+    """Levenberg-Marquardt with E projected to [0, top], for many rows of ln loss `[n, points]` at once.
+
+    Takes starts and returns parameters `[n, p]`, and the weighted sums of squares `[n]`.
+    """
+    all_parameters, all_squares = parameters.copy(), np.empty(len(parameters))
+    rows = np.arange(len(parameters))  # those still moving
+    damping = np.full(len(rows), 1e-3)
     identity = np.eye(parameters.shape[1])
 
     def evaluate(candidate: Floats) -> tuple[Floats, Floats, Floats]:
@@ -189,12 +183,12 @@ def _least_squares(
         return (weights * residual**2).sum(axis=1), residual, jacobian
 
     squares, residual, jacobian = evaluate(parameters)
-    for _ in range(200):
+    for _ in range(STEPS):
         pull = (weights * residual * jacobian[:, :, 0]).sum(axis=1)
         stuck = (parameters[:, 0] <= 0) & (pull <= 0) | (parameters[:, 0] >= top) & (pull >= 0)
         moving = jacobian.copy()
-        moving[stuck if offset else slice(None), :, 0] = 0.0
-        weighted = moving * weights[:, :, None]
+        moving[stuck, :, 0] = 0.0
+        weighted = moving * weights[:, None]
         hessian = np.swapaxes(weighted, 1, 2) @ moving
         gradient = (weighted * residual[:, :, None]).sum(axis=1)
         diagonal = np.diagonal(hessian, axis1=1, axis2=2)
@@ -204,33 +198,35 @@ def _least_squares(
         candidate[:, 0] = candidate[:, 0].clip(0.0, top)
         new_squares, new_residual, new_jacobian = evaluate(candidate)
         better = new_squares < squares
-        settled = np.where(better, squares - new_squares < 1e-13 * squares, damping > 1e8)
-        parameters[better] = candidate[better]
-        residual[better], jacobian[better] = new_residual[better], new_jacobian[better]
+        settled = np.where(better, squares - new_squares < 1e-12 * squares, damping > 1e8)
+        parameters = np.where(better[:, None], candidate, parameters)
+        residual = np.where(better[:, None], new_residual, residual)
+        jacobian = np.where(better[:, None, None], new_jacobian, jacobian)
         squares = np.where(better, new_squares, squares)
         damping = np.where(better, damping / 5, damping * 4)
-        if settled.all():
+        all_parameters[rows], all_squares[rows] = parameters, squares
+        left = ~settled
+        if not left.any():
             break
-    return parameters, squares
+        rows, loss, damping = rows[left], loss[left], damping[left]
+        parameters, squares, residual, jacobian = (
+            parameters[left],
+            squares[left],
+            residual[left],
+            jacobian[left],
+        )
+    return all_parameters, all_squares
 
 
-def _resample(sample: Sample, draws: int) -> tuple[Floats, Integers]:
-    """How often each run is drawn, `[draws, runs]`, and the clusters per group.
+def _disturbed(sample: Sample, law: Floats, draws: int) -> Floats:
+    """ln L of the runs `[draws, runs]`: the law, and the runs' residuals with a random weight per cluster.
 
-    Whole clusters are drawn, within each group, and every draw of a group holds two different clusters
-    where there are two: one alone has no slope.
+    The six weights are Webb's (2014), made for few clusters.
     """
+    webb = np.array([-1.5, -1.0, -0.5, 0.5, 1.0, 1.5])
+    webb = np.sign(webb) * np.sqrt(np.abs(webb))
     generator = np.random.default_rng(0)
-    run_group = sample.group[sample.run_cell]
-    times = np.zeros((draws, len(sample.run_loss)))
-    sizes = []
-    for group in np.unique(run_group):
-        names = np.unique(sample.run_cluster[run_group == group])
-        sizes.append(len(names))
-        chosen = generator.integers(len(names), size=(draws, len(names)))
-        single = (chosen == chosen[:, :1]).all(axis=1)
-        if len(names) > 1:  # moving one member of a draw of copies leaves the others as drawn
-            chosen[single, 0] = (chosen[single, 0] + 1) % len(names)
-        for position, name in enumerate(names):
-            times[:, sample.run_cluster == name] = (chosen == position).sum(axis=1, keepdims=True)
-    return times, np.array(sizes)
+    _, cluster = np.unique(sample.run_cluster, return_inverse=True)
+    weight = generator.choice(webb, size=(draws, cluster.max() + 1))
+    expected = law[sample.run_cell]
+    return expected + weight[:, cluster] * (sample.run_loss - expected)

@@ -7,6 +7,7 @@ that are near its lower hull: for a given cost, the best that this family was se
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from textwrap import shorten
 from typing import Literal
 
 import numpy as np
@@ -25,9 +26,11 @@ AXES: dict[Axis, str] = {
     "linear_flops": "training FLOPs of the linear layers",
 }
 
-NEAR = 0.02  # share of the loss by which a cell may lie above its hull and still count as frontier
-SCATTERS = 3.0  # the same tolerance in standard deviations of the cells around the law
+SCATTERS = 4.0  # a cell counts as frontier up to so many standard deviations of the noise above the hull
+FARTHEST = 0.1  # but not beyond this share of the loss: then it was badly trained, not unlucky
+NEAR = 0.02  # the same as a share of the loss, where the noise is not known
 OFFSET_CELLS = 5  # a floor E takes at least so many
+EXPONENT_CELLS = 8  # two families with exponents of their own take at least so many
 NEEDED_OFFSET = 0.05  # p-value of the F-test below which a family's law has a floor E
 NEEDED_EXPONENT = 0.01  # p-value of the F-test below which two families have exponents of their own
 
@@ -36,7 +39,7 @@ NEEDED_EXPONENT = 0.01  # p-value of the F-test below which two families have ex
 class Cell:
     """Runs that differ only in seed, with the geometric means of their cost and loss.
 
-    Means, because the least of several noisy runs is too low (LAWS 1.7).
+    Means, because the least of several noisy runs is too low.
     """
 
     family: str
@@ -49,7 +52,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Frontier:
-    """L(C) = E + (C/C0)^-c of one family on its lower hull (MATH 5). Without a law, `reason` says why."""
+    """L(C) = E + (C/C0)^-c of one family on its lower hull. Without a law, `reason` says why."""
 
     family: str
     axis: Axis
@@ -69,9 +72,9 @@ class Frontier:
         """The law and its 95 % band at costs `[n]`: loss, low, high, each `[n]` in nats."""
         if self._fit is None:
             raise ValueError(f"Evaluating the law of {self.family}: there is none ({self.reason}).")
-        position, group = np.log(cost) - self._centre, np.zeros(len(cost), dtype=np.int64)
-        low, high = self._fit.interval(lambda parameters: predict(parameters, position, group))
-        return np.exp(predict(self._fit.parameters[None], position, group)[0]), np.exp(low), np.exp(high)
+        position = np.log(cost) - self._centre
+        low, high = self._fit.interval(lambda parameters: predict(parameters, position))
+        return np.exp(predict(self._fit.parameters[None], position)[0]), np.exp(low), np.exp(high)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +94,7 @@ class Multiplier:
     method: str = ""
     loss_low: float = math.nan  # the losses (nats) for which the multiplier was measured
     loss_high: float = math.nan
-    extrapolation: float = (
-        math.nan
-    )  # the baseline's cost at the family's best loss, over its largest measured
+    extrapolation: float = math.nan  # baseline's cost at the family's best loss, over the largest it was measured at
     cells: int = 0
     crosscheck: float = math.nan  # by inverting the baseline's hull, no law; nan where the losses do not meet
     trend: tuple[float, float] | None = None  # at `loss_high` and at `loss_low`
@@ -106,6 +107,9 @@ class Multiplier:
             return "better"
         return "worse" if self.high < 1 else "undecided"
 
+    def __str__(self) -> str:
+        return self.reason or f"{self.value:.2f}× ({self.low:.2f}–{self.high:.2f})"
+
 
 def measured(runs: Sequence[Run], *, allow_mixed_data: bool = False) -> list[Run]:
     """The finished runs that laws are fitted to: not the tuning runs, not those that diverged.
@@ -117,15 +121,13 @@ def measured(runs: Sequence[Run], *, allow_mixed_data: bool = False) -> list[Run
         values = sorted({str(getattr(run, name)) for run in chosen})
         if len(values) > 1 and not allow_mixed_data:
             raise ValueError(
-                f"Fitting laws: the runs are of {len(values)} {what} ({', '.join(values)}), and their losses do "
-                f"not compare; select the runs of one {name}, or pass allow_mixed_data=True."
+                f"Fitting laws: the runs are of {len(values)} {what} ({shorten(', '.join(values), 200)}), and their "
+                f"losses do not compare; select the runs of one {name}, or pass allow_mixed_data=True."
             )
     return chosen
 
 
-def hull(
-    runs: Sequence[Run], axis: Axis = "flops", *, allow_mixed_data: bool = False
-) -> dict[str, list[Cell]]:
+def hull(runs: Sequence[Run], axis: Axis = "flops", *, allow_mixed_data: bool = False) -> dict[str, list[Cell]]:
     """Each family's lower convex hull of ln loss over ln cost, on cell means, cheapest first.
 
     Only cells that improve on every cheaper one are on it.
@@ -134,9 +136,7 @@ def hull(
     return {family: _hull(cells) for family, cells in groups.items()}
 
 
-def frontiers(
-    runs: Sequence[Run], axis: Axis = "flops", *, allow_mixed_data: bool = False
-) -> dict[str, Frontier]:
+def frontiers(runs: Sequence[Run], axis: Axis = "flops", *, allow_mixed_data: bool = False) -> dict[str, Frontier]:
     """Each family's own law on its lower hull."""
     groups = _cells(measured(runs, allow_mixed_data=allow_mixed_data), axis)
     return {family: fit_frontier(cells, axis) for family, cells in groups.items()}
@@ -146,7 +146,7 @@ def fit_frontier(cells: Sequence[Cell], axis: Axis = "flops") -> Frontier:
     """L(C) = E + (C/C0)^-c on those of one family's cells that are on its lower hull or near it.
 
     E is fitted to five cells or more, and kept where an F-test asks for it: over less than two decades of
-    cost it is often flat (LAWS 1.9). Otherwise E = 0. With fewer than three cells, or where cost does not
+    cost it is often flat. Otherwise E = 0. With fewer than three cells, or where cost does not
     help, there is no law and `reason` says so.
     """
     nothing = Frontier(family=cells[0].family, axis=axis, hull=tuple(_hull(cells)))
@@ -175,7 +175,7 @@ def multiplier(
     """Compute multiplier of `family` over `baseline`: C_baseline(L) / C_family(L) at equal loss L.
 
     Both families share E, the exponent and the scale, and differ by one horizontal shift, ln of the
-    multiplier: the only estimator that is stable on one or two decades (LAWS 1.10 A). Only the two are
+    multiplier: the only estimator that is stable on one or two decades. Only the two are
     fitted together, so the answer does not change when a third is added to the study. Where an F-test finds
     the exponents different, the interval covers the multiplier over the whole range of losses instead.
 
@@ -184,9 +184,7 @@ def multiplier(
     """
     for name in (family, baseline):
         if name not in (present := sorted({run.family for run in runs})):
-            raise ValueError(
-                f"Comparing {family} with {baseline}: there are no runs of {name}, only of {present}."
-            )
+            raise ValueError(f"Comparing {family} with {baseline}: there are no runs of {name}, only of {present}.")
     groups = _cells(measured(runs, allow_mixed_data=allow_mixed_data), axis)
     both = [groups.get(baseline, []), groups.get(family, [])]
     nothing = Multiplier(family=family, baseline=baseline, axis=axis)
@@ -196,18 +194,14 @@ def multiplier(
     kept = [_frontier(cells) for cells in both]
     if min(map(len, kept)) < 2 or sum(map(len, kept)) < 5:
         counts = f"{len(kept[0])} of {baseline}, {len(kept[1])} of {family}"
-        return replace(
-            nothing, reason=f"too few sizes on the lower hulls ({counts}; 2 of each and 5 in all needed)"
-        )
+        return replace(nothing, reason=f"too few sizes on the lower hulls ({counts}; 2 of each and 5 in all needed)")
 
     centre = _centre([*kept[0], *kept[1]])
     sample = _sample(kept, centre)
-    fit = fit_law(sample)
-    trending = False
-    if len(sample.loss) >= 8:
-        own = fit_law(sample, own_exponent=True)
-        trending = needless(fit, own) < NEEDED_EXPONENT
-        fit = own if trending else fit
+    trending = len(sample.loss) >= EXPONENT_CELLS and (
+        needless(fit_law(sample, draws=0), fit_law(sample, own_exponent=True, draws=0)) < NEEDED_EXPONENT
+    )
+    fit = fit_law(sample, own_exponent=trending)
     exponents = [fit.parameters[2], fit.parameters[2] + (fit.parameters[4] if trending else 0.0)]
     if min(exponents) <= 0:
         return replace(nothing, reason="the loss of one of them does not fall with cost")
@@ -222,15 +216,15 @@ def multiplier(
         return _log_multiplier(parameters, at)
 
     best = np.exp(shift(fit.parameters[None])[0])
-    lower, upper = np.exp(fit.interval(shift))
-    cheapest_best = min(kept[1], key=lambda cell: (cell.loss, cell.cost)).cost
+    lower, upper = np.exp(np.clip(fit.interval(shift), -50, 50))
+    cost_of_best = min(kept[1], key=lambda cell: (cell.loss, cell.cost)).cost
     return Multiplier(
         family=family, baseline=baseline, axis=axis,
         value=float(best[0]), low=float(lower[:3].min()), high=float(upper[:3].max()),
         method="shared floor, own exponents" if trending else "shared law, horizontal shift",
         loss_low=low, loss_high=high,
-        extrapolation=max(1.0, float(best[3]) * cheapest_best / max(cell.cost for cell in kept[0])),
-        cells=len(sample.loss), crosscheck=_inverted(kept[1], _hull(both[0])),
+        extrapolation=max(1.0, float(best[3]) * cost_of_best / max(cell.cost for cell in kept[0])),
+        cells=len(sample.loss), crosscheck=_inverted(_hull(both[1]), _hull(both[0])),
         trend=(float(best[1]), float(best[2])) if trending else None,
     )  # fmt: skip
 
@@ -250,9 +244,7 @@ def _cells(runs: Sequence[Run], axis: Axis) -> dict[str, list[Cell]]:
         cost = math.exp(np.mean([math.log(getattr(run, axis)) for run in members]))
         loss = math.exp(np.mean([math.log(run.loss) for run in members if run.loss is not None]))
         one = members[0]
-        groups.setdefault(one.family, []).append(
-            Cell(one.family, one.width, one.tokens, cost, loss, tuple(members))
-        )
+        groups.setdefault(one.family, []).append(Cell(one.family, one.width, one.tokens, cost, loss, tuple(members)))
     return groups
 
 
@@ -281,25 +273,28 @@ def _near(cells: Sequence[Cell], tolerance: float) -> list[Cell]:
         [math.log(cell.cost) for cell in vertices],
         [math.log(cell.loss) for cell in vertices],
     )
-    return [
-        cell for cell, least in zip(cells, floor, strict=True) if math.log(cell.loss) <= least + tolerance
-    ]
+    return [cell for cell, least in zip(cells, floor, strict=True) if math.log(cell.loss) <= least + tolerance + 1e-9]
 
 
 def _frontier(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells of one family that its law is fitted to: those near the lower hull.
+    """The cells of one family that its law is fitted to: those that noise alone may have put above the hull.
 
     To fit the vertices alone would select the lucky runs and then measure the noise on them: the intervals
-    come out too narrow (coverage .82 to .87 in simulation). So whatever lies within 2 % of the hull counts,
-    or within three standard deviations around the family's law where its runs are noisier than that.
+    come out too narrow (coverage .82 to .87 in simulation). The noise is what a smooth surface in parameters
+    and tokens leaves of ln loss; where there are too few cells to tell, 2 % of the loss.
     """
-    tolerance = NEAR
-    while len(kept := _near(cells, tolerance)) >= 3:
-        fit = fit_law(_sample([kept], _centre(kept)), offset=len(kept) >= OFFSET_CELLS, draws=0)
-        if SCATTERS * fit.scatter <= tolerance:
-            break
-        tolerance = SCATTERS * fit.scatter
-    return kept
+    size = np.log([cell.runs[0].parameters for cell in cells])
+    size -= size.mean()
+    tokens = np.log([cell.tokens for cell in cells])
+    tokens -= tokens.mean()
+    surface = np.stack([np.ones(len(cells)), size, size**2, tokens, size * tokens], axis=1)
+    loss = np.log([cell.loss for cell in cells])
+    solution, _, rank, _ = np.linalg.lstsq(surface, loss)
+    freedom = len(cells) - int(rank)
+    if freedom < 1:
+        return _near(cells, NEAR)
+    noise = math.sqrt(((loss - surface @ solution) ** 2).sum() / freedom)
+    return _near(cells, min(SCATTERS * noise, FARTHEST))
 
 
 def _centre(cells: Sequence[Cell]) -> float:
@@ -331,14 +326,12 @@ def _log_multiplier(parameters: Floats, loss: Floats) -> Floats:
     return shift + difference
 
 
-def _inverted(cells: Sequence[Cell], baseline: Sequence[Cell]) -> float:
-    """Geometric mean of baseline cost over cost, where the baseline's hull reached the cell's loss (LAWS 1.10 D)."""
+def _inverted(family: Sequence[Cell], baseline: Sequence[Cell]) -> float:
+    """Geometric mean, over the family's hull, of the baseline's cost at the same loss over the family's."""
     rising = sorted(baseline, key=lambda cell: cell.loss)
     losses = [math.log(cell.loss) for cell in rising]
-    inside = [cell for cell in cells if losses[0] <= math.log(cell.loss) <= losses[-1]]
+    inside = [cell for cell in family if losses[0] <= math.log(cell.loss) <= losses[-1]]
     if not inside:
         return math.nan
-    reached = np.interp(
-        [math.log(cell.loss) for cell in inside], losses, [math.log(cell.cost) for cell in rising]
-    )
+    reached = np.interp([math.log(cell.loss) for cell in inside], losses, [math.log(cell.cost) for cell in rising])
     return math.exp(np.mean(reached - [math.log(cell.cost) for cell in inside]))
