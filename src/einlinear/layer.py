@@ -83,14 +83,17 @@ class Linear(nn.Module):
         return [factor * (gain / _excess(factor, ceiling)).to(factor.dtype) for factor, gain, ceiling in capped]
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._plan(*self.operands(x)).contiguous()
+
+    def operands(self, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor | None]:
+        """The effective factors, `x` and the bias, in autocast's type where that is on."""
         factors = self.effective_factors()
         bias: Tensor | None = self.bias
         if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
             dtype = torch.get_autocast_dtype(x.device.type)
             x, factors = x.to(dtype), [factor.to(dtype) for factor in factors]
             bias = None if bias is None else bias.to(dtype)
-        y = self._plan(factors, x)
-        return y.contiguous() if bias is None else y + bias
+        return factors, x, bias
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, family: Family | Structure | str) -> "Linear":

@@ -6,5 +6,12 @@ from einlinear.conversion import Report as Report
 from einlinear.conversion import convert as convert
 from einlinear.kernels import explain as explain
 from einlinear.layer import Linear as Linear
+from einlinear.mlp import StructuredMLP as StructuredMLP
+from einlinear.muon import Muon as Muon
+from einlinear.muon import orthogonalize as orthogonalize
+from einlinear.optim import parameter_groups as parameter_groups
 from einlinear.projection import project as project
 from einlinear.projection import refine as refine
+from einlinear.transfer import CheckReport as CheckReport
+from einlinear.transfer import check as check
+from einlinear.transfer import default_model as default_model

@@ -10,18 +10,27 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from einlinear.contract import check, pad_last
-from einlinear.kernels.chain import Chain
+from einlinear.kernels.chain import Chain, Tiles
+from einlinear.kernels.kernel import CPU, CUDA, CUDA_HALF, Runner, Target
 from einlinear.kernels.kernel import Kernel as Kernel
-from einlinear.kernels.kernel import Runner
 from einlinear.kernels.reference import Materialised, Reference
 from einlinear.structure import Structure
 
-KERNELS: tuple[Kernel, ...] = (Chain(), Reference(), Materialised())
+KERNELS: tuple[Kernel, ...] = (Tiles(), Chain(), Reference(), Materialised())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """By `few` up to `threshold` tokens, by `many` beyond."""
+
+    few: Runner
+    many: Runner
+    threshold: float
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one structure is run: by `few` up to `threshold` tokens, by `many` beyond, as modelled costs say.
+    """How one structure is run on each kind of machine, as modelled costs say.
 
     `plain` is made of torch's own operators; it serves where custom ones cannot.
     """
@@ -30,13 +39,14 @@ class Plan:
     d_in: int
     d_out: int
     pad_in: int
-    few: Runner
-    many: Runner
+    pad_out: int
+    cpu: Choice
+    cuda: Choice
+    cuda_half: Choice
     plain: Runner
-    threshold: float
 
-    def __call__(self, factors: Sequence[Tensor], x: Tensor) -> Tensor:
-        """Applies the map to `x`, `[..., d_in]`; returns `[..., d_out]`.
+    def __call__(self, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Applies the map to `x`, `[..., d_in]`, and adds `bias`, `[d_out]`; returns `[..., d_out]`.
 
         Raises:
             StructureError: if the last dimension of `x` is not `d_in`.
@@ -44,43 +54,55 @@ class Plan:
         if x.ndim == 0 or x.shape[-1] != self.d_in:
             check(self.structure, factors, x)
         tokens = pad_last(x, self.pad_in).reshape(-1, self.d_in + self.pad_in)
-        if _transformed(x, *factors):
+        choice = (self.cuda_half if x.element_size() == 2 else self.cuda) if x.is_cuda else self.cpu
+        if transformed(x, *factors):
             run = self.plain
-        elif self.few is self.many or tokens.shape[0] <= self.threshold:
-            run = self.few
+        elif choice.few is choice.many or tokens.shape[0] <= choice.threshold:
+            run = choice.few
         else:
-            run = self.many
-        return run(factors, tokens)[:, : self.d_out].reshape(*x.shape[:-1], self.d_out)
+            run = choice.many
+        y = run(factors, tokens, None if bias is None else pad_last(bias, self.pad_out))
+        return y[:, : self.d_out].reshape(*x.shape[:-1], self.d_out)
 
 
 @lru_cache(maxsize=4096)
 def plan(structure: Structure) -> Plan:
     """The plan of an unrouted, canonical structure."""
-    fitting = [kernel for kernel in KERNELS if kernel.refuses(structure) is None]
-    few, many = (_cheapest(fitting, structure, tokens) for tokens in (1, 10**12))
+    cpu, cuda, cuda_half = (_choice(structure, target) for target in (CPU, CUDA, CUDA_HALF))
+    return Plan(
+        structure,
+        d_in=structure.d_in,
+        d_out=structure.d_out,
+        pad_in=structure.pad_in,
+        pad_out=structure.pad_out,
+        cpu=cpu,
+        cuda=cuda,
+        cuda_half=cuda_half,
+        plain=Reference().prepare(structure),
+    )
+
+
+def _choice(structure: Structure, target: Target) -> Choice:
+    fitting = [kernel for kernel in KERNELS if kernel.refuses(structure, target) is None]
+    few, many = (_cheapest(fitting, structure, tokens, target) for tokens in (1, 10**12))
     threshold = math.inf
     if few is not many:
         # Costs are affine in the number of tokens: a gentler slope pays off from one number on.
-        fixed, slope = (
-            many.cost(structure, 0) - few.cost(structure, 0),
-            _slope(few, structure) - _slope(many, structure),
-        )
-        threshold = fixed / slope
+        fixed = many.cost(structure, 0, target) - few.cost(structure, 0, target)
+        threshold = fixed / (_slope(few, structure, target) - _slope(many, structure, target))
     runners = {kernel: kernel.prepare(structure) for kernel in (few, many)}
-    plain = Reference().prepare(structure)
-    ends = (structure.d_in, structure.d_out, structure.pad_in)
-    return Plan(structure, *ends, runners[few], runners[many], plain, threshold)
+    return Choice(runners[few], runners[many], threshold)
 
 
-def _cheapest(kernels: Sequence[Kernel], structure: Structure, tokens: int) -> Kernel:
-    return min(kernels, key=lambda kernel: kernel.cost(structure, tokens))
+def _cheapest(kernels: Sequence[Kernel], structure: Structure, tokens: int, target: Target) -> Kernel:
+    return min(kernels, key=lambda kernel: kernel.cost(structure, tokens, target))
 
 
-def _slope(kernel: Kernel, structure: Structure) -> float:
-    return kernel.cost(structure, 1) - kernel.cost(structure, 0)
+def _slope(kernel: Kernel, structure: Structure, target: Target) -> float:
+    return kernel.cost(structure, 1, target) - kernel.cost(structure, 0, target)
 
 
-def _transformed(*tensors: Tensor) -> bool:
+def transformed(*tensors: Tensor) -> bool:
     """Whether forward-mode derivatives or a `torch.func` transform are at work: custom ops know neither."""
     if torch.compiler.is_compiling():
         return False
@@ -92,19 +114,21 @@ def _transformed(*tensors: Tensor) -> bool:
 def explain(subject: object, *args: object, **options: object) -> str:
     """Says what will be done with `subject` and why, as text to print.
 
-    * `explain(structure, tokens=1024)`: the kernel that runs it, and each kernel's cost or refusal.
+    * `explain(structure, tokens=1024, device="cpu", dtype=torch.float32)`: the kernel that runs it,
+      and each kernel's modelled cost or refusal.
     * `explain(model, groups)`: initialisation, learning rate and decay of every parameter.
     """
     raise TypeError(f"cannot explain a {type(subject).__name__}: pass a Structure, or a model and its parameter groups")
 
 
 @explain.register
-def _(structure: Structure, tokens: int = 1024) -> str:
-    canonical, dense = structure.canonical, 2 * structure.d_in * structure.d_out
-    refusals = {kernel: kernel.refuses(canonical) for kernel in KERNELS}
-    chosen = _cheapest([kernel for kernel in KERNELS if refusals[kernel] is None], canonical, tokens)
-    lines = [f"{structure!r}", f"runs {tokens} tokens by '{chosen.name}'"]
+def _(structure: Structure, tokens: int = 1024, device: str = "cpu", dtype: torch.dtype = torch.float32) -> str:
+    canonical, dense, target = structure.canonical, 2 * structure.d_in * structure.d_out, Target.of(device, dtype)
+    refusals = {kernel: kernel.refuses(canonical, target) for kernel in KERNELS}
+    fitting = [kernel for kernel in KERNELS if refusals[kernel] is None]
+    chosen = _cheapest(fitting, canonical, tokens, target)
+    lines = [f"{structure!r}", f"runs {tokens} tokens by '{chosen.name}' on {device} in {dtype}"]
     for kernel, refusal in refusals.items():
-        cost = kernel.cost(canonical, tokens) / (tokens * dense)
+        cost = kernel.cost(canonical, tokens, target) / (tokens * dense)
         lines.append(f"  {kernel.name:13} {refusal or f'fits, modelled cost {cost:.4g} of dense'}")
     return "\n".join(lines)

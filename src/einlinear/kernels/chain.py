@@ -3,15 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from itertools import pairwise as neighbours
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from einlinear.cost import flops
-from einlinear.kernels.kernel import Kernel, Runner
+from einlinear.kernels.kernel import CPU, Kernel, Target
 from einlinear.kernels.pairwise import pairwise
+from einlinear.kernels.stage import LARGEST, SPECS, fits, stage
 from einlinear.structure import Axes, Step, Structure
 
 TOKENS = "tokens"
@@ -28,6 +29,25 @@ class Link:
     weight: tuple[int, ...]
     spec: str
 
+    @property
+    def tiled(self) -> bool:
+        """Whether it is a stage with blocks that one tile holds."""
+        return self.spec in SPECS and fits(*self.weight[1:])
+
+    def __call__(self, state: Tensor, factor: Tensor, bias: Tensor | None = None, tiled: bool = False) -> Tensor:
+        """The next state; `bias`, one number for each feature, is added where this is the last link."""
+        state, weight = state.reshape(self.view), factor.reshape(self.weight)
+        if tiled:
+            made: Tensor = stage(state, weight, bias, self.spec)
+            return made
+        if self.spec != "mk,nk->mn":
+            state = pairwise(state, weight, self.spec)
+        elif bias is None or len(bias) == self.weight[0]:
+            return torch.nn.functional.linear(state, weight, bias)
+        else:  # the link is repeated over axes that are not its own
+            state = torch.nn.functional.linear(state, weight)
+        return state if bias is None else state.reshape(-1, len(bias)) + bias
+
 
 class Chain(Kernel):
     """Every factor one (batched) matmul, without a copy in between (KERNELS.md 2.1).
@@ -38,34 +58,66 @@ class Chain(Kernel):
 
     name: ClassVar = "chain"
 
-    def refuses(self, structure: Structure) -> str | None:
+    def refuses(self, structure: Structure, target: Target = CPU) -> str | None:
         found = links(structure)
         return found if isinstance(found, str) else None
 
-    def cost(self, structure: Structure, tokens: int) -> float:
-        return float(tokens * flops(structure))
+    def cost(self, structure: Structure, tokens: int, target: Target = CPU) -> float:
+        width = 2 if target.half else 4
+        total = 0.0
+        for step, (slices, made, summed) in zip(structure.steps, structure.matrix_shapes, strict=True):
+            weights = slices * made * summed
+            work = 2 * weights * structure.size(step.passive)
+            moved = width * (structure.size(step.state) + structure.size(step.result))
+            total += target.launch + weights * width * target.ridge + tokens * max(work, moved * target.ridge)
+        return total
 
-    def prepare(self, structure: Structure) -> Runner:
-        chain = links(structure)
-        assert not isinstance(chain, str)
-        return ChainRunner(chain, structure.size(structure.y))
+    def prepare(self, structure: Structure) -> "ChainRunner":
+        return ChainRunner(_links(structure), structure.size(structure.y))
+
+
+class Tiles(Chain):
+    """A chain whose block-diagonal links of small blocks are Triton kernels (`einlinear.kernels.stage`).
+
+    The forward moves the same bytes as `Chain`; the backward reads each of them once, and not
+    once for each gradient.
+    """
+
+    name: ClassVar = "tiles"
+
+    def refuses(self, structure: Structure, target: Target = CPU) -> str | None:
+        if not target.half or target.device != "cuda":
+            return "it takes numbers of 16 bits on a CUDA device"
+        if find_spec("triton") is None:
+            return "Triton is not installed; pip install triton"
+        if refusal := super().refuses(structure, target):
+            return refusal
+        if not any(link.tiled for link in _links(structure)):
+            return f"none of its factors has blocks of {LARGEST} x {LARGEST} or smaller"
+        return None
+
+    def cost(self, structure: Structure, tokens: int, target: Target = CPU) -> float:
+        # Measured on an H200 against Chain, forward and backward together: 15 to 35 % faster.
+        return 0.8 * super().cost(structure, tokens, target)
+
+    def prepare(self, structure: Structure) -> "ChainRunner":
+        chain = _links(structure)
+        tiled = tuple(position for position, link in enumerate(chain) if link.tiled)
+        return ChainRunner(chain, structure.size(structure.y), tiled)
 
 
 @dataclass(frozen=True)
 class ChainRunner:
-    """A chain of `links` that ends in `[tokens, width]`."""
+    """A chain of `links` that ends in `[tokens, width]`; those at the positions `tiled` as Triton kernels."""
 
     links: tuple[Link, ...]
     width: int
+    tiled: tuple[int, ...] = ()
 
-    def __call__(self, factors: Sequence[Tensor], x: Tensor) -> Tensor:
-        state = x
-        for link, factor in zip(self.links, factors, strict=True):
-            state, weight = state.reshape(link.view), factor.reshape(link.weight)
-            if link.spec == "mk,nk->mn":
-                state = torch.nn.functional.linear(state, weight)
-            else:
-                state = pairwise(state, weight, link.spec)
+    def __call__(self, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
+        state, last = x, len(self.links) - 1
+        for position, (link, factor) in enumerate(zip(self.links, factors, strict=True)):
+            state = link(state, factor, bias if position == last else None, position in self.tiled)
         return state.reshape(-1, self.width)
 
 
@@ -88,6 +140,13 @@ def links(structure: Structure) -> tuple[Link, ...] | str:
     if memory != (TOKENS, *structure.y):
         return f"the result would lie in the order {' '.join(memory)}, not {' '.join(structure.y)}"
     return tuple(chain)
+
+
+def _links(structure: Structure) -> tuple[Link, ...]:
+    """The chain of a structure that `Chain` does not refuse."""
+    chain = links(structure)
+    assert not isinstance(chain, str), chain
+    return chain
 
 
 def _link(structure: Structure, step: Step, following: Step | None, memory: Axes) -> tuple[Link, Axes] | str:

@@ -2,18 +2,48 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from einlinear.structure import Structure
 
 
+@dataclass(frozen=True)
+class Target:
+    """The kind of machine that a structure runs on, as far as the choice of a kernel goes."""
+
+    device: str = "cpu"
+    half: bool = False
+    ridge: float = 0.0
+    """FLOPs of a large matmul in the time that memory takes to move a byte."""
+    launch: float = 0.0
+    """FLOPs of a large matmul in the time that it takes to start one."""
+
+    @classmethod
+    def of(cls, device: str, dtype: torch.dtype) -> "Target":
+        if device != "cuda":
+            return CPU
+        return CUDA_HALF if dtype.itemsize == 2 else CUDA
+
+
+# On a CPU the ratio of FLOPs alone has predicted the faster kernel. The numbers for CUDA are an
+# H200's: 728 TFLOP/s in 16 bits (about 50 in 32), 4.27 TB/s, 2.5 microseconds for each kernel.
+CPU = Target()
+CUDA = Target("cuda", ridge=12.0, launch=1.2e8)
+CUDA_HALF = Target("cuda", half=True, ridge=170.0, launch=1.8e9)
+
+
 class Runner(Protocol):
     """Applies one structure; torch.compile traces it, so it holds plain integers and strings."""
 
-    def __call__(self, factors: Sequence[Tensor], x: Tensor) -> Tensor:
-        """Applies the map to `x`, `[tokens, padded d_in]`; returns `[tokens, padded d_out]`, contiguous."""
+    def __call__(self, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Applies the map to `x`, `[tokens, padded d_in]`, and adds `bias`, `[padded d_out]`.
+
+        Returns `[tokens, padded d_out]`, contiguous.
+        """
 
 
 class Kernel(ABC):
@@ -25,12 +55,12 @@ class Kernel(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def refuses(self, structure: Structure) -> str | None:
+    def refuses(self, structure: Structure, target: Target = CPU) -> str | None:
         """Why this kernel cannot run the structure, or None where it can."""
 
     @abstractmethod
-    def cost(self, structure: Structure, tokens: int) -> float:
-        """Modelled cost for `tokens` vectors, in FLOPs at the speed of a large matmul."""
+    def cost(self, structure: Structure, tokens: int, target: Target = CPU) -> float:
+        """Modelled time for `tokens` vectors, as the FLOPs of a large matmul that takes as long; affine in `tokens`."""
 
     @abstractmethod
     def prepare(self, structure: Structure) -> Runner:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from einlinear.contract import equation
-from einlinear.cost import flops
-from einlinear.kernels.kernel import Kernel, Runner
+from einlinear.kernels.chain import Chain
+from einlinear.kernels.kernel import CPU, Kernel, Target
 from einlinear.structure import Structure
 
 
@@ -18,12 +18,12 @@ class Reference(Kernel):
 
     name: ClassVar = "reference"
 
-    def refuses(self, structure: Structure) -> str | None:
+    def refuses(self, structure: Structure, target: Target = CPU) -> str | None:
         return None
 
-    def cost(self, structure: Structure, tokens: int) -> float:
+    def cost(self, structure: Structure, tokens: int, target: Target = CPU) -> float:
         # Measured against Chain on 2 CPU cores: BTT 2.2-3.6, Kronecker 1.4-1.9 times slower.
-        return 2.0 * tokens * flops(structure)
+        return 2.0 * Chain().cost(structure, tokens, target)
 
     def prepare(self, structure: Structure) -> "EinsumRunner":
         equations = tuple(
@@ -43,11 +43,12 @@ class EinsumRunner:
     factors: tuple[tuple[int, ...], ...]
     width: int
 
-    def __call__(self, factors: Sequence[Tensor], x: Tensor) -> Tensor:
+    def __call__(self, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
         state = x.reshape(-1, *self.input)
         for step, factor, shape in zip(self.equations, factors, self.factors, strict=True):
             state = torch.einsum(step, state, factor.reshape(shape))
-        return state.reshape(-1, self.width)
+        state = state.reshape(-1, self.width)
+        return state if bias is None else state + bias
 
 
 class Materialised(Kernel):
@@ -59,14 +60,17 @@ class Materialised(Kernel):
 
     name: ClassVar = "materialised"
 
-    def refuses(self, structure: Structure) -> str | None:
+    def refuses(self, structure: Structure, target: Target = CPU) -> str | None:
         return None
 
-    def cost(self, structure: Structure, tokens: int) -> float:
-        rows = structure.size(structure.x)
-        return 2.0 * tokens * rows * structure.size(structure.y) + Reference().cost(structure, rows)
+    def cost(self, structure: Structure, tokens: int, target: Target = CPU) -> float:
+        rows, columns = structure.size(structure.x), structure.size(structure.y)
+        width = 2 if target.half else 4
+        moved = width * target.ridge
+        each = max(2.0 * rows * columns, moved * (rows + columns))
+        return target.launch + rows * columns * moved + tokens * each + Reference().cost(structure, rows, target)
 
-    def prepare(self, structure: Structure) -> Runner:
+    def prepare(self, structure: Structure) -> "MaterialisedRunner":
         return MaterialisedRunner(Reference().prepare(structure), structure.size(structure.x))
 
 
@@ -77,6 +81,6 @@ class MaterialisedRunner:
     runner: EinsumRunner
     width: int
 
-    def __call__(self, factors: Sequence[Tensor], x: Tensor) -> Tensor:
+    def __call__(self, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
         eye = torch.eye(self.width, dtype=x.dtype, device=x.device)
-        return torch.nn.functional.linear(x, self.runner(factors, eye).mT)
+        return torch.nn.functional.linear(x, self.runner(factors, eye).mT, bias)
