@@ -320,7 +320,7 @@ def with_weight(weight: Tensor) -> nn.Module:
         (lambda: with_weight(torch.full((16, 16), torch.nan)), "not finite"),
         (lambda: nn.Linear(16, 3), "padding may add at most 15%"),
     ],
-    ids=str,
+    ids=["structured", "subclass", "overridden", "hooked", "parametrized", "lazy", "integer", "nan", "narrow"],
 )
 def test_a_layer_that_cannot_be_converted_is_skipped_or_refused(make, why):
     family = el.BTT(blocks=(4, 4))
