@@ -89,8 +89,10 @@ class Linear(nn.Module):
         """The effective factors, `x` and the bias, in autocast's type where that is on."""
         factors = self.effective_factors()
         bias: Tensor | None = self.bias
-        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
-            dtype = torch.get_autocast_dtype(x.device.type)
+        kind = x.device.type
+        # Not every kind of device can be asked: meta has no autocast.
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.is_floating_point():
+            dtype = torch.get_autocast_dtype(kind)
             x, factors = x.to(dtype), [factor.to(dtype) for factor in factors]
             bias = None if bias is None else bias.to(dtype)
         return factors, x, bias

@@ -1,0 +1,282 @@
+"""Every kernel computes what the reference does, gradients by name, on memory poisoned with NaN."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+import einlinear as el
+from einlinear.kernels import KERNELS, Choice, plan
+from einlinear.kernels.chain import Chain
+from einlinear.kernels.kernel import Kernel
+from einlinear.kernels.pairwise import pairwise
+from einlinear.kernels.reference import Materialised, Reference
+
+CHAINED = [
+    el.Dense(),
+    el.LowRank(rank=3),
+    el.BlockDiagonal(blocks=4),
+    el.Kronecker(),
+    el.Kronecker(cores=3),
+    el.TensorTrain(rank=2),
+    el.TensorTrain(rank=3, cores=3),
+    el.BTT(rank=1),
+    el.BTT(rank=3),
+    el.BTT(rank=1, blocks=(1, 4)),
+    el.Monarch(blocks=3),
+    el.BLAST(blocks=3, rank=5),
+]
+"""What runs as a chain of matmuls without a copy."""
+
+
+@pytest.fixture(params=[Chain(), Reference(), Materialised()], ids=lambda kernel: kernel.name)
+def kernel(request) -> Kernel:
+    return request.param
+
+
+@pytest.fixture(params=[0, 1, 7], ids="{} tokens".format)
+def tokens(request) -> int:
+    return request.param
+
+
+def with_gradients(run, leaves, grad):
+    """The output of `run` and the gradient of every leaf, by name; leaves are first tensors of their own."""
+    own = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
+    x, *factors = own.values()
+    y = run(factors, x)
+    return {"output": y, **dict(zip(own, torch.autograd.grad(y, [*own.values()], grad), strict=True))}
+
+
+def assert_same(found, wanted):
+    for name, tensor in wanted.items():
+        assert_close(found[name], tensor, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_is_the_reference_with_every_gradient(kernel, structure, factors, tokens):
+    if refusal := kernel.refuses(structure):
+        assert_is_a_reason(refusal)
+        return
+    width = structure.d_in + structure.pad_in
+    whole = replace(structure, pad_in=0, pad_out=0)
+    leaves = {"x": torch.randn(tokens, width, dtype=torch.float64)}
+    leaves |= {f"factor {k}": factor for k, factor in enumerate(factors)}
+    grad = torch.randn(tokens, whole.d_out, dtype=torch.float64)
+    found = with_gradients(kernel.prepare(structure), leaves, grad)
+    assert_same(found, with_gradients(lambda factors, x: el.apply(whole, factors, x), leaves, grad))
+    assert found["output"].is_contiguous()
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("family", CHAINED, ids=str)
+@pytest.mark.parametrize("widths", [(12, 20), (27, 64), (97, 131), (131, 97)], ids=str)
+def test_the_chain_at_odd_sizes(family, widths, draw):
+    structure = family(*widths)
+    assert Chain().refuses(structure) is None
+    factors = draw(structure)
+    leaves = {"x": torch.randn(2, 3, structure.d_in, dtype=torch.float64)}
+    leaves |= {f"factor {k}": factor for k, factor in enumerate(factors)}
+    grad = torch.randn(2, 3, structure.d_out, dtype=torch.float64)
+    runner = Chain().prepare(structure)
+    chained = replace(plan(structure), cpu=Choice(runner, runner, threshold=math.inf))
+    found = with_gradients(chained, leaves, grad)
+    assert_same(found, with_gradients(lambda factors, x: el.apply(structure, factors, x), leaves, grad))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
+def test_keeps_the_dtype(kernel, dtype, draw):
+    structure = el.BTT(rank=2)(16, 36)
+    factors = [factor.to(dtype) for factor in draw(structure)]
+    x = torch.randn(5, 16).to(dtype)
+    y = kernel.prepare(structure)(factors, x)
+    assert y.dtype == dtype
+    tolerance = 3e-2 if dtype is torch.bfloat16 else 1e-5
+    assert_close(y, el.apply(structure, factors, x), rtol=tolerance, atol=tolerance)
+
+
+def test_complex_gradients_are_those_of_the_reference():
+    structure = el.BTT(rank=2)(16, 36)
+    shapes = {"x": (5, 16)} | {f"factor {k}": shape for k, shape in enumerate(structure.factor_shapes)}
+    leaves = {name: torch.randn(shape, dtype=torch.complex128) for name, shape in shapes.items()}
+    grad = torch.randn(5, 36, dtype=torch.complex128)
+    found = with_gradients(Chain().prepare(structure), leaves, grad)
+    assert_same(found, with_gradients(lambda factors, x: el.apply(structure, factors, x), leaves, grad))
+
+
+@pytest.mark.parametrize("family", CHAINED, ids=str)
+def test_inputs_of_any_strides(family, draw):
+    structure = family(36, 64)
+    factors = draw(structure)
+    base = torch.randn(36, 10, dtype=torch.float64)
+    wide = torch.randn(5, 72, dtype=torch.float64)
+    for x in (base.mT, wide[:, ::2], base.mT[::2], wide[:1, :36].expand(4, 36), wide.as_strided((3, 36), (7, 1))):
+        assert_close(plan(structure)(factors, x), el.apply(structure, factors, x))
+    twisted = [factor.mT.contiguous().mT for factor in factors]
+    assert_close(plan(structure)(twisted, base.mT), el.apply(structure, factors, base.mT))
+
+
+@pytest.mark.parametrize("family", [el.BTT(rank=2), el.Kronecker(), el.BLAST(blocks=2, rank=2)], ids=str)
+def test_second_derivatives(family, draw):
+    structure = family(8, 6)
+    run, leaves = Chain().prepare(structure), [torch.randn(2, 8, dtype=torch.float64), *draw(structure)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    assert torch.autograd.gradcheck(lambda x, *factors: run(factors, x), leaves)
+    assert torch.autograd.gradgradcheck(lambda x, *factors: run(factors, x), leaves)
+
+
+# The custom operation under the chain
+
+CONTRACTIONS = [
+    "mgk,gnk->gnm",
+    "gkm,gnk->gnm",
+    "gkm,gnk->mgn",
+    "mgk,gnk->mgn",
+    "mkg,gnk->gnm",
+    "bkm,bnk->mbn",
+    "mk,nk->mn",
+    "mk,nk->nm",
+    "km,nk->nm",
+    "bkq,nk->bnq",
+    "bkq,knq->bqn",
+]
+
+
+def operands(spec, odd=0, **options):
+    """Two tensors of the axes that `spec` names, each axis of another size."""
+    size = {letter: 2 + odd + position for position, letter in enumerate("bgkmnq")}
+    left, _ = spec.split("->")
+    return [torch.randn([size[name] for name in axes], dtype=torch.float64, **options) for axes in left.split(",")]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("spec", CONTRACTIONS)
+@pytest.mark.parametrize("odd", [0, 1])
+def test_the_operation_is_the_einsum_that_it_names(spec, odd):
+    a, b = operands(spec, odd)
+    assert_close(pairwise(a, b, spec), torch.einsum(spec, a, b))
+
+
+@pytest.mark.parametrize("spec", CONTRACTIONS)
+def test_the_operation_is_registered_soundly(spec):
+    torch.library.opcheck(torch.ops.einlinear.pairwise.default, (*operands(spec, requires_grad=True), spec))
+
+
+def test_the_operation_counts_its_flops():
+    with FlopCounterMode(display=False) as counter:
+        pairwise(torch.randn(5, 2, 3), torch.randn(2, 7, 3), "mgk,gnk->gnm")
+    assert counter.get_total_flops() == 2 * 5 * 2 * 3 * 7
+
+
+def test_only_the_gradients_that_are_asked_for_are_computed():
+    a, b = torch.randn(5, 2, 3, requires_grad=True), torch.randn(2, 7, 3)
+    with FlopCounterMode(display=False) as counter:
+        pairwise(a, b, "mgk,gnk->gnm").sum().backward()
+    assert counter.get_total_flops() == 2 * (2 * 5 * 2 * 3 * 7)
+
+
+# Choice
+
+
+@pytest.mark.parametrize("family", [*CHAINED, *el.families()], ids=str)
+def test_a_plan_never_picks_the_costlier_kernel(family):
+    """The matrix is made exactly where that is modelled cheaper, and the threshold is where costs cross."""
+    structure = family(64, 64)
+    found = plan(structure).cpu
+    fitting = [kernel for kernel in KERNELS if kernel.refuses(structure) is None]
+    for tokens in (1, 2, 10, 100, 1_000, 100_000, 10_000_000):
+        run = found.few if tokens <= found.threshold else found.many
+        chosen = [kernel for kernel in fitting if kernel.prepare(structure) == run]
+        least = min(kernel.cost(structure, tokens) for kernel in fitting)
+        assert min(kernel.cost(structure, tokens) for kernel in chosen) == pytest.approx(least)
+
+
+def test_the_matrix_is_made_for_many_tokens_of_a_structure_dearer_than_dense():
+    dear = el.BTT(rank=16)(64, 64)
+    assert el.flops(dear) > 2 * 64 * 64
+    found = plan(dear).cpu
+    assert found.few == Chain().prepare(dear)
+    assert found.many == Materialised().prepare(dear)
+    assert 1 < found.threshold < 10_000
+    low, high = int(found.threshold), int(found.threshold) + 2
+    assert Chain().cost(dear, low) <= Materialised().cost(dear, low)
+    assert Chain().cost(dear, high) > Materialised().cost(dear, high)
+
+
+def test_the_matrix_is_never_made_for_a_structure_cheaper_than_dense():
+    structure = el.BTT(rank=1)(1024, 1024)
+    assert plan(structure).cpu.few == plan(structure).cpu.many == Chain().prepare(structure)
+
+
+def test_both_sides_of_the_threshold_compute_the_same(draw):
+    structure = el.BTT(rank=16)(64, 64)
+    factors, found = draw(structure), plan(structure)
+    x = torch.randn(int(found.cpu.threshold) + 5, 64, dtype=torch.float64)
+    few = torch.cat([found(factors, rows) for rows in x.split(16)])
+    assert_close(found(factors, x), few)
+    assert_close(few, el.apply(structure, factors, x))
+
+
+def test_explain_says_what_runs_and_why():
+    cheap = el.explain(el.BTT(rank=1)(1024, 1024))
+    assert "runs 1024 tokens by 'chain'" in cheap
+    assert "chain         fits, modelled cost 0.0625 of dense" in cheap
+    dear = el.BTT(rank=16)(64, 64)
+    assert "by 'chain'" in el.explain(dear, tokens=1)
+    assert "by 'materialised'" in el.explain(dear, tokens=10**6)
+
+
+@pytest.mark.parametrize("family", el.families(), ids=str)
+def test_explain_lists_every_kernel_with_its_cost_or_its_reason(family):
+    structure = family(36, 64)
+    lines = el.explain(structure, tokens=10).splitlines()
+    assert lines[0] == repr(structure)
+    for kernel, line in zip(KERNELS, lines[2:], strict=True):
+        assert line.split()[0] == kernel.name
+        assert (kernel.refuses(structure) or "fits, modelled cost ") in line
+
+
+def test_explain_of_something_else():
+    with pytest.raises(TypeError, match="cannot explain a int: pass a Structure"):
+        el.explain(3)
+
+
+# Refusals
+
+
+def assert_is_a_reason(refusal):
+    assert isinstance(refusal, str)
+    assert len(refusal.split()) > 3
+
+
+@pytest.mark.parametrize(
+    "structure, says",
+    [
+        (el.Structure.parse("i, i r, o r -> o", i=2, r=3, o=4), "not written in the order batch, new, summed"),
+        (el.Structure.parse("i, e o i -> o", i=2, e=3, o=4), "an axis to itself, which only a router gives a use"),
+        (el.Structure.parse("i, o i, o -> o", i=2, o=4), "it sums over nothing or makes nothing"),
+        (el.Theta((0.4, 0.2, 0.4, 0.2, 0.4, 0.4, 0.1))(64, 64), "repeated over some axes and shared by others"),
+        (el.Butterfly()(16, 16), "do not lie together"),
+    ],
+    ids=str,
+)
+def test_what_the_chain_refuses_it_refuses_in_a_sentence(structure, says):
+    refusal = Chain().refuses(structure)
+    assert_is_a_reason(refusal)
+    assert says in refusal
+
+
+@pytest.mark.parametrize("family", [el.Butterfly(), el.Theta((0.4, 0.2, 0.4, 0.2, 0.4, 0.4, 0.1))], ids=str)
+def test_what_the_chain_refuses_still_runs(family, draw):
+    structure = family(36, 64)
+    factors = draw(structure)
+    x = torch.randn(5, 36, dtype=torch.float64)
+    assert_close(plan(structure)(factors, x), el.apply(structure, factors, x))
+
+
+def test_a_wrong_width_is_refused_in_a_sentence(draw):
+    structure = el.BTT()(16, 36)
+    with pytest.raises(el.StructureError, match="its last dimension must be d_in = 16"):
+        plan(structure)(draw(structure), torch.randn(5, 17, dtype=torch.float64))
