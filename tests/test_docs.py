@@ -1,0 +1,66 @@
+"""What is written runs: examples in docstrings, snippets in the README, and its generated table."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import einlinear as el
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(el.__path__, "einlinear.")
+    if not module.name.endswith("__main__") and not module.name.startswith(("einlinear.lab", "einlinear.cli"))
+]
+PUBLIC = sorted(name for name in dir(el) if not name.startswith("_"))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings(name):
+    results = doctest.testmod(importlib.import_module(name))
+    assert results.failed == 0
+
+
+def test_there_are_examples():
+    finder = doctest.DocTestFinder()
+    tests = [test for name in MODULES for test in finder.find(importlib.import_module(name))]
+    assert sum(len(test.examples) for test in tests) > 3
+
+
+def test_the_readme_runs(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(snippets) >= 3
+    names: dict[str, object] = {}
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), names)
+
+
+def test_the_readme_names_only_what_exists():
+    named = set(re.findall(r"\bel\.(\w+)", README))
+    assert named
+    assert not {name for name in named if not hasattr(el, name)}
+
+
+def test_every_public_name_is_documented():
+    for name in PUBLIC:
+        value = getattr(el, name)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            assert value.__doc__ and not value.__doc__.startswith(f"{name}("), f"{name} has no docstring"
+
+
+def test_every_family_is_in_the_readme():
+    table = README.partition("<!-- families -->")[2]
+    for family in el.families():
+        assert f"| {family} |" in table, f"{family} is missing; write the output of `einlinear table --markdown` there"
+        structure = family(1024, 1024)
+        (row,) = [line for line in table.splitlines() if line.startswith(f"| {family} |")]
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert cells[1:3] == [f"{el.parameters(structure):,}", f"{el.flops(structure):,}"]
+        assert cells[4] == f"{el.generic_rank(structure):,}"
+        assert [float(value) for value in cells[5].split()] == [*el.taxonomy(family)]
