@@ -1,14 +1,23 @@
 """The command line: one thin verb for each public function. torch is imported by the verbs that need it."""
 
 import json
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 import einlinear as el
+
+if TYPE_CHECKING:
+    from einlinear.lab.compare import Progress
+    from einlinear.lab.run import Run
+
+Number = TypeVar("Number", int, float)
 
 app = typer.Typer(
     name="einlinear",
@@ -27,10 +36,11 @@ def main() -> None:
     """Runs the command line; what a user can mend ends in one sentence and exit code 1."""
     try:
         app()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"einlinear: {error}")
     except KeyboardInterrupt:
-        sys.exit("einlinear: interrupted; nothing finished is lost, and the same command goes on from there")
+        print("einlinear: interrupted; what was done is kept, and the same command goes on from there", file=sys.stderr)  # noqa: T201
+        sys.exit(130)
 
 
 @app.callback(invoke_without_command=True)
@@ -142,3 +152,155 @@ def _sizes(expression: str, sizes: list[str]) -> dict[str, int]:
                 f"cannot read the sizes of '{expression}': expected axis=number, as in i=768, found '{name}={size}'"
             )
     return {name: int(size) for name, _, size in pairs}
+
+
+@app.command()
+def compare(
+    task: Annotated[
+        str, typer.Argument(help="bytes, text, pixels, images, teacher, openwebtext or cifar10.")
+    ] = "bytes",
+    paths: Annotated[
+        list[Path] | None, typer.Argument(help="Files or folders of the task 'text' and its like.")
+    ] = None,
+    structure: Annotated[
+        list[str] | None, typer.Option("--structure", "-s", help="One to compare, such as 'btt(rank=2)'; repeatable.")
+    ] = None,
+    widths: Annotated[str, typer.Option(help="Widths of the models, as in 32,64,96,128.")] = "",
+    horizons: Annotated[str, typer.Option(help="Training lengths in tokens (or examples), as in 150000,300000.")] = "",
+    rates: Annotated[str, typer.Option(help="Base learning rates to tune over; a single one is taken as it is.")] = "",
+    seeds: Annotated[str, typer.Option(help="Seeds, as in 0,1,2: more of them narrow the intervals.")] = "",
+    depth: Annotated[int | None, typer.Option(min=1, help="Blocks of the models.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the accelerator if there is one.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Training processes; by default one for each core.")
+    ] = None,
+    store: Store = Path("runs/compare.sqlite"),
+    report: Report = Path("runs/compare.html"),
+    plan_only: Annotated[
+        bool, typer.Option("--plan", help="Only say what would be trained, and how long it takes.")
+    ] = False,
+) -> None:
+    """Which structure spends compute best: trains a grid of structures and widths, and reports with intervals.
+
+    Every structure is first tuned; every finished run is stored at once, and the same command goes on where it
+    was stopped.
+    """
+    from einlinear.lab import compare as lab
+    from einlinear.lab.data import load
+    from einlinear.lab.store import Store
+    from einlinear.lab.sweep import Machine
+
+    machine = Machine.here(device)
+    if workers is not None:
+        machine = replace(machine, workers=workers)
+    data = load(task, paths=paths or ())
+    changed = {
+        "families": tuple(structure or ()),
+        "widths": _numbers("widths", widths, int),
+        "horizons": _numbers("horizons", horizons, int),
+        "rates": _numbers("rates", rates, float),
+        "seeds": _numbers("seeds", seeds, int),
+        "depth": depth,
+    }
+    plan = replace(lab.default_plan(data, machine.device), **{name: value for name, value in changed.items() if value})
+    typer.echo(f"{data.name}: {data.description}")
+    typer.echo(lab.describe(plan, data, machine))
+    if plan_only:
+        return
+    store.parent.mkdir(parents=True, exist_ok=True)
+    with Store(store) as opened, _progress() as progress:
+        runs = lab.compare(plan, data, opened, machine=machine, folder=store.with_suffix(".parts"), progress=progress)
+    _write(runs, report)
+
+
+@app.command("report")
+def write_again(
+    task: Annotated[str, typer.Option(help="The task whose runs are reported.")] = "bytes",
+    store: Store = Path("runs/compare.sqlite"),
+    report: Report = Path("runs/compare.html"),
+    figure: Annotated[Path | None, typer.Option(help="Also write the main figure alone: .svg or .png.")] = None,
+    mixed: Annotated[
+        bool, typer.Option("--allow-mixed-data", help="Put runs on different data or settings in one fit.")
+    ] = False,
+) -> None:
+    """The report of `compare`, written again from the stored runs."""
+    from einlinear.lab.report import save_figure
+    from einlinear.lab.store import Store
+
+    if not store.exists():
+        raise ValueError(f"cannot report on {store}: there is no such file; run 'einlinear compare' first")
+    with Store(store) as opened:
+        runs = opened.runs(task=task)
+    if not runs:
+        raise ValueError(
+            f"cannot report on the task '{task}': {store} holds no runs of it; run 'einlinear compare {task}'"
+        )
+    _write(runs, report, mixed)
+    if figure:
+        save_figure(runs, figure)
+        typer.echo(f"figure: {figure}")
+
+
+@app.command()
+def check(
+    structure: Annotated[str, typer.Argument(help="A family, such as 'btt(rank=4)'.")] = "btt(rank=4)",
+    widths: Annotated[
+        str, typer.Option(help="Widths of the models; powers of 4 suit most structures.")
+    ] = "64,256,1024",
+    optimizer: Annotated[str, typer.Option(help="adamw, sgd or muon.")] = "adamw",
+) -> None:
+    """Whether learning rates transfer across widths: each factor's own updates must keep their size.
+
+    Exit code 1 if they do not.
+    """
+    verdict = el.check(el.default_model(structure), _numbers("widths", widths, int), optimizer=optimizer)
+    typer.echo(str(verdict))
+    raise typer.Exit(0 if verdict.ok else 1)
+
+
+def _numbers(option: str, text: str, kind: type[Number]) -> tuple[Number, ...]:
+    try:
+        return tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(
+            f"cannot read --{option} '{text}': expected numbers with commas between, as in 32,64"
+        ) from None
+
+
+def _write(runs: "Sequence[Run]", report: Path, allow_mixed_data: bool = False) -> None:
+    from rich.console import Console
+
+    from einlinear.lab.report import print_summary, write_report
+    from einlinear.lab.summary import summary
+
+    print_summary(summary(runs, allow_mixed_data=allow_mixed_data), Console())
+    report.parent.mkdir(parents=True, exist_ok=True)
+    write_report(runs, report, command=shlex.join(["einlinear", *sys.argv[1:]]), allow_mixed_data=allow_mixed_data)
+    typer.echo(f"report: {report}")
+
+
+@contextmanager
+def _progress() -> "Iterator[Callable[[Progress], None]]":
+    """A bar with the time left in a terminal; elsewhere one plain line for each finished run."""
+    from rich import progress as rich
+
+    columns = (
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.TaskProgressColumn(),
+        rich.TextColumn("{task.fields[left]}"),
+    )
+    with rich.Progress(*columns, disable=not sys.stdout.isatty()) as bar:
+        shown = bar.add_task("training", total=1.0, left="")
+
+        def tell(progress: "Progress") -> None:
+            left = "" if progress.seconds_left is None else f"{progress.seconds_left / 60:.1f} minutes left"
+            counted = f"run {progress.runs} of {progress.total}"
+            bar.update(shown, completed=progress.share, description=counted, left=left)
+            if progress.run:
+                outcome = f"loss {progress.run.loss:.4f}" if progress.run.loss is not None else progress.run.status
+                line = f"{counted}: {progress.run.family}, width {progress.run.width}, {progress.run.tokens:,} tokens"
+                line += f", rate {progress.run.rate:.3g} ({progress.run.purpose}): {outcome}"
+                bar.console.print(line, highlight=False) if not bar.disable else typer.echo(f"{line}; {left}")
+
+        yield tell
