@@ -30,7 +30,7 @@ def test_a_frontier_without_noise_is_recovered(simulate, floor, exponent):
     assert pytest.approx(floor, abs=1e-3) == law.E
     assert law.c == pytest.approx(exponent, rel=5e-3)
     assert pytest.approx(0.5e12, rel=0.02) == law.C0
-    assert law.agreement > 0.5 and len(law.cells) == 8
+    assert law.agreement > 0.5 and len(law.fitted) == 8
     loss, low, high = law.loss(np.array([1e11, 1e13]))
     assert loss == pytest.approx(floor + (np.array([1e11, 1e13]) / 0.5e12) ** -exponent, rel=1e-3)
     assert (low <= loss).all() and (loss <= high).all()
@@ -38,7 +38,7 @@ def test_a_frontier_without_noise_is_recovered(simulate, floor, exponent):
 
 def test_the_t_interval_covers_95_percent_under_the_model(simulate):
     inside = []
-    for seed in range(400):
+    for seed in range(300):
         runs = simulate({"dense": 1.0, BTT: 1.5}, noise=0.005, seed=seed)
         cells = list(laws._cells(runs, "flops").values())
         found = fit.fit_law(laws._sample(cells, laws._centre([*cells[0], *cells[1]])), draws=0)
@@ -50,11 +50,11 @@ def test_the_t_interval_covers_95_percent_under_the_model(simulate):
 @pytest.mark.parametrize("trunk_share", [0.0, 0.8])
 def test_the_reported_interval_covers_also_when_horizons_share_a_trunk(simulate, trunk_share):
     inside = []
-    for seed in range(60):
+    for seed in range(40):
         runs = simulate({"dense": 1.0, BTT: 1.5}, noise=0.005, seed=seed, trunk_share=trunk_share)
         found = multiplier(runs, BTT)
         inside.append(found.low < 1.5 < found.high)
-    assert np.mean(inside) >= 0.88  # .95 within two standard errors of 60 draws
+    assert np.mean(inside) >= 0.875  # .95 within two standard errors of 40 draws
 
 
 def test_dependent_horizons_widen_the_interval(simulate):
@@ -146,7 +146,8 @@ def test_the_answer_is_in_words_and_numbers_and_honest(simulate):
         better.startswith("At equal loss, dense needs 1.5") and "worse than dense: low_rank(rank=4)" in better.lower()
     )
     undecided = answer(summary(simulate({"dense": 1.0, BTT: 1.0}, noise=0.02)))
-    assert undecided.startswith("No structure tried is shown to spend training compute better than dense. Undecided")
+    assert undecided.startswith("No structure tried is shown to spend training compute better than dense.")
+    assert "By training compute, undecided: btt(rank=1)" in undecided
     alone = simulate({"dense": 1.0})
     assert "add another structure" in answer(summary(alone))
     assert "nothing to compare" in answer(summary([replace(r, status="diverged", loss=None) for r in alone]))

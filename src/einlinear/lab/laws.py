@@ -23,7 +23,7 @@ AXES: dict[Axis, str] = {
     "flops": "training FLOPs",
     "seconds": "training seconds",
     "parameters": "parameters",
-    "linear_flops": "training FLOPs of the linear layers",
+    "linear_flops": "FLOPs in linear layers",
 }
 
 SCATTERS = 4.0  # a cell counts as frontier up to so many standard deviations of the noise above the hull
@@ -56,8 +56,9 @@ class Frontier:
 
     family: str
     axis: Axis
+    cells: tuple[Cell, ...]
     hull: tuple[Cell, ...]
-    cells: tuple[Cell, ...] = ()  # those fitted: on the hull or near it
+    fitted: tuple[Cell, ...] = ()  # those on the hull or near it
     E: float = math.nan  # nats; 0 where the data do not show a floor
     C0: float = math.nan  # cost at which the reducible loss is one nat, in units of the axis
     c: float = math.nan
@@ -149,7 +150,7 @@ def fit_frontier(cells: Sequence[Cell], axis: Axis = "flops") -> Frontier:
     cost it is often flat. Otherwise E = 0. With fewer than three cells, or where cost does not
     help, there is no law and `reason` says so.
     """
-    nothing = Frontier(family=cells[0].family, axis=axis, hull=tuple(_hull(cells)))
+    nothing = Frontier(family=cells[0].family, axis=axis, cells=tuple(cells), hull=tuple(_hull(cells)))
     kept = _frontier(cells)
     if len(kept) < 3:
         return replace(nothing, reason="fewer than three sizes on its lower hull: no law of its own")
@@ -163,7 +164,7 @@ def fit_frontier(cells: Sequence[Cell], axis: Axis = "flops") -> Frontier:
         return replace(nothing, reason="its loss does not fall with cost: no law")
     low, high = fit.interval(lambda parameters: parameters[:, 2:3])
     return replace(
-        nothing, cells=tuple(kept), E=floor, C0=math.exp(centre + scale / exponent), c=exponent,
+        nothing, fitted=tuple(kept), E=floor, C0=math.exp(centre + scale / exponent), c=exponent,
         c_low=float(low[0]), c_high=float(high[0]), agreement=fit.agreement, _fit=fit, _centre=centre,
     )  # fmt: skip
 
@@ -265,8 +266,6 @@ def _slope(left: Cell, right: Cell) -> float:
 
 def _near(cells: Sequence[Cell], tolerance: float) -> list[Cell]:
     """The cells at most `tolerance` in ln loss above their lower hull, or above its end to its right."""
-    if not cells:
-        return []
     vertices = _hull(cells)
     floor = np.interp(
         [math.log(cell.cost) for cell in cells],
@@ -283,7 +282,9 @@ def _frontier(cells: Sequence[Cell]) -> list[Cell]:
     come out too narrow (coverage .82 to .87 in simulation). The noise is what a smooth surface in parameters
     and tokens leaves of ln loss; where there are too few cells to tell, 2 % of the loss.
     """
-    size = np.log([cell.runs[0].parameters for cell in cells])
+    if not cells:
+        return []
+    size = np.log([max(1, cell.runs[0].parameters) for cell in cells])
     size -= size.mean()
     tokens = np.log([cell.tokens for cell in cells])
     tokens -= tokens.mean()

@@ -97,41 +97,45 @@ def summary(runs: Sequence[Run], baseline: str = "dense", *, allow_mixed_data: b
 
 
 def answer(summary: Summary) -> str:
-    """Which structure spends compute best, in one to three sentences; undecided where an interval holds 1."""
+    """Which structure spends compute best, in words and numbers; undecided where an interval holds 1."""
+    return " ".join(sentences(summary))
+
+
+def sentences(summary: Summary) -> list[str]:
+    """The answer as one to three sentences, the most important first."""
     by_flops, by_seconds = summary.multipliers("flops"), summary.multipliers("seconds")
     baseline = summary.baseline
     if not any(family.runs for family in summary.families):
-        return "No measurement run has finished yet, so there is nothing to compare."
+        return ["No measurement run has finished yet, so there is nothing to compare."]
     if not by_flops:
-        return f"The runs so far do not allow a comparison with {baseline}: " + _why_not(summary)
-    groups = {verdict: [m for m in by_flops if m.verdict == verdict] for verdict in ("better", "undecided", "worse")}
-    sentences = []
-    if groups["better"]:
-        first, *others = groups["better"]
-        sentence = (
+        return [f"The runs so far do not allow a comparison with {baseline}: {_why_not(summary)}"]
+    said = []
+    better = [m for m in by_flops if m.verdict == "better"]
+    if better:
+        first, *others = better
+        said.append(
             f"At equal loss, {baseline} needs {first.value:.2f} times the training compute of {first.family} "
             f"(95 % interval {first.low:.2f} to {first.high:.2f})"
+            + "".join(f", and {m.value:.2f} times that of {m.family} ({m.low:.2f} to {m.high:.2f})" for m in others)
+            + "."
         )
-        sentences.append(sentence + "".join(f", and {m.value:.2f} times that of {_named(m)}" for m in others) + ".")
     else:
-        sentences.append(f"No structure tried is shown to spend training compute better than {baseline}.")
-    rest = []
-    if groups["undecided"]:
-        rest.append("undecided: " + ", ".join(f"{m.family} {m}" for m in groups["undecided"]))
-    if groups["worse"]:
-        rest.append(f"worse than {baseline}: " + ", ".join(f"{m.family} {m}" for m in groups["worse"]))
-    if rest:
-        text = "; ".join(rest)
-        sentences.append(text[0].upper() + text[1:] + ".")
+        said.append(f"No structure tried is shown to spend training compute better than {baseline}.")
+    if rest := [m for m in by_flops if m.verdict != "better"]:
+        said.append(f"By training compute, {_by_verdict(rest, baseline)}.")
     if by_seconds:
-        device = ", ".join(sorted({run.device for run in summary.runs if run.device}))
-        listed = ", ".join(f"{m.family} {m} {m.verdict}" for m in by_seconds)
-        sentences.append(f"In measured seconds{f' on {device}' if device else ''}: {listed}.")
-    return " ".join(sentences)
+        device = "; ".join(sorted({run.device for run in summary.runs if run.device}))
+        said.append(f"By measured seconds{f' ({device})' if device else ''}, {_by_verdict(by_seconds, baseline)}.")
+    return said
 
 
-def _named(multiplier: Multiplier) -> str:
-    return f"{multiplier.family} ({multiplier.low:.2f} to {multiplier.high:.2f})"
+def _by_verdict(multipliers: Sequence[Multiplier], baseline: str) -> str:
+    groups = {"better": f"better than {baseline}", "undecided": "undecided", "worse": f"worse than {baseline}"}
+    return "; ".join(
+        f"{words}: " + ", ".join(f"{m.family} {m}" for m in multipliers if m.verdict == verdict)
+        for verdict, words in groups.items()
+        if any(m.verdict == verdict for m in multipliers)
+    )
 
 
 def _why_not(summary: Summary) -> str:

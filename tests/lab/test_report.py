@@ -1,0 +1,208 @@
+"""The report stands alone, says what was found, and treats what comes from data as text."""
+
+import base64
+import csv
+import errno
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass, replace
+from html.parser import HTMLParser
+
+import pytest
+from rich.console import Console
+
+from einlinear.lab.report import page, print_summary, save_figure, write_report
+from einlinear.lab.summary import answer, summary
+
+
+class Page(HTMLParser):
+    """Attributes that load something, the visible text, and the text of each script."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.source, self.loads, self.text, self.scripts, self.tags = source, [], [], [], []
+        self.feed(source)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.loads += [value for name, value in attributes if name in ("src", "href", "srcset", "data", "action")]
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_data(self, data):
+        if self.tags[-1:] == ["script"] and self.cdata_elem == "script":
+            self.scripts[-1] += data
+        elif self.cdata_elem is None:
+            self.text.append(data)
+
+    @property
+    def words(self) -> str:
+        return " ".join(" ".join(self.text).split())
+
+
+@pytest.fixture(scope="module")
+def written(study, tmp_path_factory):
+    path = tmp_path_factory.mktemp("report") / "deep" / "report.html"
+    write_report(study, path, command="einlinear compare --seed 0")
+    return path
+
+
+@pytest.fixture(scope="module")
+def parsed(written):
+    return Page(written.read_text())
+
+
+def test_the_page_loads_nothing_and_is_small(written, parsed):
+    assert written.stat().st_size < 3_000_000
+    assert parsed.loads and all(value.startswith("data:") for value in parsed.loads)
+    assert "default-src 'none'" in parsed.source
+    styles = re.findall(r"<style>(.*?)</style>", parsed.source, re.S)
+    assert not any("url(" in style or "@import" in style for style in styles)
+
+
+def test_the_answer_comes_first_and_everything_is_told(study, parsed):
+    words, said = parsed.words, answer(summary(study))
+    assert said.startswith("At equal loss, dense needs 1.5")
+    first = said.split(" By ")[0]
+    assert words.index(first) < words.index("Loss against training compute")
+    for family in {run.family for run in study}:
+        assert family in words
+    assert "loss is not a number at step 1,904" in words and "einlinear compare --seed 0" in words
+    for fact in ("3f9a1c02be774d10", "torch 2.13.0", "1a2b3c4", "cpu, 2 threads", "batch 32", "One seed per size"):
+        assert fact in words
+    rows = re.search(r'<table id="runs">(.*?)</table>', parsed.source, re.S).group(1).count("<tr") - 1
+    assert rows == len(study)
+
+
+def test_the_charts_hold_the_runs_and_the_laws(study, parsed):
+    charts = json.loads(next(script for script in parsed.scripts if script.startswith("{")))
+    assert set(charts) == {"flops", "seconds", "parameters", "multipliers", "tuning"}
+    for name in charts:
+        assert f'id="{name}"' in parsed.source
+    sizes = {json.dumps(row) for rows in charts["flops"]["datasets"].values() for row in rows if "seeds" in row}
+    assert len(sizes) == sum(run.purpose == "measure" and run.status == "done" for run in study)
+
+
+def test_without_javascript_the_main_figures_are_there(parsed):
+    pictures = re.findall(r"<noscript><svg(.*?)</svg></noscript>", parsed.source, re.S)
+    assert len(pictures) == 2 and all("training FLOPs" in picture for picture in pictures)
+
+
+def test_downloads_are_the_runs_and_the_summary(study, parsed):
+    table, found = (base64.b64decode(value.split(",")[1]).decode() for value in parsed.loads)
+    rows = list(csv.DictReader(io.StringIO(table)))
+    assert [(row["family"], int(row["flops"]), row["status"]) for row in rows] == [
+        (run.family, run.flops, run.status) for run in study
+    ]
+    data = json.loads(found, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert data["families"][1]["multipliers"]["flops"]["verdict"] == "better"
+
+
+def test_text_from_data_is_escaped(make_study, tmp_path):
+    evil = '<script>alert("x")</script>'
+    runs = [replace(run, device=evil, reason=run.reason and evil) for run in make_study(evil)]
+    write_report(runs, tmp_path / "r.html", command=evil)
+    parsed = Page((tmp_path / "r.html").read_text())
+    assert not any("alert" in script for script in parsed.scripts if not script.startswith("{"))
+    assert parsed.tags.count("script") == 3 and evil not in parsed.source
+    assert evil in parsed.words
+
+
+def test_a_plan_is_listed(study, tmp_path):
+    @dataclass(frozen=True)
+    class Recipe:
+        batch: int = 77
+
+    @dataclass(frozen=True)
+    class Plan:
+        widths: tuple[int, ...] = (64, 128)
+        recipe: Recipe = Recipe()
+
+    write_report(study, tmp_path / "r.html", plan=Plan())
+    words = Page((tmp_path / "r.html").read_text()).words
+    assert "64, 128" in words and "recipe.batch 77" in words
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda run: False,
+        lambda run: run.family == "dense",
+        lambda run: run.family != "dense",
+        lambda run: run.purpose == "tune",
+        lambda run: run.width == 64 and run.purpose == "measure",
+        lambda run: run.status != "done",
+    ],
+    ids=["nothing", "only dense", "no dense", "only tuning", "one width", "all diverged"],
+)
+def test_an_unfinished_study_has_a_report_too(study, tmp_path, choose):
+    runs = [run for run in study if choose(run)]
+    write_report(runs, tmp_path / "r.html")
+    words = Page((tmp_path / "r.html").read_text()).words
+    assert answer(summary(runs)).split(":")[0] in words
+    print_summary(summary(runs), Console(file=io.StringIO()))
+
+
+def test_a_full_disk_leaves_the_old_report_and_one_sentence(study, tmp_path, monkeypatch):
+    path = tmp_path / "r.html"
+    path.write_text("the old one")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(page.os, "replace", full)
+    with pytest.raises(OSError, match=r"^Writing the report to .*r\.html: no space left on device; make room"):
+        write_report(study, path)
+    assert path.read_text() == "the old one" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_is_one_sentence(study, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"^Writing the figure to "):
+        save_figure(study, tmp_path / "file" / "figure.svg")
+
+
+def test_the_figure_is_svg_or_png(study, tmp_path):
+    save_figure(study, tmp_path / "f.svg")
+    save_figure(study, tmp_path / "f.png")
+    assert (tmp_path / "f.svg").read_text().startswith("<svg") and "btt(rank=1)" in (tmp_path / "f.svg").read_text()
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"only \.svg and \.png"):
+        save_figure(study, tmp_path / "f.pdf")
+
+
+def test_the_terminal_table_has_multipliers_and_failures(study):
+    text = io.StringIO()
+    print_summary(summary(study), Console(file=text, width=140))
+    lines = text.getvalue().splitlines()
+    btt = next(line for line in lines if "btt(rank=1)" in line)
+    assert re.search(r"1\.5\d× \(1\.\d\d–1\.\d\d\) better", btt) and "worse" in btt
+    assert any("monarch" in line and "7 (1 failed)" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0, "0"), (999, "999"), (1234, "1.23 k"), (3.06e14, "306 T"), (float("nan"), "–")]
+)
+def test_quantities(value, text):
+    assert page.quantity(value).replace(page.SPACE, " ") == text
+
+
+def test_a_browser_draws_every_chart_without_complaint(written, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium on this machine: the page was not rendered")
+    done = subprocess.run(
+        [
+            browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+            "--disable-component-update", "--disable-sync", "--no-first-run", f"--user-data-dir={tmp_path}",
+            "--enable-logging=stderr", "--virtual-time-budget=8000", "--dump-dom", written.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+    drawn = re.findall(r'<div class="chart[^"]*" id="(\w+)".*?<svg', done.stdout, re.S)
+    assert drawn == ["flops", "seconds", "parameters", "multipliers", "tuning"]
