@@ -36,11 +36,12 @@ class Rule:
 
     `of_matrix(fan_in, fan_out, slices)` makes the update of a stack of matrices a map of norm
     Θ(1); the rate of a factor is this, over that of the dense layer it replaces, over the number
-    of factors. `width(m_in, m_out)` is the multiplier of a vector whose width is `m_out` times
-    the tuned one, in the form of microsoft/mup (Tensor Programs V, table 8).
+    of factors. `of_vector(width_mult)` is the multiplier of a vector, an embedding or a readout
+    whose width is `width_mult` times the tuned one, in the form of microsoft/mup (Tensor Programs
+    V, table 8).
     """
 
-    of_matrix: Callable[[int, int, int], float]
+    of_matrix: Callable[[float, float, int], float]
     of_vector: Callable[[float], float]
 
 
