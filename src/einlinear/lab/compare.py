@@ -1,0 +1,289 @@
+"""Which structure spends compute best: a grid of structures and widths on one task, each at its own best rate."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+import torch
+
+import einlinear as el
+from einlinear.lab.data import Sequences, Task
+from einlinear.lab.models import counted
+from einlinear.lab.run import Run
+from einlinear.lab.store import Store
+from einlinear.lab.sweep import Event, Machine, Sweep
+from einlinear.lab.train import CHUNK, Recipe, Training, Trunk
+
+OVERHEAD = 500_000  # FLOPs in whose time a CPU does what a token costs besides; it only serves to predict times
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a comparison trains.
+
+    Every family is first tuned: each of `rates` is tried at the recipe's base width, up to `tuning` tokens; where
+    the best one lies on the edge of the grid, the grid grows by one in its direction, up to `extensions` times.
+    muP takes the best rate to every other width. Then each family is measured at each width, seed and horizon.
+
+    Horizons and `tuning` are in tokens (or examples), and are rounded to whole steps.
+
+    Raises:
+        ValueError: for a family that does not exist, and for numbers that make no comparison.
+    """
+
+    families: tuple[str, ...]
+    widths: tuple[int, ...]
+    depth: int
+    horizons: tuple[int, ...]
+    rates: tuple[float, ...]
+    tuning: int
+    recipe: Recipe
+    seeds: tuple[int, ...] = (0,)
+    extensions: int = 2
+
+    def __post_init__(self) -> None:
+        """Checks the numbers, and writes each family as the store does."""
+        object.__setattr__(self, "families", tuple(dict.fromkeys(str(el.structure(text)) for text in self.families)))
+        for name in ("families", "widths", "horizons", "rates", "seeds"):
+            values = getattr(self, name)
+            if not values or any(value <= 0 for value in values if name not in ("families", "seeds")):
+                raise ValueError(f"Planning a comparison: {name}={values!r}; give at least one, and positive numbers.")
+            object.__setattr__(self, name, tuple(sorted(set(values))) if name != "families" else values)
+
+    def steps(self, task: Task, tokens: int) -> int:
+        """A number of tokens as whole steps."""
+        return max(1, round(tokens / self.recipe.tokens(task)))
+
+    def trials(self, task: Task) -> list[Trunk]:
+        """The trials of the grid as it is at first."""
+        return [self.trial(task, family, rate) for family in self.families for rate in self.rates]
+
+    def trial(self, task: Task, family: str, rate: float) -> Trunk:
+        """One trial of a base rate."""
+        return Trunk(
+            family=family, width=self.recipe.base_width, depth=self.depth, rate=rate, seed=self.seeds[0],
+            horizons=(self.steps(task, self.tuning),), recipe=self.recipe, purpose="tune",
+        )  # fmt: skip
+
+    def trunks(self, task: Task, rates: Mapping[str, float]) -> list[Trunk]:
+        """What to measure for the families that have a rate, cheapest first."""
+        horizons = tuple(sorted({self.steps(task, tokens) for tokens in self.horizons}))
+        trunks = [
+            Trunk(
+                family=family, width=width, depth=self.depth, rate=rates[family], seed=seed, horizons=horizons,
+                recipe=self.recipe,
+            )
+            for family, width, seed in product(self.families, self.widths, self.seeds)
+            if family in rates
+        ]  # fmt: skip
+        return sorted(trunks, key=lambda trunk: trunk.run(task, 1).flops)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a comparison has come."""
+
+    share: float  # of all the work that is foreseen
+    seconds_left: float | None  # None until there is a run to go by
+    runs: int  # finished, those found in the store included
+    total: int  # foreseen; the grid of rates may still grow
+    run: Run | None = None  # the one just finished
+
+
+def compare(
+    plan: Plan,
+    task: Task,
+    store: Store,
+    *,
+    machine: Machine | None = None,
+    folder: Path | None = None,
+    progress: Callable[[Progress], object] = lambda progress: None,
+) -> list[Run]:
+    """Trains what a plan asks for and the store does not have yet; returns all its runs, tuning included.
+
+    Each run is stored when it is finished. Interrupted, the same call goes on where it stopped: finished runs
+    are found in the store, and a run in progress in `folder`.
+
+    Args:
+        plan: what to train.
+        task: on what.
+        store: where runs are found and kept.
+        machine: how to train; by default with all of this machine.
+        folder: where runs in progress are kept; None to lose them.
+        progress: called after every run, and several times a second.
+
+    Raises:
+        ValueError: before any training, where a family cannot be had at a width of the plan.
+        KeyboardInterrupt, OSError: once the runs in progress have been kept.
+    """
+    for family, width in product(plan.families, {*plan.widths, plan.recipe.base_width}):
+        counted(task, replace(plan.trial(task, family, plan.rates[0]), width=width).architecture)
+    machine = machine or Machine.here()
+    meter = _Meter(plan, task, machine, progress)
+    with Sweep(task, store, machine, folder, meter.observe) as sweep:
+        tuning, rates = _tune(plan, task, sweep, meter)
+        trunks = plan.trunks(task, rates)
+        meter.foresee(trunks, sweep)
+        return tuning + sweep.train(trunks)
+
+
+def _tune(plan: Plan, task: Task, sweep: Sweep, meter: "_Meter") -> tuple[list[Run], dict[str, float]]:
+    """The trials, and the best rate of each family that has one at which it does not diverge."""
+    grids = dict.fromkeys(plan.families, plan.rates)
+    for growth in range(plan.extensions + 1):
+        trials = [plan.trial(task, family, rate) for family, rates in grids.items() for rate in rates]
+        meter.foresee(trials, sweep)
+        runs = sweep.train(trials)
+        best = {family: _best([run for run in runs if run.family == family]) for family in grids}
+        if growth < plan.extensions:
+            grids = {family: _grown(rates, best[family]) for family, rates in grids.items()}
+        if sum(map(len, grids.values())) == len(trials):
+            break
+    return runs, {family: rate for family, rate in best.items() if rate is not None}
+
+
+def _best(trials: Sequence[Run]) -> float | None:
+    losses = {run.rate: run.loss for run in trials if run.loss is not None}
+    return min(losses, key=lambda rate: losses[rate], default=None)
+
+
+def _grown(rates: tuple[float, ...], best: float | None) -> tuple[float, ...]:
+    """The grid, with one more rate where the best lies on its edge; where all diverged, a smaller one."""
+    if len(rates) < 2:  # a rate that was given, not looked for
+        return rates
+    ratio = rates[1] / rates[0]
+    if best is None or best == rates[0]:
+        return (rates[0] / ratio, *rates)
+    return (*rates, rates[-1] * ratio) if best == rates[-1] else rates
+
+
+@dataclass
+class _Ahead:
+    """What is ahead of one trunk."""
+
+    step: float  # work of one step
+    total: float
+    left: float
+    runs: int
+    missing: int
+
+
+class _Meter:
+    """Foresees how long is left, from what each family has taken so far for as much work."""
+
+    def __init__(self, plan: Plan, task: Task, machine: Machine, progress: Callable[[Progress], object]) -> None:
+        self._task, self._workers, self._progress = task, max(1, machine.workers), progress
+        self._ahead: dict[Trunk, _Ahead] = {}
+        self._seconds: defaultdict[str, float] = defaultdict(float)  # by family, of the finished runs
+        self._work: defaultdict[str, float] = defaultdict(float)  # likewise
+        self._add([*plan.trials(task), *plan.trunks(task, dict.fromkeys(plan.families, 0.0))])
+
+    def foresee(self, trunks: Sequence[Trunk], sweep: Sweep) -> None:
+        """Takes account of trunks that are about to be trained, and of their runs that are in the store."""
+        self._add(trunks)
+        for trunk in trunks:
+            for run in sweep.stored(trunk):
+                self._finish(self._ahead[_slot(trunk)], run)
+
+    def observe(self, trunk: Trunk, event: Event) -> None:
+        """Counts what was done, and tells of it."""
+        ahead, run = self._ahead[_slot(trunk)], None
+        if isinstance(event, Run):
+            run = event
+            self._finish(ahead, run)
+        else:
+            ahead.left = max(0.0, ahead.left - event * ahead.step)
+        every = self._ahead.values()
+        share = 1 - sum(a.left for a in every) / sum(a.total for a in every)
+        runs = sum(a.runs for a in every)
+        missing = sum(a.missing for a in every)
+        self._progress(Progress(share, self._seconds_left(), runs - missing, runs, run))
+
+    def _add(self, trunks: Sequence[Trunk]) -> None:
+        for trunk in trunks:
+            step, runs = _work(trunk.run(self._task, 1)), len(trunk.horizons)
+            self._ahead[_slot(trunk)] = _Ahead(step, trunk.steps * step, trunk.steps * step, runs, runs)
+
+    def _finish(self, ahead: _Ahead, run: Run) -> None:
+        ahead.missing -= 1
+        if not ahead.missing:
+            ahead.left = 0.0
+        self._seconds[run.family] += run.seconds
+        self._work[run.family] += _work(run)
+
+    def _seconds_left(self) -> float | None:
+        if not (done := sum(self._work.values())):
+            return None
+        usual = sum(self._seconds.values()) / done
+        seconds = 0.0
+        for trunk, ahead in self._ahead.items():
+            known = self._work[trunk.family]
+            seconds += ahead.left * (self._seconds[trunk.family] / known if known else usual)
+        return seconds / self._workers
+
+
+def _slot(trunk: Trunk) -> Trunk:
+    """What a trunk is in the plan, where the rates to measure at are not known yet."""
+    return trunk if trunk.purpose == "tune" else replace(trunk, rate=0.0)
+
+
+def _work(run: Run) -> float:
+    """What a run takes, in FLOPs of large matmuls; the rest of a token's cost is of their order in small models."""
+    return run.flops + OVERHEAD * run.tokens
+
+
+def describe(plan: Plan, task: Task, machine: Machine | None = None) -> str:
+    """What a plan will train, and how long that takes here, going by ten steps of each family."""
+    machine = machine or Machine.here()
+    trials, trunks = plan.trials(task), plan.trunks(task, dict.fromkeys(plan.families, 0.0))
+    seconds = flops = 0.0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(machine.threads)
+    try:
+        for family in plan.families:
+            training = Training(plan.trial(task, family, plan.rates[0]), task, machine.device, machine.compiled)
+            steps = sum(training.advance(CHUNK))
+            speed = _work(training.trunk.run(task, steps)) / training.seconds
+            for trunk in (trunk for trunk in [*trials, *trunks] if trunk.family == family):
+                run = trunk.run(task, trunk.steps)
+                flops += run.flops
+                seconds += _work(run) / speed
+    finally:
+        torch.set_num_threads(threads)
+    runs = sum(len(trunk.horizons) for trunk in trunks)
+    widths = ", ".join(map(str, plan.widths))
+    minutes = seconds / max(1, machine.workers) / 60
+    return (
+        f"{len(plan.families)} structures ({', '.join(plan.families)}), each tuned at width {plan.recipe.base_width} "
+        f"over {len(plan.rates)} rates ({len(trials)} short runs), then measured at widths {widths} and "
+        f"{len(plan.horizons)} horizons ({runs} runs): {flops:.2g} training FLOPs, about {minutes:.1f} minutes "
+        f"by {machine.workers} process(es) on {machine.device}, more where a grid of rates has to grow"
+    )
+
+
+def default_plan(task: Task, device: str = "cpu") -> Plan:
+    """A comparison that says something in less than five minutes on two cores, or on one GPU in a little more."""
+    sequences = isinstance(task, Sequences)
+    if device == "cpu":
+        return Plan(
+            families=("dense", "low_rank(rank=16)", "monarch(blocks=4)", "btt(rank=2)"),
+            widths=(32, 64, 128, 192),
+            depth=2,
+            horizons=(2**16, 2**17, 2**18),
+            rates=(2**-8, 2**-7, 2**-6),
+            tuning=2**17,
+            recipe=Recipe(batch=16 if sequences else 256, base_width=64, base_depth=2),
+        )
+    return Plan(
+        families=("dense", "low_rank(rank=64)", "monarch(blocks=16)", "btt(rank=4)"),
+        widths=(128, 256, 512, 1024),
+        depth=4,
+        horizons=(4_000_000, 8_000_000, 16_000_000),
+        rates=(2**-9, 2**-8, 2**-7),
+        tuning=4_000_000,
+        recipe=Recipe(
+            batch=64 if sequences else 4096, base_width=256, base_depth=4, head=64, warmup=100, precision="bfloat16"
+        ),
+    )

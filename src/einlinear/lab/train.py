@@ -1,0 +1,352 @@
+"""Training: one trunk at a constant rate, from which every horizon branches off to cool down.
+
+Runs of several lengths then cost little more than the longest one (LAWS.md 1.12; Hägele et al. 2024,
+https://arxiv.org/abs/2405.18392), and all of them are finished runs, whose losses compare.
+"""
+
+import json
+import math
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+import einlinear as el
+from einlinear.lab import checkpoint, models
+from einlinear.lab.checkpoint import State
+from einlinear.lab.data import Sequences, Task
+from einlinear.lab.models import Architecture, counted
+from einlinear.lab.run import Run
+from einlinear.optim import parameter_groups
+
+CHUNK = 10  # steps between two looks at the loss, the clock and whether to stop
+MARGIN = 1.0  # how far above its first value (nats) the loss counts as diverged
+PATIENCE = 20.0  # seconds of training that a killed process may lose
+POINTS = 100  # of the training curve that a run keeps
+EVALUATED = 8192  # tokens (or examples) evaluated at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What all runs of a study have in common.
+
+    `batch` counts sequences (or examples), `warmup` steps; `cooldown` is a share of the horizon. The base width
+    and depth are those at which rates are tuned. Batches of a few sequences want a larger `beta2` (Porian et al.
+    2024, https://arxiv.org/abs/2406.19146).
+    """
+
+    batch: int
+    base_width: int
+    base_depth: int
+    head: int = 16
+    warmup: int = 20
+    cooldown: float = 0.2
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0
+    precision: Literal["float32", "bfloat16"] = "float32"  # of autocast; parameters are always float32
+
+    def tokens(self, task: Task) -> int:
+        """Tokens (or examples) of one step."""
+        return self.batch * _window(task)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trunk:
+    """One training run at a constant rate; `horizons` are the steps at which its branches end."""
+
+    family: str
+    width: int
+    depth: int
+    rate: float
+    seed: int
+    horizons: tuple[int, ...]
+    recipe: Recipe
+    purpose: str = "measure"
+
+    @property
+    def steps(self) -> int:
+        """Steps trained in all, cooldowns included."""
+        return self.branch(max(self.horizons)) + sum(horizon - self.branch(horizon) for horizon in self.horizons)
+
+    @property
+    def architecture(self) -> Architecture:
+        """The shape of its model."""
+        recipe = self.recipe
+        bases = {"base_width": recipe.base_width, "base_depth": recipe.base_depth, "head": recipe.head}
+        return Architecture(family=self.family, width=self.width, depth=self.depth, **bases)
+
+    def branch(self, horizon: int) -> int:
+        """The step at which the cooldown towards a horizon starts."""
+        return horizon - max(1, round(self.recipe.cooldown * horizon))
+
+    def run(self, task: Task, horizon: int) -> Run:
+        """The run that a horizon will be: its key, its trunk and its exact costs, with nothing measured yet.
+
+        A backward pass costs two forward passes.
+        """
+        setup = asdict(self.recipe) | ({"context": task.context} if isinstance(task, Sequences) else {})
+        run = Run(
+            task=task.name, fingerprint=task.fingerprint, family=self.family, width=self.width, depth=self.depth,
+            tokens=0, rate=self.rate, seed=self.seed, purpose=self.purpose, setup=json.dumps(setup, sort_keys=True),
+        )  # fmt: skip
+        trunk = sha256(json.dumps(run.key).encode()).hexdigest()[:16]
+        tokens, (parameters, forward) = horizon * self.recipe.tokens(task), counted(task, self.architecture)
+        flops, linear_flops = (3 * tokens * part for part in (forward.total, forward.linear))
+        return replace(run, tokens=tokens, trunk=trunk, parameters=parameters, flops=flops, linear_flops=linear_flops)
+
+
+class Failure(Exception):
+    """A training run that cannot go on: a result, not an error. `status` and the message go into its `Run`."""
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+def train(
+    trunk: Trunk,
+    task: Task,
+    *,
+    device: str = "cpu",
+    compiled: bool = False,
+    file: Path | None = None,
+    tell: Callable[[int | Run], object] = lambda event: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> list[Run]:
+    """Trains a trunk and, from it, a branch for each horizon that cools down and is evaluated.
+
+    The result is a function of trunk and task: on a CPU the same numbers bit by bit, whether it was interrupted
+    or not, and whichever other horizons branch off before.
+
+    Args:
+        trunk: what to train.
+        task: on what.
+        device: "cpu" or "cuda".
+        compiled: whether the model runs under `torch.compile`.
+        file: where the state is kept every 20 seconds and when stopped, and resumed from; the caller removes it.
+        tell: called with each run as soon as it is finished, diverged ones included, and in between with the
+            number of steps trained since last told.
+        stop: asked every ten steps; once it answers True the state is kept and KeyboardInterrupt raised.
+
+    Returns:
+        A run for each horizon.
+
+    Raises:
+        KeyboardInterrupt: if told to stop.
+        OSError, ValueError: if the state cannot be kept, or the file is damaged.
+    """
+    runs: list[Run] = []
+    waiting = sorted(trunk.horizons)
+    training: Training | None = None
+    kept = checkpoint.load(file) if file else {}
+    saved = time.monotonic()
+
+    def advance(name: str, until: int, branch: int | None = None) -> None:
+        nonlocal saved
+        assert training is not None
+        for steps in training.advance(until, branch):
+            tell(steps)
+            told = stop()
+            if file and (told or time.monotonic() - saved > PATIENCE):
+                checkpoint.save(file, kept | {name: training.state()})
+                saved = time.monotonic()
+            if told:
+                raise KeyboardInterrupt
+
+    def record(horizon: int, **results: object) -> None:
+        measured = {} if training is None else {"seconds": training.seconds, "curve": _thinned(training.curve)}
+        facts = _provenance(device) | measured | results
+        runs.append(replace(trunk.run(task, horizon), **facts))  # type: ignore[arg-type]
+        tell(runs[-1])
+
+    try:
+        training = Training(trunk, task, device, compiled)
+        if "trunk" in kept and kept["trunk"].step <= trunk.branch(waiting[0]):
+            training.load(kept["trunk"])
+        else:
+            kept = {}
+        while waiting:
+            horizon, branch = waiting[0], trunk.branch(waiting[0])
+            advance("trunk", branch)
+            kept["trunk"] = training.state()
+            try:
+                name = f"horizon {horizon}"
+                if name in kept:
+                    training.load(kept[name])
+                advance(name, horizon, branch)
+                results: dict[str, object] = {"loss": training.evaluate()}
+            except (Failure, RuntimeError) as error:
+                results = _failed(error)
+            record(waiting.pop(0), **results)
+            kept = {"trunk": kept["trunk"]}
+            training.load(kept["trunk"])
+    except (Failure, RuntimeError) as error:
+        for horizon in waiting:
+            record(horizon, **_failed(error))
+    return runs
+
+
+class Training:
+    """A model on its way through a task: where it stands, and how it goes on."""
+
+    def __init__(self, trunk: Trunk, task: Task, device: str, compiled: bool) -> None:
+        recipe, architecture = trunk.recipe, trunk.architecture
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(trunk.seed)
+            self.model = models.build(task, architecture).to(device)
+        groups = parameter_groups(
+            self.model, trunk.rate, recipe.weight_decay, readout="readout", roles=self.model.roles,
+            width_mult=architecture.width_mult, depth_mult=architecture.depth_mult,
+        )  # fmt: skip
+        self.optimizer = torch.optim.AdamW(groups, betas=(recipe.beta1, recipe.beta2), fused=True)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.trunk, self.task, self.device = trunk, task, device
+        self.forward = torch.compile(self.model) if compiled else self.model
+        self.step, self.seconds, self.curve = 0, 0.0, list[tuple[int, float]]()
+        # A step without an update: what is done once, such as compilation, is not training time.
+        first = self._loss(*task.batch(0, recipe.batch, trunk.seed))
+        first.backward()
+        self.optimizer.zero_grad()
+        self.ceiling = first.item() + MARGIN
+
+    def advance(self, until: int, branch: int | None = None) -> Iterator[int]:
+        """Trains to the step `until`, cooling down from the step `branch` on; yields numbers of steps done.
+
+        Raises Failure if the loss is not finite or far above its first value.
+        """
+        while self.step < until:
+            # Chunks end at multiples, so that a resumed run has the same ones.
+            end = min(until, self.step - self.step % CHUNK + CHUNK)
+            steps = range(self.step, end)
+            started = time.perf_counter()
+            factors = (schedule(step, self.trunk.recipe.warmup, branch, until) for step in steps)
+            mean = torch.stack([self._update(factor) for factor in factors]).mean().item()
+            self.seconds += time.perf_counter() - started
+            self.curve.append((end * self.trunk.recipe.tokens(self.task), mean))
+            if not mean <= self.ceiling:
+                raise Failure("diverged", f"training loss {mean:.4g} at step {end} of {until}")
+            yield len(steps)
+
+    def _update(self, factor: float) -> Tensor:
+        """One step at `factor` times each group's own rate; returns the loss, without waiting for it."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = factor * rate
+        loss = self._loss(*self.task.batch(self.step, self.trunk.recipe.batch, self.trunk.seed))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.trunk.recipe.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return loss.detach()
+
+    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        inputs, targets = inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+        half = self.trunk.recipe.precision == "bfloat16"
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=half):
+            outputs = self.forward(inputs)
+        return models.loss(self.task, outputs, targets)
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """The mean loss over the task's validation set, nats per token (per example)."""
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        for inputs, targets in self.task.validation_batches(max(1, EVALUATED // _window(self.task))):
+            total += len(inputs) * self._loss(inputs, targets).double().cpu()
+            count += len(inputs)
+        loss = (total / count).item()
+        if not math.isfinite(loss):
+            raise Failure("diverged", f"validation loss {loss} at step {self.step}")
+        return loss
+
+    def state(self) -> State:
+        """A copy of everything that the next step depends on."""
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        for index, slots in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in slots.items()}
+        copies = {name: value.detach().clone() for name, value in tensors.items()}
+        return State(self.step, self.seconds, list(self.curve), copies)
+
+    def load(self, state: State) -> None:
+        """Goes back (or on) to where a state was taken; the state stays as it is."""
+        model: dict[str, Tensor] = {}
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, value in state.tensors.items():
+            match name.split(".", 2):
+                case ["optimizer", index, slot]:
+                    # A copy: the optimizer would take the tensor itself and update it in place.
+                    slots.setdefault(int(index), {})[slot] = value.clone()
+                case _:
+                    model[name.removeprefix("model.")] = value
+        self.model.load_state_dict(model)
+        self.optimizer.load_state_dict({"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.step, self.seconds, self.curve = state.step, state.seconds, list(state.curve)
+
+
+def schedule(step: int, warmup: int, branch: int | None, horizon: int) -> float:
+    """The share of the rate at a step: warm-up, constant, and from `branch` on 1 - sqrt down towards `horizon`.
+
+    Hägele et al. 2024, https://arxiv.org/abs/2405.18392, section 4.
+    """
+    if branch is not None and step >= branch:
+        return 1 - math.sqrt((step - branch) / (horizon - branch))
+    return min(1.0, (step + 1) / warmup) if warmup else 1.0
+
+
+def _window(task: Task) -> int:
+    """Tokens of one sequence; an example counts as one."""
+    return task.context if isinstance(task, Sequences) else 1
+
+
+def _failed(error: Failure | RuntimeError) -> dict[str, object]:
+    """Status and reason of a run that ended so; errors that are not results are raised again."""
+    if isinstance(error, Failure):
+        return {"status": error.status, "reason": str(error)}
+    # torch has a type of its own for this on accelerators only.
+    if isinstance(error, torch.OutOfMemoryError) or ("memory" in str(error) and "alloc" in str(error)):
+        return {"status": "out of memory", "reason": str(error).splitlines()[0]}
+    raise error
+
+
+def _provenance(device: str) -> dict[str, str]:
+    """Where, when and with what a run was measured."""
+    kind = torch.device(device).type
+    name = f"{kind} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
+    return {
+        "device": torch.cuda.get_device_name(device) if kind == "cuda" else name,
+        "versions": json.dumps(
+            {"einlinear": el.__version__, "torch": torch.__version__, "python": platform.python_version()}
+        ),
+        "commit": _commit(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+@cache
+def _commit() -> str:
+    """The commit of this package where it runs from its repository, marked where files differ from it."""
+    root = Path(__file__).parents[3]
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        return ""
+
+
+def _thinned(curve: list[tuple[int, float]]) -> str:
+    """At most `POINTS` points, evenly spaced, as JSON; a value that is no number, at the end of a run, is left out."""
+    finite = [point for point in curve if math.isfinite(point[1])]
+    every = -(-len(finite) // POINTS) or 1
+    return json.dumps(finite[::-1][::every][::-1])
