@@ -203,6 +203,8 @@ def test_a_split_has_the_width_or_slightly_more(width, weights):
     "width, parts",
     [
         (11008, (86, 128)),
+        (769, (22, 35)),
+        (50257, (140, 359)),
         (1024, (32, 32)),
         (2048, (32, 64)),
         (768, (24, 32)),

@@ -45,9 +45,20 @@ def tokens(request) -> int:
 def with_gradients(run, leaves, grad):
     """The output of `run` and the gradient of every leaf, by name; leaves are first tensors of their own."""
     own = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
-    x, *factors = own.values()
-    y = run(factors, x)
+    x, bias, *factors = own.values()
+    y = run(factors, x, bias)
     return {"output": y, **dict(zip(own, torch.autograd.grad(y, [*own.values()], grad), strict=True))}
+
+
+def by_reference(structure):
+    return lambda factors, x, bias: el.apply(structure, factors, x) + bias
+
+
+def leaves_of(structure, factors, *tokens, dtype=torch.float64):
+    """An input, a bias and the factors, by name."""
+    leaves = {"x": (*tokens, structure.d_in), "bias": (structure.d_out,)}
+    drawn = {name: torch.randn(shape, dtype=dtype) for name, shape in leaves.items()}
+    return drawn | {f"factor {k}": factor for k, factor in enumerate(factors)}
 
 
 def assert_same(found, wanted):
@@ -60,13 +71,11 @@ def test_is_the_reference_with_every_gradient(kernel, structure, factors, tokens
     if refusal := kernel.refuses(structure):
         assert_is_a_reason(refusal)
         return
-    width = structure.d_in + structure.pad_in
     whole = replace(structure, pad_in=0, pad_out=0)
-    leaves = {"x": torch.randn(tokens, width, dtype=torch.float64)}
-    leaves |= {f"factor {k}": factor for k, factor in enumerate(factors)}
+    leaves = leaves_of(whole, factors, tokens)
     grad = torch.randn(tokens, whole.d_out, dtype=torch.float64)
     found = with_gradients(kernel.prepare(structure), leaves, grad)
-    assert_same(found, with_gradients(lambda factors, x: el.apply(whole, factors, x), leaves, grad))
+    assert_same(found, with_gradients(by_reference(whole), leaves, grad))
     assert found["output"].is_contiguous()
 
 
@@ -76,14 +85,11 @@ def test_is_the_reference_with_every_gradient(kernel, structure, factors, tokens
 def test_the_chain_at_odd_sizes(family, widths, draw):
     structure = family(*widths)
     assert Chain().refuses(structure) is None
-    factors = draw(structure)
-    leaves = {"x": torch.randn(2, 3, structure.d_in, dtype=torch.float64)}
-    leaves |= {f"factor {k}": factor for k, factor in enumerate(factors)}
+    leaves = leaves_of(structure, draw(structure), 2, 3)
     grad = torch.randn(2, 3, structure.d_out, dtype=torch.float64)
     runner = Chain().prepare(structure)
     chained = replace(plan(structure), cpu=Choice(runner, runner, threshold=math.inf))
-    found = with_gradients(chained, leaves, grad)
-    assert_same(found, with_gradients(lambda factors, x: el.apply(structure, factors, x), leaves, grad))
+    assert_same(with_gradients(chained, leaves, grad), with_gradients(by_reference(structure), leaves, grad))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
@@ -99,11 +105,11 @@ def test_keeps_the_dtype(kernel, dtype, draw):
 
 def test_complex_gradients_are_those_of_the_reference():
     structure = el.BTT(rank=2)(16, 36)
-    shapes = {"x": (5, 16)} | {f"factor {k}": shape for k, shape in enumerate(structure.factor_shapes)}
-    leaves = {name: torch.randn(shape, dtype=torch.complex128) for name, shape in shapes.items()}
+    factors = [torch.randn(shape, dtype=torch.complex128) for shape in structure.factor_shapes]
+    leaves = leaves_of(structure, factors, 5, dtype=torch.complex128)
     grad = torch.randn(5, 36, dtype=torch.complex128)
     found = with_gradients(Chain().prepare(structure), leaves, grad)
-    assert_same(found, with_gradients(lambda factors, x: el.apply(structure, factors, x), leaves, grad))
+    assert_same(found, with_gradients(by_reference(structure), leaves, grad))
 
 
 @pytest.mark.parametrize("family", CHAINED, ids=str)
@@ -191,6 +197,28 @@ def test_a_plan_never_picks_the_costlier_kernel(family):
         chosen = [kernel for kernel in fitting if kernel.prepare(structure) == run]
         least = min(kernel.cost(structure, tokens) for kernel in fitting)
         assert min(kernel.cost(structure, tokens) for kernel in chosen) == pytest.approx(least)
+
+
+def test_on_a_cpu_modelled_costs_are_flops(structure):
+    def each(kernel):
+        return kernel.cost(structure, 11) - kernel.cost(structure, 10)
+
+    assert each(Chain()) == el.flops(structure)
+    assert each(Reference()) == 2 * el.flops(structure)
+    assert each(Materialised()) == 2 * structure.size(structure.x) * structure.size(structure.y)
+    assert Materialised().cost(structure, 0) > 0 == Chain().cost(structure, 0)  # W has to be made first
+
+
+@pytest.mark.parametrize("tokens, wanted", [(0, "few"), (5, "few"), (6, "many"), (100, "many")])
+def test_the_threshold_parts_few_tokens_from_many(tokens, wanted):
+    ran = []
+
+    def runner(name):
+        return lambda factors, x, bias=None: ran.append(name) or x.new_zeros(len(x), 36)
+
+    choice = Choice(runner("few"), runner("many"), threshold=5.5)
+    replace(plan(el.BTT()(16, 36)), cpu=choice)([], torch.zeros(tokens, 16))
+    assert ran == [wanted]
 
 
 def test_the_matrix_is_made_for_many_tokens_of_a_structure_dearer_than_dense():

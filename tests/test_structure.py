@@ -19,7 +19,7 @@ EXAMPLES = [
     BLOCKS,
     BLOCKS.pad(d_in=7, d_out=9),
     BLOCKS.route("r", active=2),
-    BLOCKS.pad(d_in=7, d_out=9).route("r", active=1),
+    BLOCKS.pad(d_in=7, d_out=10).route("r", active=1),
     EXPERTS.route("e", active=3),
 ]
 
