@@ -47,6 +47,15 @@ def test_the_t_interval_covers_95_percent_under_the_model(simulate):
     assert 0.93 <= np.mean(inside) <= 0.97
 
 
+def test_the_reported_interval_is_never_narrower_than_the_t_interval(simulate):
+    for seed in range(5):
+        cells = list(laws._cells(simulate({"dense": 1.0, BTT: 1.5}, noise=0.005, seed=seed), "flops").values())
+        found = fit.fit_law(laws._sample(cells, laws._centre([*cells[0], *cells[1]])))
+        low, high = found.interval(lambda parameters: parameters[:, 3:4])
+        half = fit.stats.t.ppf(0.975, found.freedom) * found.covariance[3, 3] ** 0.5
+        assert low <= found.parameters[3] - 0.999 * half and found.parameters[3] + 0.999 * half <= high
+
+
 @pytest.mark.parametrize("trunk_share", [0.0, 0.8])
 def test_the_reported_interval_covers_also_when_horizons_share_a_trunk(simulate, trunk_share):
     inside = []
@@ -93,6 +102,14 @@ def test_a_size_far_above_the_hull_does_not_enter_the_law(simulate):
     poor = [replace(r, loss=r.loss * 1.3) if r.family == BTT and r.width == 96 else r for r in runs]
     found = multiplier(poor, BTT)
     assert found.cells == 14 and found.value == pytest.approx(1.5, rel=1e-3)
+
+
+def test_a_size_that_cost_more_for_the_same_loss_is_not_near_the_hull(simulate):
+    cells = laws._cells(simulate({"dense": 1.0}), "flops")["dense"]
+    best = min(cells, key=lambda cell: cell.loss)
+    wasted = replace(best, cost=8 * best.cost, loss=best.loss * 1.001)
+    assert laws._near([*cells, wasted], 0.02) == cells
+    assert laws._near([*cells, replace(wasted, cost=1.01 * best.cost)], 0.02)[-1].loss == wasted.loss
 
 
 @pytest.mark.parametrize("name", ["task", "fingerprint", "setup"])
@@ -159,7 +176,7 @@ def test_diverged_runs_and_tuning_are_counted_and_told(study):
     monarch = next(family for family in found.families if family.family.startswith("monarch"))
     assert monarch.runs == 7 and len(monarch.failed) == 1 and len(monarch.tuning) == 5
     assert [run.status for run, _ in found.excluded] == ["diverged"]
-    assert any("monarch(blocks=8): 1 run(s) failed (width 512)" in note for note in found.notes)
+    assert any("monarch(blocks=8): 1 run did not finish (width 512)" in note for note in found.notes)
     assert not any(family.rate_at_edge for family in found.families)
     smaller = [run for run in study if run.purpose == "measure" or run.rate >= 4e-3]
     assert all(family.rate_at_edge for family in summary(smaller).families)

@@ -44,6 +44,14 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.text).split())
 
 
+def _decoded(link: str) -> str:
+    return base64.b64decode(link.split(",")[1]).decode()
+
+
+def _json(link: str) -> dict:
+    return json.loads(_decoded(link), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
 @pytest.fixture(scope="module")
 def written(study, tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "deep" / "report.html"
@@ -93,13 +101,11 @@ def test_without_javascript_the_main_figures_are_there(parsed):
 
 
 def test_downloads_are_the_runs_and_the_summary(study, parsed):
-    table, found = (base64.b64decode(value.split(",")[1]).decode() for value in parsed.loads)
-    rows = list(csv.DictReader(io.StringIO(table)))
+    rows = list(csv.DictReader(io.StringIO(_decoded(parsed.loads[0]))))
     assert [(row["family"], int(row["flops"]), row["status"]) for row in rows] == [
         (run.family, run.flops, run.status) for run in study
     ]
-    data = json.loads(found, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert data["families"][1]["multipliers"]["flops"]["verdict"] == "better"
+    assert _json(parsed.loads[1])["families"][1]["multipliers"]["flops"]["verdict"] == "better"
 
 
 def test_text_from_data_is_escaped(make_study, tmp_path):
@@ -142,8 +148,9 @@ def test_a_plan_is_listed(study, tmp_path):
 def test_an_unfinished_study_has_a_report_too(study, tmp_path, choose):
     runs = [run for run in study if choose(run)]
     write_report(runs, tmp_path / "r.html")
-    words = Page((tmp_path / "r.html").read_text()).words
-    assert answer(summary(runs)).split(":")[0] in words
+    parsed = Page((tmp_path / "r.html").read_text())
+    assert answer(summary(runs)).split(":")[0] in parsed.words
+    assert len(_json(parsed.loads[1])["families"]) == len({run.family for run in runs})
     print_summary(summary(runs), Console(file=io.StringIO()))
 
 

@@ -265,12 +265,15 @@ def _slope(left: Cell, right: Cell) -> float:
 
 
 def _near(cells: Sequence[Cell], tolerance: float) -> list[Cell]:
-    """The cells at most `tolerance` in ln loss above their lower hull, or above its end to its right."""
+    """The cells at most `tolerance` in ln loss above their lower hull, which goes on to the right as it ended."""
     vertices = _hull(cells)
+    last = vertices[-1]
+    slope = _slope(vertices[-2], last) if len(vertices) > 1 else 0.0
+    ends = [*vertices, replace(last, cost=last.cost * math.e**9, loss=last.loss * math.exp(9 * slope))]
     floor = np.interp(
         [math.log(cell.cost) for cell in cells],
-        [math.log(cell.cost) for cell in vertices],
-        [math.log(cell.loss) for cell in vertices],
+        [math.log(cell.cost) for cell in ends],
+        [math.log(cell.loss) for cell in ends],
     )
     return [cell for cell, least in zip(cells, floor, strict=True) if math.log(cell.loss) <= least + tolerance + 1e-9]
 

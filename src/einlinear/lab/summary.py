@@ -178,7 +178,8 @@ def _notes(families: Sequence[FamilySummary], finished: Sequence[Run], baseline:
             notes.append(f"{family.family}: its base rate was not tuned, while that of others was.")
         if family.failed:
             widths = ", ".join(str(width) for width in sorted({run.width for run in family.failed}))
-            notes.append(f"{family.family}: {len(family.failed)} run(s) failed (width {widths}); no law uses them.")
+            failed = "1 run" if len(family.failed) == 1 else f"{len(family.failed)} runs"
+            notes.append(f"{family.family}: {failed} did not finish (width {widths}); no law uses them.")
         for m in family.multipliers.values():
             if m.reason:
                 notes.append(f"{family.family}, {AXES[m.axis]}: no multiplier, {m.reason}.")
