@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from einlinear.kernels.kernel import CPU, Kernel, Target
+from einlinear.kernels.kernel import CPU, Kernel, Runner, Target
 from einlinear.kernels.pairwise import pairwise
 from einlinear.kernels.stage import LARGEST, SPECS, fits, stage
 from einlinear.structure import Axes, Step, Structure
@@ -69,11 +69,14 @@ class Chain(Kernel):
             weights = slices * made * summed
             work = 2 * weights * structure.size(step.passive)
             moved = width * (structure.size(step.state) + structure.size(step.result))
-            total += target.launch + weights * width * target.ridge + tokens * max(work, moved * target.ridge)
+            each = max(work, moved * target.ridge)
+            if step.passive and step.passive[-1] == step.state[-1]:  # one small matmul for each token
+                each = max(each, target.tiny)
+            total += target.launch + weights * width * target.ridge + tokens * each
         return total
 
-    def prepare(self, structure: Structure) -> "ChainRunner":
-        return ChainRunner(_links(structure), structure.size(structure.y))
+    def prepare(self, structure: Structure) -> Runner:
+        return ChainRunner(chain_of(structure), structure.size(structure.y))
 
 
 class Tiles(Chain):
@@ -92,7 +95,7 @@ class Tiles(Chain):
             return "Triton is not installed; pip install triton"
         if refusal := super().refuses(structure, target):
             return refusal
-        if not any(link.tiled for link in _links(structure)):
+        if not any(link.tiled for link in chain_of(structure)):
             return f"none of its factors has blocks of {LARGEST} x {LARGEST} or smaller"
         return None
 
@@ -100,8 +103,8 @@ class Tiles(Chain):
         # Measured on an H200 against Chain, forward and backward together: 15 to 35 % faster.
         return 0.8 * super().cost(structure, tokens, target)
 
-    def prepare(self, structure: Structure) -> "ChainRunner":
-        chain = _links(structure)
+    def prepare(self, structure: Structure) -> Runner:
+        chain = chain_of(structure)
         tiled = tuple(position for position, link in enumerate(chain) if link.tiled)
         return ChainRunner(chain, structure.size(structure.y), tiled)
 
@@ -116,9 +119,23 @@ class ChainRunner:
 
     def __call__(self, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
         state, last = x, len(self.links) - 1
+        if any(link.spec[-1] == "m" for link in self.links):
+            state = aligned(x)
         for position, (link, factor) in enumerate(zip(self.links, factors, strict=True)):
             state = link(state, factor, bias if position == last else None, position in self.tiled)
-        return state.reshape(-1, self.width)
+        return state.reshape(-1, self.width)[: x.shape[0]]
+
+
+def aligned(x: Tensor) -> Tensor:
+    """`x`, on a GPU with zeros appended so that there are a multiple of 16 tokens.
+
+    A state with tokens innermost else has rows at odd addresses: on an H200, 16383 tokens took 2 to
+    7 times as long as 16384 (benchmarks/NOTES.md). Few tokens are not worth the copy.
+    """
+    tokens = x.shape[0]
+    if not x.is_cuda or tokens <= 256 or tokens % 16 == 0:
+        return x
+    return torch.nn.functional.pad(x, (0, 0, 0, -tokens % 16))
 
 
 @lru_cache(maxsize=4096)
@@ -142,7 +159,7 @@ def links(structure: Structure) -> tuple[Link, ...] | str:
     return tuple(chain)
 
 
-def _links(structure: Structure) -> tuple[Link, ...]:
+def chain_of(structure: Structure) -> tuple[Link, ...]:
     """The chain of a structure that `Chain` does not refuse."""
     chain = links(structure)
     assert not isinstance(chain, str), chain

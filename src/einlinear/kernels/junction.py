@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
-from einlinear.kernels.chain import Link, links
-from einlinear.kernels.pairwise import empty_tokens
+from einlinear.kernels.chain import Link, aligned, links
 from einlinear.kernels.stage import Launch, add_partials, tile
 from einlinear.structure import Structure
 
@@ -49,7 +48,7 @@ def junction(z: Tensor, up: Tensor, bias: Tensor | None, down: Tensor, activatio
 
 @junction.register_fake
 def _(z: Tensor, up: Tensor, bias: Tensor | None, down: Tensor, activation: str) -> Tensor:
-    return _empty_result(z, down)
+    return z.new_empty(*down.shape[:2], z.shape[-1])
 
 
 @torch.library.custom_op("einlinear::junction_backward", mutates_args=())
@@ -64,7 +63,12 @@ def junction_backward(
 def _(
     grad: Tensor, z: Tensor, up: Tensor, bias: Tensor | None, down: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty_like(z), torch.empty_like(up), up.new_empty(0 if bias is None else len(bias)), torch.empty_like(down)
+    return (
+        z.new_empty(z.shape),
+        torch.empty_like(up),
+        up.new_empty(0 if bias is None else len(bias)),
+        torch.empty_like(down),
+    )
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
@@ -110,11 +114,13 @@ class Nested:
         into, hidden = self.up
         onward, out = self.down
         first, second, third, fourth = factors
-        state = into(x, first, tiled=into.tiled).reshape(hidden.view)
+        tokens = x.reshape(-1, x.shape[-1])
+        state = into(aligned(tokens), first, tiled=into.tiled).reshape(hidden.view)
         state = junction(
             state, second.reshape(hidden.weight), hidden_bias, third.reshape(onward.weight), self.activation
         )
-        return out(state, fourth, bias, tiled=out.tiled).reshape(*x.shape[:-1], -1)
+        y = out(state, fourth, bias, tiled=out.tiled)
+        return y[: len(tokens)].reshape(*x.shape[:-1], -1)
 
 
 def nest(up: Structure, down: Structure, activation: str) -> Nested | str:
@@ -147,7 +153,7 @@ def launch_forward(
     """The result, `hidden` features at a time."""
     from einlinear.kernels import tiles
 
-    y = _empty_result(z, down)
+    y = z.new_empty(*down.shape[:2], z.shape[-1])
     slices = len(up)
     splits, share = launch.splits(z.shape[-1], slices, z.device)
     with torch.cuda.device_of(z):
@@ -166,7 +172,7 @@ def launch_backward(
     """The gradients of `z`, `up`, bias and `down`."""
     from einlinear.kernels import tiles
 
-    dz = _empty_like(z)
+    dz = z.new_empty(z.shape)
     slices, tokens = len(up), z.shape[-1]
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
@@ -206,11 +212,3 @@ def _tiles(up: Tensor, down: Tensor, hidden: int, launch: Launch) -> dict[str, i
         "BLOCK_IN": tile(width), "BLOCK_HIDDEN": min(hidden, tile(middle)), "BLOCK_OUT": tile(out),
         "BLOCK_TOKENS": launch.tokens, "num_warps": launch.warps, "num_stages": launch.stages,
     }  # fmt: skip
-
-
-def _empty_result(z: Tensor, down: Tensor) -> Tensor:
-    return empty_tokens(z, "bnm", {"b": down.shape[0], "n": down.shape[1], "m": z.shape[-1]})
-
-
-def _empty_like(z: Tensor) -> Tensor:
-    return empty_tokens(z, "kbm", dict(zip("kbm", z.shape, strict=True)))

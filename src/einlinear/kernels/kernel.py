@@ -21,6 +21,8 @@ class Target:
     """FLOPs of a large matmul in the time that memory takes to move a byte."""
     launch: float = 0.0
     """FLOPs of a large matmul in the time that it takes to start one."""
+    tiny: float = 0.0
+    """FLOPs of a large matmul in the time of one small matmul in a batch of them, at the least."""
 
     @classmethod
     def of(cls, device: str, dtype: torch.dtype) -> "Target":
@@ -30,10 +32,11 @@ class Target:
 
 
 # On a CPU the ratio of FLOPs alone has predicted the faster kernel. The numbers for CUDA are an
-# H200's: 728 TFLOP/s in 16 bits (about 50 in 32), 4.27 TB/s, 2.5 microseconds for each kernel.
+# H200's: 728 TFLOP/s in 16 bits (about 50 in 32), 4.27 TB/s, 2.5 microseconds for each kernel, 5 ns for
+# each matmul of a batch.
 CPU = Target()
-CUDA = Target("cuda", ridge=12.0, launch=1.2e8)
-CUDA_HALF = Target("cuda", half=True, ridge=170.0, launch=1.8e9)
+CUDA = Target("cuda", ridge=12.0, launch=1.2e8, tiny=2.5e5)
+CUDA_HALF = Target("cuda", half=True, ridge=170.0, launch=1.8e9, tiny=3.6e6)
 
 
 class Runner(Protocol):

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 @torch.library.custom_op("einlinear::pairwise", mutates_args=())
 def pairwise(a: Tensor, b: Tensor, spec: str) -> Tensor:
-    """`torch.einsum(spec, a, b)` in the order of memory that `spec` says, by one matmul where there is one.
+    """`torch.einsum(spec, a, b)` as one contiguous tensor, by one strided batched matmul where there is one.
 
     Args:
         a: tensor of the axes named first in `spec`, any strides.
@@ -26,7 +26,7 @@ def pairwise(a: Tensor, b: Tensor, spec: str) -> Tensor:
     """
     names_a, names_b, names_out = _names(spec)
     size = _sizes(spec, a.shape, b.shape)
-    out = empty_tokens(a, names_out, size)
+    out = a.new_empty([size[name] for name in names_out])
     matmul = _as_matmul(names_a, names_b, names_out)
     if matmul is None:
         return out.copy_(torch.einsum(spec, a, b))
@@ -45,7 +45,8 @@ def pairwise(a: Tensor, b: Tensor, spec: str) -> Tensor:
 
 @pairwise.register_fake
 def _(a: Tensor, b: Tensor, spec: str) -> Tensor:
-    return empty_tokens(a, _names(spec)[2], _sizes(spec, a.shape, b.shape))
+    size = _sizes(spec, a.shape, b.shape)
+    return a.new_empty([size[name] for name in _names(spec)[2]])
 
 
 def _setup_context(ctx: object, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
@@ -68,17 +69,6 @@ pairwise.register_autograd(_backward, setup_context=_setup_context)
 @register_flop_formula(torch.ops.einlinear.pairwise)
 def _(a: list[int], b: list[int], spec: str, **_: object) -> int:
     return 2 * math.prod(_sizes(spec, a, b).values())
-
-
-def empty_tokens(like: Tensor, names: str, sizes: dict[str, int]) -> Tensor:
-    """Memory with dimensions `names`; where tokens, m, are the last, rows start at multiples of 16 bytes.
-
-    From odd addresses a GPU's matmuls are several times slower.
-    """
-    shape = [sizes[name] for name in names]
-    if names[-1] != "m":
-        return like.new_empty(shape)
-    return like.new_empty([*shape[:-1], -(-shape[-1] // 8) * 8])[..., : shape[-1]]
 
 
 def _names(spec: str) -> tuple[str, str, str]:

@@ -68,19 +68,40 @@ class Materialised(Kernel):
         width = 2 if target.half else 4
         moved = width * target.ridge
         each = max(2.0 * rows * columns, moved * (rows + columns))
-        return target.launch + rows * columns * moved + tokens * each + Reference().cost(structure, rows, target)
+        if _product(structure) is None:
+            making = Reference().cost(structure, rows, target)
+        else:
+            making = 2.0 * structure.size(structure.sizes) + 3 * (target.launch + rows * columns * moved)
+        return making + target.launch + rows * columns * moved + tokens * each
 
     def prepare(self, structure: Structure) -> "MaterialisedRunner":
-        return MaterialisedRunner(Reference().prepare(structure), structure.size(structure.x))
+        rows, columns = structure.size(structure.x), structure.size(structure.y)
+        return MaterialisedRunner(
+            Reference().prepare(structure), _product(structure), structure.factor_shapes, rows, columns
+        )
 
 
 @dataclass(frozen=True)
 class MaterialisedRunner:
-    """Applies `runner` to the identity of `width` rows, and the resulting matrix to the tokens."""
+    """Makes W by `product`, or where there is none by applying `runner` to the identity; then applies it."""
 
     runner: EinsumRunner
-    width: int
+    product: str | None
+    factors: tuple[tuple[int, ...], ...]
+    rows: int
+    columns: int
 
     def __call__(self, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
-        eye = torch.eye(self.width, dtype=x.dtype, device=x.device)
-        return torch.nn.functional.linear(x, self.runner(factors, eye).mT, bias)
+        if self.product is None:
+            weight = self.runner(factors, torch.eye(self.rows, dtype=x.dtype, device=x.device)).mT
+        else:
+            shaped = [factor.reshape(shape) for factor, shape in zip(factors, self.factors, strict=True)]
+            weight = torch.einsum(self.product, *shaped).reshape(self.columns, self.rows)
+        return torch.nn.functional.linear(x, weight, bias)
+
+
+def _product(structure: Structure) -> str | None:
+    """The einsum equation of W as the product of two factors, where that is one: no axis lies on both sides of W."""
+    if len(structure.factors) != 2 or {*structure.x} & {*structure.y} or any(step.inner for step in structure.steps):
+        return None
+    return equation(structure, structure.factors, (*structure.y, *structure.x), [False, False])

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from einlinear.kernels.pairwise import empty_tokens
-
 SPECS = ("mbk,bnk->bnm", "kbm,bnk->mbn", "kbm,bnk->bnm", "mbk,bnk->mbn")
 """The contractions that are stages: of tokens m, slices b, summed features k and new ones n."""
 
@@ -50,7 +48,7 @@ def stage(x: Tensor, weight: Tensor, bias: Tensor | None, spec: str) -> Tensor:
         spec: one of `SPECS`.
 
     Returns:
-        `[slices, out, tokens]` or `[tokens, slices, out]`; rows of tokens start at multiples of 8.
+        `[slices, out, tokens]` or `[tokens, slices, out]`.
     """
     y = empty_state(x, weight, spec)
     return launch_forward(x, weight, bias, y, spec, forward_launch(weight))
@@ -70,7 +68,7 @@ def stage_backward(grad: Tensor, x: Tensor, weight: Tensor, spec: str, has_bias:
 @stage_backward.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor, spec: str, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     slices, out, _ = weight.shape
-    return empty_like_state(x, spec), torch.empty_like(weight), weight.new_empty(slices * out if has_bias else 0)
+    return x.new_empty(x.shape), torch.empty_like(weight), weight.new_empty(slices * out if has_bias else 0)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
@@ -79,15 +77,21 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(x, weight)
 
 
+def gradients(grad: Tensor, x: Tensor, weight: Tensor, spec: str, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`stage_backward`, differentiable where gradients are recorded: the kernel has no derivative."""
+    if not torch.is_grad_enabled():
+        made: tuple[Tensor, Tensor, Tensor] = stage_backward(grad, x, weight, spec, has_bias)
+        return made
+    operands, names = spec.split("->")
+    names_x, names_w = operands.split(",")
+    dx = torch.einsum(f"{names},{names_w}->{names_x}", grad, weight)
+    dw = torch.einsum(f"{names_x},{names}->{names_w}", x, grad)
+    return dx, dw, grad.sum(names.index("m")).flatten()
+
+
 def _backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:  # type: ignore[no-untyped-def]  # noqa: ANN001
     x, weight = ctx.saved_tensors
-    if torch.is_grad_enabled():  # derivatives of derivatives: the kernel has none
-        operands, names = ctx.spec.split("->")
-        names_x, names_w = operands.split(",")
-        dx = torch.einsum(f"{names},{names_w}->{names_x}", grad, weight)
-        dw = torch.einsum(f"{names_x},{names}->{names_w}", x, grad)
-        return dx, dw, grad.sum(names.index("m")).flatten() if ctx.has_bias else None, None
-    dx, dw, db = stage_backward(grad, x, weight, ctx.spec, ctx.has_bias)
+    dx, dw, db = gradients(grad, x, weight, ctx.spec, ctx.has_bias)
     return dx, dw, db if ctx.has_bias else None, None
 
 
@@ -104,8 +108,10 @@ def _(grad: list[int], x: list[int], weight: list[int], spec: str, has_bias: boo
     return 4 * math.prod(weight) * x[spec.index("m")]
 
 
-def launch_forward(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, spec: str, launch: Launch) -> Tensor:
-    """Fills `y`."""
+def launch_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, spec: str, launch: Launch, overlap: str = ""
+) -> Tensor:
+    """Fills `y`. Of two launches that may overlap, one `"leads"` and the next one `"follows"`."""
     from einlinear.kernels import tiles  # needs Triton, which only those need who have a GPU
 
     if x.dtype != weight.dtype:
@@ -119,7 +125,8 @@ def launch_forward(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, sp
             x, weight.contiguous(), bias, y, tokens, *_strides(x, spec[:3]), *_strides(y, spec[-3:]),
             OUT=out, IN=width, BLOCK_OUT=block_out, BLOCK_IN=min(tile(width), 128), BLOCK_TOKENS=launch.tokens,
             X_MINOR=spec[2] == "m", Y_MINOR=spec[-1] == "m", HAS_BIAS=bias is not None,
-            num_warps=launch.warps, num_stages=launch.stages,
+            LEADS=overlap == "leads", FOLLOWS=overlap == "follows",
+            num_warps=launch.warps, num_stages=launch.stages, launch_pdl=overlap == "follows",
         )  # fmt: skip
     return y
 
@@ -132,7 +139,7 @@ def launch_backward(
 
     slices, out, width = weight.shape
     tokens = x.shape[spec.index("m")]
-    dx = empty_like_state(x, spec)
+    dx = x.new_empty(x.shape)
     splits, share = launch.splits(tokens, slices, x.device)
     dweight = weight.new_empty(splits, slices * out * width, dtype=torch.float32)
     dbias = weight.new_empty(splits, slices * out if has_bias else 0, dtype=torch.float32)
@@ -161,13 +168,8 @@ def add_partials(partials: Tensor, like: Tensor) -> Tensor:
 
 def empty_state(x: Tensor, weight: Tensor, spec: str) -> Tensor:
     """Memory for the result of a stage."""
-    slices, out, _ = weight.shape
-    return empty_tokens(x, spec[-3:], {"m": x.shape[spec.index("m")], "b": slices, "n": out})
-
-
-def empty_like_state(x: Tensor, spec: str) -> Tensor:
-    """Memory for the gradient of the state that goes into a stage."""
-    return empty_tokens(x, spec[:3], dict(zip(spec[:3], x.shape, strict=True)))
+    size = {"m": x.shape[spec.index("m")], "b": weight.shape[0], "n": weight.shape[1]}
+    return x.new_empty([size[name] for name in spec[-3:]])
 
 
 def tile(size: int) -> int:

@@ -74,8 +74,15 @@ def stage_forward(
     tokens, x_slice, x_feature, x_token, y_slice, y_feature, y_token,
     OUT: tl.constexpr, IN: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     X_MINOR: tl.constexpr, Y_MINOR: tl.constexpr, HAS_BIAS: tl.constexpr,
+    LEADS: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
-    """y[s] = weight[s] x[s] + bias[s] for every slice s; one program a tile, neighbours in the slice."""
+    """y[s] = weight[s] x[s] + bias[s] for every slice s; one program a tile, programs side by side on neighbours.
+
+    Of two launches that overlap, the one that leads lets the other start at once, and the one that
+    follows loads its weights before it waits for what the first has made.
+    """
+    if LEADS:
+        tl.extra.cuda.gdc_launch_dependents()
     part = tl.program_id(0) // (tl.num_programs(0) // tl.cdiv(OUT, BLOCK_OUT))
     s = (tl.program_id(0) % (tl.num_programs(0) // tl.cdiv(OUT, BLOCK_OUT))).to(tl.int64)
     first = tl.program_id(1).to(tl.int64) * BLOCK_TOKENS
@@ -87,10 +94,38 @@ def stage_forward(
     for begin in tl.static_range(0, IN, BLOCK_IN):
         ins = begin + tl.arange(0, BLOCK_IN)
         w = load_matrix(weight + s * OUT * IN, outs, ins, OUT, IN)
+        if FOLLOWS and begin == 0:
+            tl.extra.cuda.gdc_wait()
         total += multiply(w, load_tile(x, ins, x_feature, here, x_token, IN, tokens - first, X_MINOR))
     if HAS_BIAS:
         total += tl.load(bias + s * OUT + outs, mask=outs < OUT, other=0.0).to(tl.float32)[:, None]
     store_tile(total, y, outs, y_feature, here, y_token, OUT, tokens - first, Y_MINOR)
+
+
+@triton.jit
+def pair_forward(
+    x, first, second, bias, y, tokens, slices, x_token, y_token,
+    SLICES: tl.constexpr, MIDDLE: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, STATE: tl.constexpr,
+    BLOCK_STATE: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Two stages in one launch for a few tokens: each program makes anew what its output slice reads of the state.
+
+    `STATE` features of it, `STATE // SLICES` from each slice of the first stage, which has `MIDDLE` outputs a slice.
+    """
+    s, token = tl.program_id(0), tl.program_id(1)
+    ins, outs, states = tl.arange(0, BLOCK_IN), tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_STATE)
+    rank: tl.constexpr = STATE // SLICES
+    of = states // rank
+    inside = (states < STATE)[:, None] & (ins < IN)[None, :]
+    row = of * MIDDLE + (states % rank) * slices + s
+    w = tl.load(first + row[:, None] * IN + ins[None, :], mask=inside, other=0.0).to(tl.float32)
+    v = load_matrix(second + s * OUT * STATE, outs, states, OUT, STATE).to(tl.float32)
+    u = tl.load(x + token * x_token + of[:, None] * IN + ins[None, :], mask=inside, other=0.0).to(tl.float32)
+    z = tl.sum(w * u, axis=1).to(x.dtype.element_ty).to(tl.float32)
+    total = tl.sum(v * z[None, :], axis=1)
+    if HAS_BIAS:
+        total += tl.load(bias + s * OUT + outs, mask=outs < OUT, other=0.0).to(tl.float32)
+    tl.store(y + token * y_token + s * OUT + outs, total.to(y.dtype.element_ty), mask=outs < OUT)
 
 
 @triton.jit
