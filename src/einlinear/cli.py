@@ -194,7 +194,7 @@ def compare(
     if workers is not None:
         machine = replace(machine, workers=workers)
     data = load(task, paths=paths or ())
-    changed = {
+    changed: dict[str, Any] = {
         "families": tuple(structure or ()),
         "widths": _numbers("widths", widths, int),
         "horizons": _numbers("horizons", horizons, int),
