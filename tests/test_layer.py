@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import einlinear as el
 
@@ -112,6 +114,21 @@ def test_inputs_of_any_strides(layer):
         assert_close(layer(x), reference(layer, x), rtol=1e-4, atol=1e-5)
 
 
+def test_no_tokens_have_zero_gradients(family):
+    layer = trained(el.Linear(97, 131, family, cap=True))
+    found = named_gradients(layer, torch.randn(0, 97))
+    assert found["x"].shape == (0, 97)
+    assert all((found[name] == 0).all() for name, _ in layer.named_parameters())
+
+
+def test_activation_checkpointing(layer):
+    x = torch.randn(3, layer.in_features)
+    wanted = named_gradients(layer, x)
+    again = copy.deepcopy(layer)
+    again.forward = lambda x: checkpoint(layer.__class__.forward, again, x, use_reentrant=False)
+    assert_same(named_gradients(again, x), wanted)
+
+
 def test_the_input_is_left_as_it_was(layer):
     x = torch.randn(3, layer.in_features)
     before = x.clone()
@@ -198,12 +215,26 @@ def test_compiles_to_machine_code(family):
 def test_compiles_for_any_number_of_tokens(family):
     torch._dynamo.reset()
     layer = el.Linear(97, 131, family)
-    counted = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counted = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counted)
-    for tokens in (3, 5, 9):
+    for few_and_many in (2, 5000):  # on either side of the threshold beyond which W is made
+        compiled(torch.randn(few_and_many, 97))
+    seen = counted.frame_count
+    for tokens in (3, 5, 9, 700):
         x = torch.randn(tokens, 97)
         assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-5)
-    assert counted.frame_count <= 2  # one for each side of the threshold beyond which W is made
+    assert counted.frame_count == seen
+
+
+def test_compiles_under_autocast(family):
+    torch._dynamo.reset()
+    layer = trained(el.Linear(36, 64, family))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 36)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = compiled(x)
+        assert y.dtype == torch.bfloat16
+        assert_close(y, layer(x))
 
 
 def test_exports(family):
@@ -342,6 +373,18 @@ def test_gradients_of_a_functional_call(small):
     assert_same(found, {name: wanted[name] for name in found})
     one_by_one = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
     assert_same({name: grad.sum(0) for name, grad in one_by_one.items()}, found)
+
+
+def test_an_ensemble_in_one_call(family):
+    layers = [trained(el.Linear(36, 64, family)) for _ in range(3)]
+    parameters, buffers = torch.func.stack_module_state(layers)
+    x = torch.randn(5, 36)
+
+    def one(parameters, buffers, x):
+        return torch.func.functional_call(layers[0], (parameters, buffers), (x,))
+
+    together = torch.func.vmap(one, in_dims=(0, 0, None))(parameters, buffers, x)
+    assert_close(together, torch.stack([layer(x) for layer in layers]), rtol=1e-4, atol=1e-4)
 
 
 def test_jacobian_and_hessian(small):
