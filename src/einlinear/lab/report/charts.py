@@ -59,8 +59,8 @@ def loss_chart(summary: Summary, axis: Axis, height: int = 400) -> Specification
     losses, costs = [point["loss"] for point in points], [point["cost"] for point in points]
     x = _logarithmic(alt.X, "cost", AXES[axis], costs, "~s")
     y = _logarithmic(alt.Y, "loss", "validation loss (nats)", losses, "~g")
-    colour = alt.Color("family:N", scale=_scale(summary, "colour"), legend=_legend(), title=None)
-    shape = alt.Shape("family:N", scale=_scale(summary, "shape"), legend=_legend(), title=None)
+    colour = alt.Color("family:N", scale=_scale(summary, "colour"), title=None)
+    shape = alt.Shape("family:N", scale=_scale(summary, "shape"), title=None)
     chosen = alt.selection_point(name="chosen", fields=["family"], bind="legend")
     band = (
         _chart(laws)
@@ -110,7 +110,7 @@ def multiplier_chart(summary: Summary) -> Specification:
     value = base.mark_point(size=75, filled=True, opacity=1, clip=True).encode(
         x=_logarithmic(alt.X, "value", "", values, "~g"),
         shape=alt.Shape("kind:N", scale=alt.Scale(domain=list(kinds.values()), range=["circle", "diamond"]),
-                        legend=_legend(), title=None),
+                        title=None),
         tooltip=["family:N", "kind:N", *(alt.Tooltip(f"{name}:Q", format=".3f") for name in ("value", "low", "high"))],
     )  # fmt: skip
     height = 40 * max(1, len({row["family"] for row in rows}))
@@ -130,8 +130,8 @@ def tuning_chart(summary: Summary) -> Specification:
     ]  # fmt: skip
     x = _logarithmic(alt.X, "rate", "base learning rate", [row["rate"] for row in rows], "~g")
     y = _logarithmic(alt.Y, "loss", "validation loss (nats)", [row["loss"] for row in rows], "~g")
-    colour = alt.Color("family:N", scale=_scale(summary, "colour"), legend=_legend(), title=None)
-    shape = alt.Shape("family:N", scale=_scale(summary, "shape"), legend=_legend(), title=None)
+    colour = alt.Color("family:N", scale=_scale(summary, "colour"), title=None)
+    shape = alt.Shape("family:N", scale=_scale(summary, "shape"), title=None)
     base = _chart(rows).encode(x=x, y=y, color=colour, detail="size:N")
     dots = base.mark_point(size=55, filled=True, opacity=1).encode(
         shape=shape, tooltip=["family:N", "width:Q", alt.Tooltip("rate:Q", format=".3g"), "loss:Q"]
@@ -157,10 +157,6 @@ def _scale(summary: Summary, channel: str) -> alt.Scale:
     if channel == "shape":
         marks = [SHAPES[index % len(SHAPES)] for index in range(len(names))]
     return alt.Scale(domain=names, range=marks)
-
-
-def _legend() -> alt.Legend:
-    return alt.Legend(orient="top", columns=2, symbolSize=80, symbolOpacity=1, labelLimit=240, columnPadding=18)
 
 
 def _logarithmic(channel: type[Channel], name: str, title: str, values: Sequence[float], number: str) -> Channel:
@@ -197,7 +193,10 @@ def _finished(chart: alt.LayerChart | alt.FacetChart, height: int, description: 
             "gridOpacity": 0.1, "domainOpacity": 0.4, "tickOpacity": 0.4, "labelOpacity": 0.85, "titleOpacity": 0.85,
             "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "titlePadding": 10,
         },
-        "legend": {"labelColor": INK, "labelFontSize": 12.5, "symbolBaseFillColor": INK},
+        "legend": {
+            "orient": "top", "columns": 2, "columnPadding": 18, "symbolSize": 80, "symbolOpacity": 1,
+            "symbolBaseFillColor": INK, "labelColor": INK, "labelFontSize": 12.5, "labelLimit": 240,
+        },
     }  # fmt: skip
     specification: Specification = chart.properties(width="container", height=height, description=description).to_dict()
     return specification | {
