@@ -46,9 +46,7 @@ def main() -> None:
     with options.results.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*columns, "torch"])
-        writer.writerows(
-            [*(getattr(run, name) for name in columns), json.loads(run.versions)["torch"]] for run in runs
-        )
+        writer.writerows([*(getattr(run, name) for name in columns), json.loads(run.versions)["torch"]] for run in runs)
     parts.unlink()
     for family in FAMILIES:
         best = {}

@@ -14,7 +14,7 @@ import typer
 import einlinear as el
 
 if TYPE_CHECKING:
-    from einlinear.lab.compare import Progress
+    from einlinear.lab.compare import Plan, Progress
     from einlinear.lab.run import Run
 
 Number = TypeVar("Number", int, float)
@@ -210,7 +210,7 @@ def compare(
     store.parent.mkdir(parents=True, exist_ok=True)
     with Store(store) as opened, _progress() as progress:
         runs = lab.compare(plan, data, opened, machine=machine, folder=store.with_suffix(".parts"), progress=progress)
-    _write(runs, report)
+    _write(runs, report, plan=plan)
 
 
 @app.command("report")
@@ -235,7 +235,7 @@ def write_again(
         raise ValueError(
             f"cannot report on the task '{task}': {store} holds no runs of it; run 'einlinear compare {task}'"
         )
-    _write(runs, report, mixed)
+    _write(runs, report, allow_mixed_data=mixed)
     if figure:
         save_figure(runs, figure)
         typer.echo(f"figure: {figure}")
@@ -267,7 +267,7 @@ def _numbers(option: str, text: str, kind: type[Number]) -> tuple[Number, ...]:
         ) from None
 
 
-def _write(runs: "Sequence[Run]", report: Path, allow_mixed_data: bool = False) -> None:
+def _write(runs: "Sequence[Run]", report: Path, *, plan: "Plan | None" = None, allow_mixed_data: bool = False) -> None:
     from rich.console import Console
 
     from einlinear.lab.report import print_summary, write_report
@@ -275,7 +275,8 @@ def _write(runs: "Sequence[Run]", report: Path, allow_mixed_data: bool = False) 
 
     print_summary(summary(runs, allow_mixed_data=allow_mixed_data), Console())
     report.parent.mkdir(parents=True, exist_ok=True)
-    write_report(runs, report, command=shlex.join(["einlinear", *sys.argv[1:]]), allow_mixed_data=allow_mixed_data)
+    command = shlex.join(["einlinear", *sys.argv[1:]])
+    write_report(runs, report, command=command, plan=plan, allow_mixed_data=allow_mixed_data)
     typer.echo(f"report: {report}")
 
 
