@@ -90,8 +90,8 @@ class Linear(nn.Module):
         factors = self.effective_factors()
         bias: Tensor | None = self.bias
         kind = x.device.type
-        # Not every kind of device can be asked: meta has no autocast.
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.is_floating_point():
+        # Meta has no autocast and cannot be asked; torch.compile of torch 2.11 cannot trace is_autocast_available.
+        if kind != "meta" and torch.is_autocast_enabled(kind) and x.is_floating_point():
             dtype = torch.get_autocast_dtype(kind)
             x, factors = x.to(dtype), [factor.to(dtype) for factor in factors]
             bias = None if bias is None else bias.to(dtype)

@@ -11,13 +11,13 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("tokens", [1, 3, 70])
+@pytest.mark.parametrize("tokens", [1, 3, 150])
 @pytest.mark.parametrize(("family", "widths"), [(el.BTT(), (256, 256)), (el.BTT(rank=3), (240, 400))], ids=str)
 def test_a_few_tokens_get_what_many_do(family: el.Family, widths: tuple[int, int], tokens: int, bias: bool) -> None:
     structure = family(*widths).canonical
     assert Decode().refuses(structure, CUDA_HALF) is None
     x = torch.randn(tokens, widths[0], requires_grad=True)
-    assert (x.numel() > AGAIN) == (tokens == 70)  # both ways of doing it
+    assert (x.numel() > AGAIN) == (tokens == 150)  # both ways of doing it
     factors = [torch.randn(shape, requires_grad=True) for shape in structure.matrix_shapes]
     added = torch.randn(widths[1], requires_grad=True) if bias else None
     y = Decode().prepare(structure)(factors, x, added)

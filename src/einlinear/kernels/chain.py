@@ -118,12 +118,12 @@ class ChainRunner:
     tiled: tuple[int, ...] = ()
 
     def __call__(self, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
-        state, last = x, len(self.links) - 1
-        if any(link.spec[-1] == "m" for link in self.links):
-            state = aligned(x)
+        tokens = aligned(x) if any(link.spec[-1] == "m" for link in self.links) else x
+        state, last = tokens, len(self.links) - 1
         for position, (link, factor) in enumerate(zip(self.links, factors, strict=True)):
             state = link(state, factor, bias if position == last else None, position in self.tiled)
-        return state.reshape(-1, self.width)[: x.shape[0]]
+        state = state.reshape(-1, self.width)
+        return state if tokens is x else state[: x.shape[0]]  # a slice of everything would still copy its gradient
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ INTO, OUT_OF = "mbk,bnk->bnm", "kbm,bnk->mbn"
 FEW = 64
 """Tokens beyond which two ordinary launches are faster."""
 
-AGAIN = 16384
+AGAIN = 32768
 """Up to so many numbers of input each program makes all of the state that it reads: one launch, no wait."""
 
 

@@ -115,12 +115,14 @@ class Nested:
         onward, out = self.down
         first, second, third, fourth = factors
         tokens = x.reshape(-1, x.shape[-1])
-        state = into(aligned(tokens), first, tiled=into.tiled).reshape(hidden.view)
+        padded = aligned(tokens)
+        state = into(padded, first, tiled=into.tiled).reshape(hidden.view)
         state = junction(
             state, second.reshape(hidden.weight), hidden_bias, third.reshape(onward.weight), self.activation
         )
         y = out(state, fourth, bias, tiled=out.tiled)
-        return y[: len(tokens)].reshape(*x.shape[:-1], -1)
+        y = y if padded is tokens else y[: tokens.shape[0]]
+        return y.reshape(*x.shape[:-1], -1)
 
 
 def nest(up: Structure, down: Structure, activation: str) -> Nested | str:
@@ -196,13 +198,19 @@ def fits(hidden: int, width: int, out: int) -> bool:
 
 def forward_launch(up: Tensor, down: Tensor) -> Launch:
     """The fastest of those measured (benchmarks/NOTES.md)."""
-    return Launch(tokens=64, resident=4)
+    return Launch(tokens=64 if _size(up, down) > 128 * 128 else 128, resident=4)
 
 
 def backward_launch(up: Tensor, down: Tensor) -> Launch:
     """The fastest of those measured (benchmarks/NOTES.md)."""
-    small = tile(up.shape[1]) * (tile(up.shape[2]) + tile(down.shape[1])) <= 128 * 64
-    return Launch(tokens=64) if small else Launch(tokens=128, warps=8, stages=2, resident=1)
+    if _size(up, down) <= 128 * 64:
+        return Launch(tokens=64)
+    return Launch(tokens=128, warps=8, stages=3 if _size(up, down) <= 128 * 128 else 2, resident=1)
+
+
+def _size(up: Tensor, down: Tensor) -> int:
+    """The weights that one program holds."""
+    return tile(up.shape[1]) * (tile(up.shape[2]) + tile(down.shape[1]))
 
 
 def _tiles(up: Tensor, down: Tensor, hidden: int, launch: Launch) -> dict[str, int]:

@@ -30,11 +30,15 @@ class Launch:
     resident: int = 2
 
     def splits(self, tokens: int, slices: int, device: torch.device) -> tuple[int, int]:
-        """Into how many ranges the tokens are cut, and the tokens of each: enough to fill the device."""
-        programs = self.resident * multiprocessors(device)
+        """Into how many ranges the tokens are cut, and the tokens of each, so that no multiprocessor is long idle."""
+        at_once = self.resident * multiprocessors(device)
         tiles = -(-tokens // self.tokens)
-        share = -(-tiles // max(1, programs // slices)) * self.tokens
-        return max(1, -(-tokens // share)), share
+        # The time of a count: waves of programs, each as long as its range. Each range has a partial sum to add.
+        ranges = min(
+            range(1, max(1, min(tiles, 32)) + 1), key=lambda n: -(-slices * n // at_once) * -(-tiles // n) + 0.1 * n
+        )
+        share = max(1, -(-tiles // ranges)) * self.tokens
+        return -(-tokens // share), share
 
 
 @torch.library.custom_op("einlinear::stage", mutates_args=())
