@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import Module
+from torch.testing import assert_close
 
 import einlinear as el
 
@@ -50,6 +52,57 @@ def draw() -> Draw:
 @pytest.fixture
 def factors(structure: el.Structure, draw: Draw) -> list[Tensor]:
     return draw(structure)
+
+
+@pytest.fixture(scope="session")
+def trained() -> Callable[[Module], Module]:
+    """Moves every parameter of a module away from the value it starts at, so that none is forgotten unnoticed."""
+
+    def move(module: Module) -> Module:
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        return module
+
+    return move
+
+
+@pytest.fixture(params=[{}, {"bias": False}, {"cap": True}, {"zero": True}], ids=str)
+def options(request: pytest.FixtureRequest) -> dict[str, bool]:
+    """Options of a layer."""
+    return request.param
+
+
+@pytest.fixture
+def layer(family: el.Family, widths: tuple[int, int], trained: Callable[[el.Linear], el.Linear]) -> el.Linear:
+    return trained(el.Linear(*widths, family))
+
+
+@pytest.fixture(scope="session")
+def named_gradients() -> Callable[[Module, Tensor], dict[str, Tensor]]:
+    """The output of a module and the gradients of input and parameters, by name."""
+
+    def gradients(module: Module, x: Tensor) -> dict[str, Tensor]:
+        x = x.detach().clone().requires_grad_()
+        module.zero_grad()
+        y = module(x)
+        y.square().sum().backward()
+        named = {name.removeprefix("_orig_mod."): p.grad.clone() for name, p in module.named_parameters()}
+        return {"output": y.detach(), "x": x.grad, **named}
+
+    return gradients
+
+
+@pytest.fixture(scope="session")
+def assert_same() -> Callable[..., None]:
+    """Compares tensors by name, and says which one differs."""
+
+    def compare(found: dict[str, Tensor], wanted: dict[str, Tensor], **tolerance: float) -> None:
+        assert found.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            assert_close(found[name], tensor, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+    return compare
 
 
 @pytest.fixture

@@ -61,13 +61,8 @@ def leaves_of(structure, factors, *tokens, dtype=torch.float64):
     return drawn | {f"factor {k}": factor for k, factor in enumerate(factors)}
 
 
-def assert_same(found, wanted):
-    for name, tensor in wanted.items():
-        assert_close(found[name], tensor, msg=lambda text, name=name: f"{name}: {text}")
-
-
 @pytest.mark.usefixtures("poisoned")
-def test_is_the_reference_with_every_gradient(kernel, structure, factors, tokens):
+def test_is_the_reference_with_every_gradient(kernel, structure, factors, tokens, assert_same):
     if refusal := kernel.refuses(structure):
         assert_is_a_reason(refusal)
         return
@@ -82,7 +77,7 @@ def test_is_the_reference_with_every_gradient(kernel, structure, factors, tokens
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("family", CHAINED, ids=str)
 @pytest.mark.parametrize("widths", [(12, 20), (27, 64), (97, 131), (131, 97)], ids=str)
-def test_the_chain_at_odd_sizes(family, widths, draw):
+def test_the_chain_at_odd_sizes(family, widths, draw, assert_same):
     structure = family(*widths)
     assert Chain().refuses(structure) is None
     leaves = leaves_of(structure, draw(structure), 2, 3)
@@ -103,7 +98,7 @@ def test_keeps_the_dtype(kernel, dtype, draw):
     assert_close(y, el.apply(structure, factors, x), rtol=tolerance, atol=tolerance)
 
 
-def test_complex_gradients_are_those_of_the_reference():
+def test_complex_gradients_are_those_of_the_reference(assert_same):
     structure = el.BTT(rank=2)(16, 36)
     factors = [torch.randn(shape, dtype=torch.complex128) for shape in structure.factor_shapes]
     leaves = leaves_of(structure, factors, 5, dtype=torch.complex128)
