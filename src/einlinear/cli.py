@@ -258,6 +258,39 @@ def check(
     raise typer.Exit(0 if verdict.ok else 1)
 
 
+@app.command()
+def bench(
+    structure: Annotated[
+        list[str] | None, typer.Option("--structure", "-s", help="What to time; repeatable. By default, a few.")
+    ] = None,
+    widths: Annotated[str, typer.Option(help="Widths of square layers.")] = "1024,2048",
+    tokens: Annotated[str, typer.Option(help="Numbers of vectors.")] = "1024",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    file: Annotated[Path | None, typer.Option(help="Also write the rows as CSV.")] = None,
+) -> None:
+    """Times layers against dense ones of the same widths, in one process: ratios of medians."""
+    import csv
+
+    import torch
+
+    from einlinear.lab.bench import bench
+
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype):
+        raise ValueError(f"cannot time layers of dtype '{dtype}': torch has no such type; pass float32 or bfloat16")
+    families = [el.structure(text) for text in structure or ["btt", "monarch(blocks=16)", "low_rank", "kronecker"]]
+    rows = bench(families, _numbers("widths", widths, int), _numbers("tokens", tokens, int), device, kind)
+    shown = ("family", "d_in", "tokens", "mode", "ms", "ratio_to_dense", "flop_ratio", "floor_ms", "reach")
+    cells = [[f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name]) for name in shown] for row in rows]
+    _print_table(f"{rows[0]['device']}, {dtype}, one process, medians", shown, cells)
+    if file:
+        with file.open("w", newline="") as opened:
+            writer = csv.DictWriter(opened, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+
+
 def _numbers(option: str, text: str, kind: type[Number]) -> tuple[Number, ...]:
     try:
         return tuple(kind(part) for part in text.split(",") if part.strip())
