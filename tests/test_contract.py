@@ -71,7 +71,7 @@ def test_many_axes_are_no_obstacle(draw):
     assert_close(el.apply(structure, factors, x), entry[None])
 
 
-# Routing: MATH.md section 4
+# Routing: docs/mathematics.md section 4
 
 
 def test_a_mixture_of_dense_experts(draw):

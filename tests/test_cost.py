@@ -27,7 +27,7 @@ def point(request):
 
 
 def size_of(structure, axes):
-    """|αβγ...| of MATH.md's notation; an axis that is left out has size 1."""
+    """|αβγ...| of docs/mathematics.md's notation; an axis that is left out has size 1."""
     return structure.size(axis for axis in axes if axis in structure.sizes)
 
 

@@ -20,7 +20,7 @@ def flops(structure: Structure) -> int:
     """Floating-point operations to apply the map to one vector, a multiply-add counting as two.
 
     Factors are applied in the order written; padding counts; a routed axis costs only its active
-    entries. MATH.md section 1.
+    entries. docs/mathematics.md section 1.
     """
     sizes = {**structure.sizes}
     if structure.routed:
@@ -37,7 +37,7 @@ def generic_rank(structure: Structure) -> int:
 
     The cut separates the input's axes from the output's; cutting an axis costs its size, once,
     however many operands carry it (a block axis is a copy tensor). For two factors this is
-    min(n_in, n_out, |βδργφ|, |αεργφ|), MATH.md section 1.
+    min(n_in, n_out, |βδργφ|, |αεργφ|), docs/mathematics.md section 1.
 
     A routed axis counts with its active entries.
     """

@@ -29,7 +29,7 @@ class Linear(nn.Module):
         dtype: of the parameters.
         cap: whether each factor is scaled by a learned gain and, where its root mean square has
             grown beyond the initial one, back to that: a ceiling against blow-up at large rates
-            (weight normalisation of MATH.md section 2; `_norm` in Searching for Efficient Linear Layers).
+            (weight normalisation of docs/mathematics.md section 2; `_norm` in Searching for Efficient Linear Layers).
         zero: whether the last factor starts at zero, as it should in the last layer of a residual branch.
 
     Shape:

@@ -14,7 +14,7 @@ class StructuredMLP(nn.Module):
 
     On a GPU, in 16 bits, and where the blocks that `up` makes are the blocks that `down` reads, the
     hidden features never reach memory: the second factor of `up`, the activation and the first
-    factor of `down` are one kernel, forward and backward (KERNELS.md 2.2). BTT nests by itself, and
+    factor of `down` are one kernel, forward and backward (docs/kernels.md). BTT nests by itself, and
     so does any family with the same number of blocks on both sides: `el.BTT(blocks=(32, 32))`.
     Elsewhere the two layers run one after the other, and compute the same.
 

@@ -1,6 +1,6 @@
 """The factors whose structure lies nearest to a given dense weight.
 
-MATH.md section 3. Splitting by singular value decomposition is exact for nested structures, all
+docs/mathematics.md section 3. Splitting by singular value decomposition is exact for nested structures, all
 two-factor ones among them; alternating least squares lowers the error of every other.
 """
 

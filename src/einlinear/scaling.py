@@ -46,7 +46,7 @@ class Rule:
 
 
 # SGD's gradient is spread over all slices, so its update needs their number; published code omits it
-# and its updates then shrink with width (RATES.md, finding 6).
+# and its updates then shrink with width.
 RULES = {
     "adamw": Rule(lambda fan_in, fan_out, slices: 1 / fan_in, lambda width_mult: 1.0),
     "sgd": Rule(lambda fan_in, fan_out, slices: slices * fan_out / fan_in, lambda width_mult: width_mult),
@@ -66,7 +66,7 @@ def rule(optimizer: str) -> Rule:
 
 
 def spectral(structure: Structure, optimizer: str = "adamw") -> tuple[Scale, ...]:
-    """Initialisation and learning rate of each factor. MATH.md section 2, RATES.md 1.0 and 1.3.
+    """Initialisation and learning rate of each factor. docs/mathematics.md section 2, docs/mathematics.md section 2.
 
     Raises:
         ValueError: for an optimizer without a rule.

@@ -135,7 +135,7 @@ class Structure:
 
         Any structure with an axis to spare becomes a mixture of experts: route the rank of a
         BTT and it is BTT-MoE; route an axis that a dense map's factor has to itself
-        (`"i, e o i -> o"`) and it is a plain mixture of experts. MATH.md section 4.
+        (`"i, e o i -> o"`) and it is a plain mixture of experts. docs/mathematics.md section 4.
         """
         if axis not in self.sizes:
             raise StructureError(f"cannot route axis '{axis}' of {self}: it has only {', '.join(self.sizes)}")

@@ -91,7 +91,7 @@ def _block_chain(ins: Sequence[int], outs: Sequence[int], rank: int | None) -> S
     """Factor k takes (i_k, r_k-1) to (r_k, o_k) separately for all later i and earlier o.
 
     New axes are written rank first, and the earliest output block last: the state between two
-    factors, kept with tokens innermost, is then read by the next one without a copy (KERNELS.md 2.1).
+    factors, kept with tokens innermost, is then read by the next one without a copy (docs/kernels.md).
     Two factors take the customary letters: "g a, g r f a, f e g r -> f e".
     """
     last = len(ins) - 1

@@ -17,7 +17,7 @@ THREE_FACTORS = ("a b c", "d e f", "ab ac abc bc", "c b a, ab ac abc d a, abc bc
 class Theta(Family):
     """A point θ of the continuous space of all einsums of two factors (7 exponents) or three (10).
 
-    Seven: (θα, θβ, θγ, θδ, θε, θφ, θρ), MATH.md section 1. The sizes of α, β, γ are d_in to the
+    Seven: (θα, θβ, θγ, θδ, θε, θφ, θρ), docs/mathematics.md section 1. The sizes of α, β, γ are d_in to the
     power of their exponents, those of δ, ε, φ are powers of d_out, and ρ is a power of the smaller
     width; exponents of the input sum to 1, and so do those of the output. Ten: three parts of the
     input and three of the output, one for each factor A, B, C, then the bonds AB, AC, ABC, BC. An
