@@ -1,6 +1,10 @@
 """What all tests share: one thread each, and the families at the widths that laws are checked for."""
 
+import os
 from collections.abc import Callable, Iterator
+
+# Triton's interpreter runs the GPU kernels without a GPU; it must be asked for before torch imports Triton.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch

@@ -47,7 +47,7 @@ def stage(x: Tensor, weight: Tensor, bias: Tensor | None, spec: str) -> Tensor:
 
     Args:
         x: the state, `[tokens, slices, in]` or `[in, slices, tokens]` as `spec` says, any strides.
-        weight: `[slices, out, in]`.
+        weight: `[slices, out, in]`, `out` and `in` at most `LARGEST`.
         bias: `[slices * out]`.
         spec: one of `SPECS`.
 
@@ -122,12 +122,10 @@ def launch_forward(
         raise ValueError(f"cannot apply factors of {weight.dtype} to an input of {x.dtype}: convert one of the two")
     slices, out, width = weight.shape
     tokens = x.shape[spec.index("m")]
-    block_out = min(tile(out), 128)
-    grid = (slices * -(-out // block_out), -(-tokens // launch.tokens))
     with torch.cuda.device_of(x):
-        tiles.stage_forward[grid](
+        tiles.stage_forward[(slices, -(-tokens // launch.tokens))](
             x, weight.contiguous(), bias, y, tokens, *_strides(x, spec[:3]), *_strides(y, spec[-3:]),
-            OUT=out, IN=width, BLOCK_OUT=block_out, BLOCK_IN=min(tile(width), 128), BLOCK_TOKENS=launch.tokens,
+            OUT=out, IN=width, BLOCK_OUT=tile(out), BLOCK_IN=tile(width), BLOCK_TOKENS=launch.tokens,
             X_MINOR=spec[2] == "m", Y_MINOR=spec[-1] == "m", HAS_BIAS=bias is not None,
             LEADS=overlap == "leads", FOLLOWS=overlap == "follows",
             num_warps=launch.warps, num_stages=launch.stages, launch_pdl=overlap == "follows",

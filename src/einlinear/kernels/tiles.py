@@ -83,23 +83,20 @@ def stage_forward(
     """
     if LEADS:
         tl.extra.cuda.gdc_launch_dependents()
-    part = tl.program_id(0) // (tl.num_programs(0) // tl.cdiv(OUT, BLOCK_OUT))
-    s = (tl.program_id(0) % (tl.num_programs(0) // tl.cdiv(OUT, BLOCK_OUT))).to(tl.int64)
+    s = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1).to(tl.int64) * BLOCK_TOKENS
     here = tl.arange(0, BLOCK_TOKENS)
-    outs = part * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    x += s * x_slice + first * x_token
-    y += s * y_slice + first * y_token
-    total = tl.zeros((BLOCK_OUT, BLOCK_TOKENS), tl.float32)
-    for begin in tl.static_range(0, IN, BLOCK_IN):
-        ins = begin + tl.arange(0, BLOCK_IN)
-        w = load_matrix(weight + s * OUT * IN, outs, ins, OUT, IN)
-        if FOLLOWS and begin == 0:
-            tl.extra.cuda.gdc_wait()
-        total += multiply(w, load_tile(x, ins, x_feature, here, x_token, IN, tokens - first, X_MINOR))
+    outs, ins = tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_IN)
+    w = load_matrix(weight + s * OUT * IN, outs, ins, OUT, IN)
+    if FOLLOWS:
+        tl.extra.cuda.gdc_wait()
+    v = load_tile(x + s * x_slice + first * x_token, ins, x_feature, here, x_token, IN, tokens - first, X_MINOR)
+    total = multiply(w, v)
     if HAS_BIAS:
         total += tl.load(bias + s * OUT + outs, mask=outs < OUT, other=0.0).to(tl.float32)[:, None]
-    store_tile(total, y, outs, y_feature, here, y_token, OUT, tokens - first, Y_MINOR)
+    store_tile(
+        total, y + s * y_slice + first * y_token, outs, y_feature, here, y_token, OUT, tokens - first, Y_MINOR
+    )  # fmt: skip
 
 
 @triton.jit
