@@ -1,6 +1,5 @@
 """Which structure spends compute best: a grid of structures and widths on one task, each at its own best rate."""
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -10,7 +9,6 @@ import torch
 
 import einlinear as el
 from einlinear.lab.data import Sequences, Task
-from einlinear.lab.models import counted
 from einlinear.lab.run import Run
 from einlinear.lab.store import Store
 from einlinear.lab.sweep import Event, Machine, Sweep
@@ -118,9 +116,8 @@ def compare(
         ValueError: before any training, where a family cannot be had at a width of the plan.
         KeyboardInterrupt, OSError: once the runs in progress have been kept.
     """
-    for family, width in product(plan.families, {*plan.widths, plan.recipe.base_width}):
-        counted(task, replace(plan.trial(task, family, plan.rates[0]), width=width).architecture)
     machine = machine or Machine.here()
+    # It counts the costs of every model, and so refuses a family at a width where it cannot be had.
     meter = _Meter(plan, task, machine, progress)
     with Sweep(task, store, machine, folder, meter.observe) as sweep:
         tuning, rates = _tune(plan, task, sweep, meter)
@@ -132,13 +129,12 @@ def compare(
 def _tune(plan: Plan, task: Task, sweep: Sweep, meter: "_Meter") -> tuple[list[Run], dict[str, float]]:
     """The trials, and the best rate of each family that has one at which it does not diverge."""
     grids = dict.fromkeys(plan.families, plan.rates)
-    for growth in range(plan.extensions + 1):
+    for _ in range(plan.extensions + 1):
         trials = [plan.trial(task, family, rate) for family, rates in grids.items() for rate in rates]
         meter.foresee(trials, sweep)
         runs = sweep.train(trials)
         best = {family: _best([run for run in runs if run.family == family]) for family in grids}
-        if growth < plan.extensions:
-            grids = {family: _grown(rates, best[family]) for family, rates in grids.items()}
+        grids = {family: _grown(rates, best[family]) for family, rates in grids.items()}
         if sum(map(len, grids.values())) == len(trials):
             break
     return runs, {family: rate for family, rate in best.items() if rate is not None}
@@ -169,58 +165,60 @@ class _Ahead:
     runs: int
     missing: int
 
+    def finish(self) -> None:
+        """One run less; with the last one nothing is left."""
+        self.missing -= 1
+        self.left = self.left if self.missing else 0.0
+
 
 class _Meter:
     """Foresees how long is left, from what each family has taken so far for as much work."""
 
     def __init__(self, plan: Plan, task: Task, machine: Machine, progress: Callable[[Progress], object]) -> None:
         self._task, self._workers, self._progress = task, max(1, machine.workers), progress
-        self._ahead: dict[Trunk, _Ahead] = {}
-        self._seconds: defaultdict[str, float] = defaultdict(float)  # by family, of the finished runs
-        self._work: defaultdict[str, float] = defaultdict(float)  # likewise
-        self._add([*plan.trials(task), *plan.trunks(task, dict.fromkeys(plan.families, 0.0))])
+        self._runs: dict[object, Run] = {}  # finished, by key
+        self._ahead = self._all_of(plan.trials(task)) | self._all_of(
+            plan.trunks(task, dict.fromkeys(plan.families, 0.0))
+        )
 
     def foresee(self, trunks: Sequence[Trunk], sweep: Sweep) -> None:
-        """Takes account of trunks that are about to be trained, and of their runs that are in the store."""
-        self._add(trunks)
+        """Takes these for all trunks of their purpose, and counts their runs that are in the store already."""
+        purposes = {trunk.purpose for trunk in trunks}
+        others = {slot: ahead for slot, ahead in self._ahead.items() if slot.purpose not in purposes}
+        self._ahead = others | self._all_of(trunks)
         for trunk in trunks:
             for run in sweep.stored(trunk):
-                self._finish(self._ahead[_slot(trunk)], run)
+                self._runs[run.key] = run
+                self._ahead[_slot(trunk)].finish()
 
     def observe(self, trunk: Trunk, event: Event) -> None:
         """Counts what was done, and tells of it."""
         ahead, run = self._ahead[_slot(trunk)], None
         if isinstance(event, Run):
-            run = event
-            self._finish(ahead, run)
+            run = self._runs[event.key] = event
+            ahead.finish()
         else:
             ahead.left = max(0.0, ahead.left - event * ahead.step)
         every = self._ahead.values()
         share = 1 - sum(a.left for a in every) / sum(a.total for a in every)
-        runs = sum(a.runs for a in every)
-        missing = sum(a.missing for a in every)
+        runs, missing = sum(a.runs for a in every), sum(a.missing for a in every)
         self._progress(Progress(share, self._seconds_left(), runs - missing, runs, run))
 
-    def _add(self, trunks: Sequence[Trunk]) -> None:
+    def _all_of(self, trunks: Sequence[Trunk]) -> dict[Trunk, _Ahead]:
+        found = {}
         for trunk in trunks:
             step, runs = _work(trunk.run(self._task, 1)), len(trunk.horizons)
-            self._ahead[_slot(trunk)] = _Ahead(step, trunk.steps * step, trunk.steps * step, runs, runs)
-
-    def _finish(self, ahead: _Ahead, run: Run) -> None:
-        ahead.missing -= 1
-        if not ahead.missing:
-            ahead.left = 0.0
-        self._seconds[run.family] += run.seconds
-        self._work[run.family] += _work(run)
+            found[_slot(trunk)] = _Ahead(step, trunk.steps * step, trunk.steps * step, runs, runs)
+        return found
 
     def _seconds_left(self) -> float | None:
-        if not (done := sum(self._work.values())):
+        if not self._runs:
             return None
-        usual = sum(self._seconds.values()) / done
         seconds = 0.0
         for trunk, ahead in self._ahead.items():
-            known = self._work[trunk.family]
-            seconds += ahead.left * (self._seconds[trunk.family] / known if known else usual)
+            own = [run for run in self._runs.values() if run.family == trunk.family]
+            known = own or list(self._runs.values())
+            seconds += ahead.left * sum(run.seconds for run in known) / sum(map(_work, known))
         return seconds / self._workers
 
 
@@ -264,26 +262,24 @@ def describe(plan: Plan, task: Task, machine: Machine | None = None) -> str:
 
 
 def default_plan(task: Task, device: str = "cpu") -> Plan:
-    """A comparison that says something in less than five minutes on two cores, or on one GPU in a little more."""
-    sequences = isinstance(task, Sequences)
+    """A comparison that says something, in four minutes of two idle cores, or in some six of one GPU."""
+    context = task.context if isinstance(task, Sequences) else 4  # sets of examples are small, so steps are
     if device == "cpu":
         return Plan(
             families=("dense", "low_rank(rank=16)", "monarch(blocks=4)", "btt(rank=2)"),
-            widths=(32, 64, 128, 192),
+            widths=(32, 64, 96, 128),
             depth=2,
-            horizons=(2**16, 2**17, 2**18),
+            horizons=(100_000, 200_000, 400_000),
             rates=(2**-8, 2**-7, 2**-6),
-            tuning=2**17,
-            recipe=Recipe(batch=16 if sequences else 256, base_width=64, base_depth=2),
+            tuning=150_000,
+            recipe=Recipe(batch=max(1, 1024 // context), base_width=64, base_depth=2),
         )
     return Plan(
         families=("dense", "low_rank(rank=64)", "monarch(blocks=16)", "btt(rank=4)"),
         widths=(128, 256, 512, 1024),
         depth=4,
-        horizons=(4_000_000, 8_000_000, 16_000_000),
+        horizons=(2**20, 2**21, 2**22),
         rates=(2**-9, 2**-8, 2**-7),
-        tuning=4_000_000,
-        recipe=Recipe(
-            batch=64 if sequences else 4096, base_width=256, base_depth=4, head=64, warmup=100, precision="bfloat16"
-        ),
+        tuning=2**21,
+        recipe=Recipe(batch=max(1, 8192 // context), base_width=256, base_depth=4, head=64, precision="bfloat16"),
     )

@@ -51,10 +51,10 @@ class Machine:
     def here(cls, device: str | None = None) -> "Machine":
         """All of this machine: its accelerator if there is one, else a worker for each core it may use."""
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if device == "cpu":
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            return cls(device=device, workers=cores or 1)
-        return cls(device=device, compiled=True)
+        if device != "cpu":
+            return cls(device=device)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return cls(workers=cores or 1)
 
 
 Event = int | Run

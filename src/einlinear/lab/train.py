@@ -39,9 +39,9 @@ EVALUATED = 8192  # tokens (or examples) evaluated at once
 class Recipe:
     """What all runs of a study have in common.
 
-    `batch` counts sequences (or examples), `warmup` steps; `cooldown` is a share of the horizon. The base width
-    and depth are those at which rates are tuned. Batches of a few sequences want a larger `beta2` (Porian et al.
-    2024, https://arxiv.org/abs/2406.19146).
+    `batch` counts sequences (or examples), `warmup` steps; `cooldown` is a share of the horizon. Rates are those
+    of a model of `base_width`, and branches weigh one in a model of `base_depth`. Batches of a few sequences want
+    a larger `beta2` (Porian et al. 2024, https://arxiv.org/abs/2406.19146).
     """
 
     batch: int
@@ -226,8 +226,7 @@ class Training:
         Raises Failure if the loss is not finite or far above its first value.
         """
         while self.step < until:
-            # Chunks end at multiples, so that a resumed run has the same ones.
-            end = min(until, self.step - self.step % CHUNK + CHUNK)
+            end = min(until, self.step + CHUNK)
             steps = range(self.step, end)
             started = time.perf_counter()
             factors = (schedule(step, self.trunk.recipe.warmup, branch, until) for step in steps)
