@@ -66,7 +66,7 @@ def rule(optimizer: str) -> Rule:
 
 
 def spectral(structure: Structure, optimizer: str = "adamw") -> tuple[Scale, ...]:
-    """Initialisation and learning rate of each factor. docs/mathematics.md section 2, docs/mathematics.md section 2.
+    """Initialisation and learning rate of each factor. docs/mathematics.md section 2.
 
     Raises:
         ValueError: for an optimizer without a rule.
