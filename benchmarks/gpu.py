@@ -2,13 +2,15 @@
 
     python benchmarks/gpu.py [folder]
 
-Writes `layers.csv`, `mlps.csv` and `decode.csv` into the folder, by default `results/<device>`.
+Writes `layers.csv`, `mlps.csv`, `decode.csv` and `kernels.csv` (each kernel that fits, and the one that is
+chosen) into the folder, by default `results/<device>`.
 """
 
 import csv
 import sys
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import einlinear as el
+from einlinear.kernels import KERNELS, Kernel
+from einlinear.kernels.kernel import Target
 from einlinear.lab.bench import MODES, bench, milliseconds, provenance
 
 TOKENS = 16384
@@ -74,6 +78,54 @@ def mlps() -> list[dict[str, Any]]:
     return rows
 
 
+def kernels() -> list[dict[str, Any]]:
+    """The forward time of every kernel that fits a layer beside its modelled cost; the planner takes the cheapest."""
+    rows: list[dict[str, Any]] = []
+    target = Target.of("cuda", torch.bfloat16)
+    for family, width, tokens in product(FAMILIES, (512, 1024, 2048), (64, 1024, 16384)):
+        structure = family(width, width).canonical
+        fitting = [kernel for kernel in KERNELS if kernel.refuses(structure, target) is None]
+        cheapest = min(fitting, key=lambda kernel: kernel.cost(structure, tokens, target))
+        dense_ms = _layer_milliseconds(width, tokens)
+        for kernel in fitting:
+            ms = milliseconds(partial(_Run, structure, kernel), width, tokens, "forward")
+            rows.append(
+                {
+                    "family": str(family),
+                    "d_in": width,
+                    "d_out": width,
+                    "tokens": tokens,
+                    "mode": "forward",
+                    "kernel": kernel.name,
+                    "chosen": kernel is cheapest,
+                    "ms": round(ms, 5),
+                    "modelled_ms": round(kernel.cost(structure, tokens, target) / 728e9, 5),
+                    "ratio_to_dense": round(dense_ms / ms, 3),
+                    **provenance(**WHERE),
+                }
+            )
+    return rows
+
+
+class _Run(nn.Module):
+    """A layer that one kernel runs."""
+
+    def __init__(self, structure: el.Structure, kernel: Kernel) -> None:
+        super().__init__()
+        self.run = kernel.prepare(structure)
+        self.factors = nn.ParameterList(
+            torch.randn(shape, **WHERE) / shape[-1] ** 0.5 for shape in structure.matrix_shapes
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(list(self.factors), x)
+
+
+@cache
+def _layer_milliseconds(width: int, tokens: int) -> float:
+    return milliseconds(partial(nn.Linear, width, width, False, **WHERE), width, tokens, "forward")
+
+
 @cache
 def _dense_milliseconds(d_model: int, hidden: int, mode: str) -> tuple[float, float]:
     """Of the dense MLP as it stands, and compiled."""
@@ -96,6 +148,7 @@ def main(folder: Path) -> None:
         "decode": lambda: bench(
             (el.BTT(), el.LowRank()), (1024, 2048, 4096, 8192), (1, 8, 32), modes=("forward",), **WHERE
         ),
+        "kernels": kernels,
     }
     for name, make in tables.items():
         rows = make()
@@ -107,7 +160,7 @@ def main(folder: Path) -> None:
             width = row.get("d_out", row.get("hidden"))
             sizes = f"{row.get('d_in', row.get('d_model')):5} -> {width:5} tokens {row['tokens']:5}"
             print(
-                f"{name:7} {row['mode']:8} {sizes} {row['family']:28} {row['ms']:9.4f} ms {row['ratio_to_dense']:6} x"
+                f"{name:7} {row['mode']:8} {sizes} {row['family']:28} {row.get('kernel', ''):12} {row['ms']:9.4f} ms {row['ratio_to_dense']:6} x"
             )
 
 
