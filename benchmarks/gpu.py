@@ -159,9 +159,8 @@ def main(folder: Path) -> None:
         for row in rows:
             width = row.get("d_out", row.get("hidden"))
             sizes = f"{row.get('d_in', row.get('d_model')):5} -> {width:5} tokens {row['tokens']:5}"
-            print(
-                f"{name:7} {row['mode']:8} {sizes} {row['family']:28} {row.get('kernel', ''):12} {row['ms']:9.4f} ms {row['ratio_to_dense']:6} x"
-            )
+            what = f"{row['family']:28} {row.get('kernel', ''):12}"
+            print(f"{name:7} {row['mode']:8} {sizes} {what} {row['ms']:9.4f} ms {row['ratio_to_dense']:6} x")
 
 
 if __name__ == "__main__":
