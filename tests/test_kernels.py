@@ -303,3 +303,9 @@ def test_a_wrong_width_is_refused_in_a_sentence(draw):
     structure = el.BTT()(16, 36)
     with pytest.raises(el.StructureError, match="its last dimension must be d_in = 16"):
         plan(structure)(draw(structure), torch.randn(5, 17, dtype=torch.float64))
+
+
+def test_a_routed_structure_is_run_by_the_reference_alone():
+    told = el.explain(el.BTT(rank=4)(16, 16).route("r", active=1), tokens=8)
+    assert "no kernel takes a gate" in told
+    assert "chain" not in told

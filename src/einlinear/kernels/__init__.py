@@ -124,6 +124,8 @@ def explain(subject: object, *args: object, **options: object) -> str:
 
 @explain.register
 def _(structure: Structure, tokens: int = 1024, device: str = "cpu", dtype: torch.dtype = torch.float32) -> str:
+    if structure.routed:
+        return f"{structure!r}\nruns by the reference contraction, einlinear.apply: no kernel takes a gate"
     canonical, dense, target = structure.canonical, 2 * structure.d_in * structure.d_out, Target.of(device, dtype)
     refusals = {kernel: kernel.refuses(canonical, target) for kernel in KERNELS}
     fitting = [kernel for kernel in KERNELS if refusals[kernel] is None]

@@ -50,7 +50,7 @@ class Link:
 
 
 class Chain(Kernel):
-    """Every factor one (batched) matmul, without a copy in between (KERNELS.md 2.1).
+    """Every factor one (batched) matmul, without a copy in between (docs/kernels.md).
 
     The state between two factors is kept with tokens innermost wherever the next factor is
     block-diagonal: the axes that it sums over and those it repeats over then each are one stride.

@@ -2,7 +2,7 @@
 
 The second factor of one layer, a pointwise activation and the first factor of the next layer are
 local to a block where the blocks that the one makes are those that the other reads. An MLP's
-hidden features, four times as wide as its input, then never reach memory (KERNELS.md 2.2).
+hidden features, four times as wide as its input, then never reach memory (docs/kernels.md).
 """
 
 import math

@@ -2,7 +2,7 @@
 
 `torch.einsum` computes the same, but leaves its result in the order of the matmul it chose: the
 step after it must then copy. Here the result's memory order is part of the request, and is reached
-by strides, so that a chain of block-diagonal maps runs without a transposition (KERNELS.md 2.1).
+by strides, so that a chain of block-diagonal maps runs without a transposition (docs/kernels.md).
 """
 
 import math

@@ -2,7 +2,7 @@
 
 Stock batched matmuls leave most of the GPU idle in a weight gradient, whose few output tiles each
 sum over all tokens. Here that sum is split over programs, which make the input's gradient from the
-same tiles on the way (KERNELS.md 2.1 and 2.4), and the partial sums are added in a fixed order:
+same tiles on the way (docs/kernels.md), and the partial sums are added in a fixed order:
 results do not vary between runs.
 """
 

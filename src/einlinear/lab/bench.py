@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from einlinear.cost import flops
 from einlinear.family import Family
-from einlinear.lab.train import _commit
+from einlinear.lab.train import checked_out
 from einlinear.layer import Linear
 
 Row = dict[str, Any]
@@ -117,7 +117,7 @@ def provenance(device: torch.device, dtype: torch.dtype) -> Row:
         "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "triton": version("triton") if installed else "",
-        "commit": _commit(),
+        "commit": checked_out(),
     }
 
 

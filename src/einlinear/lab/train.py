@@ -1,6 +1,6 @@
 """Training: one trunk at a constant rate, from which every horizon branches off to cool down.
 
-Runs of several lengths then cost little more than the longest one (LAWS.md 1.12; Hägele et al. 2024,
+Runs of several lengths then cost little more than the longest one (Hägele et al. 2024,
 https://arxiv.org/abs/2405.18392), and all of them are finished runs, whose losses compare.
 """
 
@@ -326,13 +326,13 @@ def _provenance(device: str) -> dict[str, str]:
         "versions": json.dumps(
             {"einlinear": el.__version__, "torch": torch.__version__, "python": platform.python_version()}
         ),
-        "commit": _commit(),
+        "commit": checked_out(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
 @cache
-def _commit() -> str:
+def checked_out() -> str:
     """The commit of this package where it runs from its repository, marked where files differ from it."""
     root = Path(__file__).parents[3]
     if not (root / ".git").exists():
