@@ -160,20 +160,25 @@ def test_progress_knows_what_is_left(task: Sequences, store: Store, monkeypatch:
     assert len(trainer.trunks) == 10
 
 
-@pytest.mark.parametrize("finished", [1, 7, 11])
+@pytest.mark.parametrize(("purpose", "number"), [("tune", 1), ("measure", 1), ("measure", 4)])
 def test_interrupted_between_runs_nothing_finished_is_lost(
-    task: Sequences, store: Store, whole: list[Run], finished: int
+    task: Sequences, store: Store, whole: list[Run], purpose: str, number: int
 ) -> None:
+    """Between trunks, and between the horizons of one."""
+
     def interrupt(event: Progress) -> None:
-        if event.run and event.runs == finished:
+        if event.run and len(store.runs(purpose=purpose)) == number:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         compare(PLAN, task, store, machine=HERE, progress=interrupt)
-    assert len(store.runs()) == finished
+    finished = store.runs()
+    assert len([run for run in finished if run.purpose == purpose]) == number
     trained: list[Progress] = []
     runs = compare(PLAN, task, store, machine=HERE, progress=trained.append)
-    assert len([event for event in trained if event.run]) == len(runs) - finished
+    assert store.runs()[: len(finished)] == finished
+    assert [event.run for event in trained if event.run] == store.runs()[len(finished) :]
+    assert (trained[-1].share, trained[-1].runs) == (1, len(runs))
     assert [(run.key, run.loss) for run in runs] == [(run.key, run.loss) for run in whole]
 
 
@@ -253,6 +258,18 @@ def test_default_plans_are_legal(name: str, device: str) -> None:
     for trunk in [*plan.trials(task), *plan.trunks(task, dict.fromkeys(plan.families, 1.0))]:
         counted(task, trunk.architecture)
         assert trunk.recipe.warmup < trunk.branch(trunk.horizons[0])
+
+
+def test_a_plan_may_cut_sequences_shorter(task: Sequences, store: Store) -> None:
+    plan = replace(PLAN, rates=(0.02,), widths=(16,), families=("dense",))
+    runs = [compare(replace(plan, context=context), task, store, machine=HERE)[0] for context in (None, 4)]
+    whole, cut = runs
+    assert whole.fingerprint == cut.fingerprint and whole.setup != cut.setup
+    assert whole.tokens == cut.tokens
+    # Half the context, half the attention: 2 · T · 2 · width multiply-adds, three passes, all tokens.
+    assert whole.flops - cut.flops == 3 * (8 - 4) * 4 * 16 * whole.tokens
+    with pytest.raises(ValueError, match="too small"):
+        compare(replace(plan, context=10**6), task, store, machine=HERE)
 
 
 def test_examples_can_be_compared(store: Store) -> None:

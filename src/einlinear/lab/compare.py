@@ -23,9 +23,11 @@ class Plan:
 
     Every family is first tuned: each of `rates` is tried at the recipe's base width, up to `tuning` tokens; where
     the best one lies on the edge of the grid, the grid grows by one in its direction, up to `extensions` times.
-    muP takes the best rate to every other width. Then each family is measured at each width, seed and horizon.
+    muP takes the best rate to every other width, but nothing takes it to other lengths: after a much shorter
+    training the best rate is too high. Then each family is measured at each width, seed and horizon.
 
-    Horizons and `tuning` are in tokens (or examples), and are rounded to whole steps.
+    Horizons and `tuning` are in tokens (or examples), and are rounded to whole steps. `context` is the length of
+    sequences, None for the task's own.
 
     Raises:
         ValueError: for a family that does not exist, and for numbers that make no comparison.
@@ -38,6 +40,7 @@ class Plan:
     rates: tuple[float, ...]
     tuning: int
     recipe: Recipe
+    context: int | None = None
     seeds: tuple[int, ...] = (0,)
     extensions: int = 2
 
@@ -49,6 +52,10 @@ class Plan:
             if not values or any(value <= 0 for value in values if name not in ("families", "seeds")):
                 raise ValueError(f"Planning a comparison: {name}={values!r}; give at least one, and positive numbers.")
             object.__setattr__(self, name, tuple(sorted(set(values))) if name != "families" else values)
+
+    def cut(self, task: Task) -> Task:
+        """The task in sequences of the plan's length; its data stay the same, and so does their fingerprint."""
+        return replace(task, context=self.context) if self.context and isinstance(task, Sequences) else task
 
     def steps(self, task: Task, tokens: int) -> int:
         """A number of tokens as whole steps."""
@@ -116,7 +123,7 @@ def compare(
         ValueError: before any training, where a family cannot be had at a width of the plan.
         KeyboardInterrupt, OSError: once the runs in progress have been kept.
     """
-    machine = machine or Machine.here()
+    task, machine = plan.cut(task), machine or Machine.here()
     # It counts the costs of every model, and so refuses a family at a width where it cannot be had.
     meter = _Meter(plan, task, machine, progress)
     with Sweep(task, store, machine, folder, meter.observe) as sweep:
@@ -223,8 +230,8 @@ class _Meter:
 
 
 def _slot(trunk: Trunk) -> Trunk:
-    """What a trunk is in the plan, where the rates to measure at are not known yet."""
-    return trunk if trunk.purpose == "tune" else replace(trunk, rate=0.0)
+    """What a trunk is in the plan, whichever of its runs are missing; rates to measure at are not known yet."""
+    return replace(trunk, rate=trunk.rate if trunk.purpose == "tune" else 0.0, horizons=())
 
 
 def _work(run: Run) -> float:
@@ -234,7 +241,7 @@ def _work(run: Run) -> float:
 
 def describe(plan: Plan, task: Task, machine: Machine | None = None) -> str:
     """What a plan will train, and how long that takes here, going by ten steps of each family."""
-    machine = machine or Machine.here()
+    task, machine = plan.cut(task), machine or Machine.here()
     trials, trunks = plan.trials(task), plan.trunks(task, dict.fromkeys(plan.families, 0.0))
     seconds = flops = 0.0
     threads = torch.get_num_threads()
@@ -263,16 +270,21 @@ def describe(plan: Plan, task: Task, machine: Machine | None = None) -> str:
 
 def default_plan(task: Task, device: str = "cpu") -> Plan:
     """A comparison that says something, in four minutes of two idle cores, or in some six of one GPU."""
-    context = task.context if isinstance(task, Sequences) else 4  # sets of examples are small, so steps are
+    window, context = 4, None  # sets of examples are small, and so are their batches
+    if isinstance(task, Sequences):
+        window = task.context
+        if device == "cpu" and task.record is None:  # half the context needs half the attention, and learns faster
+            window = context = min(64, task.context)
     if device == "cpu":
         return Plan(
             families=("dense", "low_rank(rank=16)", "monarch(blocks=4)", "btt(rank=2)"),
             widths=(32, 64, 96, 128),
             depth=2,
-            horizons=(100_000, 200_000, 400_000),
+            horizons=(80_000, 160_000, 320_000),
             rates=(2**-8, 2**-7, 2**-6),
-            tuning=150_000,
-            recipe=Recipe(batch=max(1, 1024 // context), base_width=64, base_depth=2),
+            tuning=320_000,
+            recipe=Recipe(batch=max(1, 1024 // window), base_width=64, base_depth=2),
+            context=context,
         )
     return Plan(
         families=("dense", "low_rank(rank=64)", "monarch(blocks=16)", "btt(rank=4)"),
@@ -280,6 +292,7 @@ def default_plan(task: Task, device: str = "cpu") -> Plan:
         depth=4,
         horizons=(2**20, 2**21, 2**22),
         rates=(2**-9, 2**-8, 2**-7),
-        tuning=2**21,
-        recipe=Recipe(batch=max(1, 8192 // context), base_width=256, base_depth=4, head=64, precision="bfloat16"),
+        tuning=2**22,
+        recipe=Recipe(batch=max(1, 8192 // window), base_width=256, base_depth=4, head=64, precision="bfloat16"),
+        context=context,
     )

@@ -221,6 +221,8 @@ def _end_with_caller() -> None:
 
 
 def _train(number: int, trunk: Trunk, file: Path | None) -> None:
+    if _shared.stop.is_set():  # it was already on its way to this worker
+        return
     tell = partial(_tell, number)
     train(trunk, _shared.task, file=file, tell=tell, stop=_shared.stop.is_set, **_shared.machine.how)
     tell(None)
