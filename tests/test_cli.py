@@ -121,11 +121,11 @@ def test_a_corpus_too_small_is_refused(tmp_path: Path):
 
 
 def test_an_interrupt_says_what_is_kept(monkeypatch: pytest.MonkeyPatch):
-    def interrupted() -> None:
+    def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("einlinear.cli.app", interrupted)
-    done = run("compare")
+    monkeypatch.setattr("einlinear.cli._row", interrupted)
+    done = run("table")
     assert done.returncode == 130
     assert "the same command goes on" in done.stderr
 

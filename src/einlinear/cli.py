@@ -38,9 +38,11 @@ def main() -> None:
         app()
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"einlinear: {error}")
-    except KeyboardInterrupt:
-        print("einlinear: interrupted; what was done is kept, and the same command goes on from there", file=sys.stderr)  # noqa: T201
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # how typer ends what was interrupted, and says nothing
+            told = "einlinear: interrupted; what was done is kept, and the same command goes on from there"
+            print(told, file=sys.stderr)  # noqa: T201
+        raise
 
 
 @app.callback(invoke_without_command=True)
