@@ -14,6 +14,7 @@ from einlinear.lab import train as training
 from einlinear.lab.data import Sequences
 from einlinear.lab.models import counted
 from einlinear.lab.run import Run
+from einlinear.lab.step import Execution, Step
 from einlinear.lab.train import CHUNK, Recipe, Training, Trunk, schedule, train
 
 RECIPE = Recipe(batch=2, base_width=16, base_depth=1, head=8, warmup=5)
@@ -131,13 +132,13 @@ def test_the_schedule_warms_up_stays_and_cools_down() -> None:
 
 
 def test_the_schedule_keeps_the_ratios_of_the_groups(task: Sequences, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Training(replace(TRUNK, width=32), task, "cpu", compiled=False)
-    multiples = [group["lr_mult"] for group in run.optimizer.param_groups]
+    run = Training(replace(TRUNK, width=32), task)
+    multiples = [group["lr_mult"] for group in run.update.optimizer.param_groups]
     assert len(set(multiples)) > 1  # else this test would show nothing
     seen = []
-    step = run.optimizer.step
+    step = run.update.optimizer.step
     monkeypatch.setattr(
-        run.optimizer, "step", lambda: (seen.append([g["lr"] for g in run.optimizer.param_groups]), step())
+        run.update.optimizer, "step", lambda: (seen.append([g["lr"].item() for g in run.update.optimizer.param_groups]), step())
     )
     list(run.advance(40, branch=20))
     for at, rates in enumerate(seen):
@@ -176,24 +177,24 @@ def test_a_branch_that_fails_leaves_the_others(
     "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("[enforce fail] can't allocate memory: 8 GB")]
 )
 def test_lack_of_memory_is_a_result(task: Sequences, monkeypatch: pytest.MonkeyPatch, error: RuntimeError) -> None:
-    def fails(self: Training, factor: float) -> None:
+    def fails(self: Step, *batch: object) -> None:
         raise error
 
-    monkeypatch.setattr(Training, "_update", fails)
+    monkeypatch.setattr(Step, "__call__", fails)
     assert [(run.status, run.reason) for run in train(TRUNK, task)] == [("out of memory", str(error))] * 2
 
 
 def test_other_errors_are_errors(task: Sequences, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(self: Training, factor: float) -> None:
+    def fails(self: Step, *batch: object) -> None:
         raise RuntimeError("a mistake")
 
-    monkeypatch.setattr(Training, "_update", fails)
+    monkeypatch.setattr(Step, "__call__", fails)
     with pytest.raises(RuntimeError, match="a mistake"):
         train(TRUNK, task)
 
 
 def test_evaluation_is_no_training(task: Sequences) -> None:
-    run = Training(TRUNK, task, "cpu", compiled=False)
+    run = Training(TRUNK, task)
     list(run.advance(CHUNK))
     before = run.state()
     loss = run.evaluate()
@@ -204,7 +205,7 @@ def test_evaluation_is_no_training(task: Sequences) -> None:
 
 
 def test_going_back_leaves_the_state_as_it_is(task: Sequences) -> None:
-    run = Training(TRUNK, task, "cpu", compiled=False)
+    run = Training(TRUNK, task)
     list(run.advance(CHUNK))
     state = run.state()
     copy = {name: tensor.clone() for name, tensor in state.tensors.items()}
@@ -217,7 +218,7 @@ def test_going_back_leaves_the_state_as_it_is(task: Sequences) -> None:
 
 
 def test_states_survive_a_file(task: Sequences, tmp_path: Path) -> None:
-    run = Training(TRUNK, task, "cpu", compiled=False)
+    run = Training(TRUNK, task)
     list(run.advance(CHUNK))
     file = tmp_path / "a.safetensors"
     state = run.state()
@@ -235,7 +236,7 @@ def test_states_survive_a_file(task: Sequences, tmp_path: Path) -> None:
 
 
 def test_a_failed_save_leaves_the_old_file(task: Sequences, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = Training(TRUNK, task, "cpu", compiled=False).state()
+    state = Training(TRUNK, task).state()
     file = tmp_path / "a.safetensors"
     checkpoint.save(file, {"trunk": state})
     monkeypatch.setattr(checkpoint.os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space left")))

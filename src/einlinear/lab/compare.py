@@ -248,7 +248,7 @@ def describe(plan: Plan, task: Task, machine: Machine | None = None) -> str:
     torch.set_num_threads(machine.threads)
     try:
         for family in plan.families:
-            training = Training(plan.trial(task, family, plan.rates[0]), task, machine.device, machine.compiled)
+            training = Training(plan.trial(task, family, plan.rates[0]), task, machine)
             steps = sum(training.advance(CHUNK))
             speed = _work(training.trunk.run(task, steps)) / training.seconds
             for trunk in (trunk for trunk in [*trials, *trunks] if trunk.family == family):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from einlinear.cost import flops
 from einlinear.lab.data import Examples, Sequences, Task
 from einlinear.layer import Linear
+from einlinear.mlp import StructuredMLP
 from einlinear.optim import Role
 from einlinear.scaling import residual_scale
 
@@ -169,23 +170,16 @@ class Attention(nn.Module):
 
     def _turned(self, x_BHTK: Tensor) -> Tensor:
         """Feature k and feature k + K/2 are turned together, by an angle that grows with the position."""
-        length = x_BHTK.shape[2]
-        return x_BHTK * self.cos_TK[:length] + x_BHTK.roll(self.head // 2, -1) * self.sin_TK[:length]
+        cos_TK, sin_TK = (table[: x_BHTK.shape[2]].to(x_BHTK.dtype) for table in (self.cos_TK, self.sin_TK))
+        return x_BHTK * cos_TK + x_BHTK.roll(self.head // 2, -1) * sin_TK
 
 
-class FeedForward(nn.Module):
+class FeedForward(StructuredMLP):
     """D to F features, squared ReLU, and back (Primer 2021, https://arxiv.org/abs/2109.08668)."""
 
     def __init__(self, architecture: Architecture) -> None:
-        super().__init__()
-        width, hidden, family = architecture.width, EXPANSION * architecture.width, architecture.family
-        self.up = Linear(width, hidden, family, bias=False)
-        self.down = Linear(hidden, width, family, bias=False, zero=True)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        h_BTF = self.up(x_BTD).relu()
-        y_BTD: Tensor = self.down(h_BTF * h_BTF)  # .square() differentiates by a power, three times as slow on a CPU
-        return y_BTD
+        width, family = architecture.width, architecture.family
+        super().__init__(width, EXPANSION * width, family, "relu2", bias=False, zero=True)
 
 
 class Readout(nn.Linear):

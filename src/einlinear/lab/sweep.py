@@ -16,13 +16,14 @@ from functools import partial
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event as Flag
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 
 from einlinear.lab import checkpoint
 from einlinear.lab.data import Task
 from einlinear.lab.run import Run
+from einlinear.lab.step import Execution
 from einlinear.lab.store import Store
 from einlinear.lab.train import Trunk, train
 
@@ -30,29 +31,22 @@ GRACE = 60  # seconds in which a worker without a calling process keeps its stat
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine:
-    """How to train, as far as it does not change what comes out.
+class Machine(Execution):
+    """How to train many trunks, as far as it does not change what comes out.
 
     `workers` processes train a trunk each, with `threads` threads of the CPU; without any, the calling process
     trains. One thread each by default: two on a busy machine run small batched matmuls many times slower.
     """
 
-    device: str = "cpu"
     workers: int = 1
     threads: int = 1
-    compiled: bool = False
-
-    @property
-    def how(self) -> dict[str, Any]:
-        """The options of `train`."""
-        return {"device": self.device, "compiled": self.compiled}
 
     @classmethod
     def here(cls, device: str | None = None) -> "Machine":
         """All of this machine: its accelerator if there is one, else a worker for each core it may use."""
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if device != "cpu":
-            return cls(device=device)
+            return cls(device=device, graphed=True)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         return cls(workers=cores or 1)
 
@@ -99,7 +93,7 @@ class Sweep:
         unfinished = [trunk for trunk in map(self._unfinished, trunks) if trunk.horizons]
         if self._pool is None:
             for trunk in unfinished:
-                train(trunk, self._task, file=self._file(trunk), tell=partial(self._told, trunk), **self._machine.how)
+                train(trunk, self._task, file=self._file(trunk), tell=partial(self._told, trunk), execution=self._machine)
                 self._forget(trunk)
         elif unfinished:
             self._train_by_workers(self._pool, unfinished)
@@ -224,7 +218,7 @@ def _train(number: int, trunk: Trunk, file: Path | None) -> None:
     if _shared.stop.is_set():  # it was already on its way to this worker
         return
     tell = partial(_tell, number)
-    train(trunk, _shared.task, file=file, tell=tell, stop=_shared.stop.is_set, **_shared.machine.how)
+    train(trunk, _shared.task, file=file, tell=tell, stop=_shared.stop.is_set, execution=_shared.machine)
     tell(None)
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
@@ -25,7 +25,9 @@ from einlinear.lab import checkpoint, models
 from einlinear.lab.checkpoint import State
 from einlinear.lab.data import Sequences, Task
 from einlinear.lab.models import Architecture, counted
+from einlinear.lab.parallel import World, put, shard, whole
 from einlinear.lab.run import Run
+from einlinear.lab.step import Execution, Step
 from einlinear.optim import parameter_groups
 
 CHUNK = 10  # steps between two looks at the loss, the clock and whether to stop
@@ -54,7 +56,7 @@ class Recipe:
     beta1: float = 0.9
     beta2: float = 0.95
     clip: float = 1.0
-    precision: Literal["float32", "bfloat16"] = "float32"  # of autocast; parameters are always float32
+    precision: Literal["float32", "bfloat16"] = "float32"  # of all but parameters and their updates
 
     def tokens(self, task: Task) -> int:
         """Tokens (or examples) of one step."""
@@ -118,8 +120,7 @@ def train(
     trunk: Trunk,
     task: Task,
     *,
-    device: str = "cpu",
-    compiled: bool = False,
+    execution: Execution = Execution(),
     file: Path | None = None,
     tell: Callable[[int | Run], object] = lambda event: None,
     stop: Callable[[], bool] = lambda: False,
@@ -127,13 +128,13 @@ def train(
     """Trains a trunk and, from it, a branch for each horizon that cools down and is evaluated.
 
     The result is a function of trunk and task: on a CPU the same numbers bit by bit, whether it was interrupted
-    or not, and whichever other horizons branch off before.
+    or not, and whichever other horizons branch off before. Under torchrun all processes call this alike, and
+    only the first one's `file`, `tell` and `stop` are used.
 
     Args:
         trunk: what to train.
         task: on what.
-        device: "cpu" or "cuda".
-        compiled: whether the model runs under `torch.compile`.
+        execution: how.
         file: where the state is kept every 20 seconds and when stopped, and resumed from; the caller removes it.
         tell: called with each run as soon as it is finished, diverged ones included, and in between with the
             number of steps trained since last told.
@@ -144,34 +145,40 @@ def train(
 
     Raises:
         KeyboardInterrupt: if told to stop.
-        OSError, ValueError: if the state cannot be kept, or the file is damaged.
+        OSError, ValueError: if the state cannot be kept, the file is damaged, or a batch cannot be cut as asked.
     """
     runs: list[Run] = []
     waiting = sorted(trunk.horizons)
+    world = World.here()
+    first = world.rank == 0
     training: Training | None = None
-    kept = checkpoint.load(file) if file else {}
+    kept = world.agreed(checkpoint.load(file) if file and first else {})
     saved = time.monotonic()
 
     def advance(name: str, until: int, branch: int | None = None) -> None:
         nonlocal saved
         assert training is not None
         for steps in training.advance(until, branch):
-            tell(steps)
-            told = stop()
-            if file and (told or time.monotonic() - saved > PATIENCE):
-                checkpoint.save(file, kept | {name: training.state()})
+            if first:
+                tell(steps)
+            told, due = world.agreed((stop(), file is not None and time.monotonic() - saved > PATIENCE))
+            if told or due:
+                states = kept | {name: training.state()}
+                if file and first:
+                    checkpoint.save(file, states)
                 saved = time.monotonic()
             if told:
                 raise KeyboardInterrupt
 
     def record(horizon: int, **results: object) -> None:
         measured = {} if training is None else {"seconds": training.seconds, "curve": _thinned(training.curve)}
-        facts = _provenance(device) | measured | results
+        facts = _provenance(execution.device, world.size) | measured | results
         runs.append(replace(trunk.run(task, horizon), **facts))  # type: ignore[arg-type]
-        tell(runs[-1])
+        if first:
+            tell(runs[-1])
 
     try:
-        training = Training(trunk, task, device, compiled)
+        training = Training(trunk, task, execution)
         if "trunk" in kept and kept["trunk"].step <= trunk.branch(waiting[0]):
             training.load(kept["trunk"])
         else:
@@ -200,25 +207,37 @@ def train(
 class Training:
     """A model on its way through a task: where it stands, and how it goes on."""
 
-    def __init__(self, trunk: Trunk, task: Task, device: str, compiled: bool) -> None:
+    def __init__(self, trunk: Trunk, task: Task, execution: Execution = Execution()) -> None:
         recipe, architecture = trunk.recipe, trunk.architecture
+        self.trunk, self.task, self.world = trunk, task, World.here()
+        self.device = torch.device(execution.device)
+        if recipe.batch % (parts := self.world.size * execution.accumulate):
+            raise ValueError(
+                f"Training with batches of {recipe.batch}: they cannot be cut into {parts} equal parts, for "
+                f"{self.world.size} process(es) and accumulate={execution.accumulate}; change one of the three."
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(trunk.seed)
-            self.model = models.build(task, architecture).to(device)
+            self.model = models.build(task, architecture).to(self.device)
+        half = recipe.precision == "bfloat16"
+        if execution.shard:
+            shard(self.model, half)
         groups = parameter_groups(
             self.model, trunk.rate, recipe.weight_decay, readout="readout", roles=self.model.roles,
             width_mult=architecture.width_mult, depth_mult=architecture.depth_mult,
         )  # fmt: skip
-        self.optimizer = torch.optim.AdamW(groups, betas=(recipe.beta1, recipe.beta2), fused=True)
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.trunk, self.task, self.device = trunk, task, device
-        self.forward = torch.compile(self.model) if compiled else self.model
+        optimizer = torch.optim.AdamW(
+            groups, betas=(recipe.beta1, recipe.beta2), fused=True, capturable=execution.graphed
+        )
+        self.update = Step(
+            self.model, optimizer, partial(models.loss, task), clip=recipe.clip,
+            half=half and not execution.shard,  # where it shards, FSDP2 makes the copies
+            execution=execution, world=self.world,
+        )  # fmt: skip
         self.step, self.seconds, self.curve = 0, 0.0, list[tuple[int, float]]()
-        # A step without an update: what is done once, such as compilation, is not training time.
-        first = self._loss(*task.batch(0, recipe.batch, trunk.seed))
-        first.backward()
-        self.optimizer.zero_grad()
-        self.ceiling = first.item() + MARGIN
+        # What is done once, such as compilation, is not training time.
+        first = self.update.prepare(*self._batch(0))
+        self.ceiling = self.world.mean(first).item() + MARGIN
 
     def advance(self, until: int, branch: int | None = None) -> Iterator[int]:
         """Trains to the step `until`, cooling down from the step `branch` on; yields numbers of steps done.
@@ -227,42 +246,36 @@ class Training:
         """
         while self.step < until:
             end = min(until, self.step + CHUNK)
-            steps = range(self.step, end)
-            started = time.perf_counter()
-            factors = (schedule(step, self.trunk.recipe.warmup, branch, until) for step in steps)
-            mean = torch.stack([self._update(factor) for factor in factors]).mean().item()
+            started, losses = time.perf_counter(), []
+            for step in range(self.step, end):
+                factor = schedule(step, self.trunk.recipe.warmup, branch, until)
+                losses.append(self.update(*self._batch(step), factor))
+            mean = self.world.mean(torch.stack(losses).mean()).item()  # the one wait for the device
             self.seconds += time.perf_counter() - started
+            done, self.step = end - self.step, end
             self.curve.append((end * self.trunk.recipe.tokens(self.task), mean))
             if not mean <= self.ceiling:
                 raise Failure("diverged", f"training loss {mean:.4g} at step {end} of {until}")
-            yield len(steps)
+            yield done
 
-    def _update(self, factor: float) -> Tensor:
-        """One step at `factor` times each group's own rate; returns the loss, without waiting for it."""
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = factor * rate
-        loss = self._loss(*self.task.batch(self.step, self.trunk.recipe.batch, self.trunk.seed))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.trunk.recipe.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.step += 1
-        return loss.detach()
+    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """This process's share of a step's inputs and targets, on their way to the device."""
+        inputs, targets = map(self.world.share, self.task.batch(step, self.trunk.recipe.batch, self.trunk.seed))
+        return self._sent(inputs), self._sent(targets)
 
-    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        inputs, targets = inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
-        half = self.trunk.recipe.precision == "bfloat16"
-        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=half):
-            outputs = self.forward(inputs)
-        return models.loss(self.task, outputs, targets)
+    def _sent(self, batch: Tensor) -> Tensor:
+        if self.device.type != "cuda":
+            return batch
+        return batch.pin_memory().to(self.device, non_blocking=True)
 
     @torch.no_grad()
     def evaluate(self) -> float:
         """The mean loss over the task's validation set, nats per token (per example)."""
         total, count = torch.zeros((), dtype=torch.float64), 0
-        for inputs, targets in self.task.validation_batches(max(1, EVALUATED // _window(self.task))):
-            total += len(inputs) * self._loss(inputs, targets).double().cpu()
-            count += len(inputs)
+        with torch.compiler.set_stance("force_eager"):  # batches of other sizes would be compiled anew
+            for inputs, targets in self.task.validation_batches(max(1, EVALUATED // _window(self.task))):
+                total += len(inputs) * self.update.loss(self._sent(inputs), self._sent(targets)).double().cpu()
+                count += len(inputs)
         loss = (total / count).item()
         if not math.isfinite(loss):
             raise Failure("diverged", f"validation loss {loss} at step {self.step}")
@@ -270,26 +283,23 @@ class Training:
 
     def state(self) -> State:
         """A copy of everything that the next step depends on."""
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        for index, slots in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": value for name, value in slots.items()}
-        copies = {name: value.detach().clone() for name, value in tensors.items()}
+        copies = {name: whole(tensor) for name, tensor in self._tensors()}
         return State(self.step, self.seconds, list(self.curve), copies)
 
     def load(self, state: State) -> None:
-        """Goes back (or on) to where a state was taken; the state stays as it is."""
-        model: dict[str, Tensor] = {}
-        slots: dict[int, dict[str, Tensor]] = {}
-        for name, value in state.tensors.items():
-            match name.split(".", 2):
-                case ["optimizer", index, slot]:
-                    # A copy: the optimizer would take the tensor itself and update it in place.
-                    slots.setdefault(int(index), {})[slot] = value.clone()
-                case _:
-                    model[name.removeprefix("model.")] = value
-        self.model.load_state_dict(model)
-        self.optimizer.load_state_dict({"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        """Goes back (or on) to where a state was taken, in place; the state stays as it is."""
+        with torch.no_grad():
+            for name, tensor in self._tensors():
+                put(tensor, state.tensors[name])
+        self.update.renew()
         self.step, self.seconds, self.curve = state.step, state.seconds, list(state.curve)
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters and the optimizer's state, by name."""
+        for name, parameter in self.model.named_parameters():
+            yield f"model.{name}", parameter
+            for slot, value in self.update.optimizer.state[parameter].items():
+                yield f"optimizer.{name}.{slot}", value
 
 
 def schedule(step: int, warmup: int, branch: int | None, horizon: int) -> float:
@@ -317,12 +327,13 @@ def _failed(error: Failure | RuntimeError) -> dict[str, object]:
     raise error
 
 
-def _provenance(device: str) -> dict[str, str]:
+def _provenance(device: str, processes: int) -> dict[str, str]:
     """Where, when and with what a run was measured."""
     kind = torch.device(device).type
     name = f"{kind} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
+    name = torch.cuda.get_device_name(device) if kind == "cuda" else name
     return {
-        "device": torch.cuda.get_device_name(device) if kind == "cuda" else name,
+        "device": name if processes == 1 else f"{processes} x {name}",
         "versions": json.dumps(
             {"einlinear": el.__version__, "torch": torch.__version__, "python": platform.python_version()}
         ),
