@@ -73,9 +73,10 @@ def shard(model: nn.Module, half: bool) -> None:
     in bfloat16, and gradients added up in float32.
     """
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
-    for block in model.get_submodule("blocks").children():
-        fully_shard(block, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+    for module in (*model.get_submodule("blocks").children(), model):
+        # Resharded at once, the whole model's own parameters too: those left gathered by an evaluation would
+        # hide what a load has put in their place.
+        fully_shard(module, mp_policy=policy, reshard_after_forward=True)
 
 
 def replicated(model: nn.Module) -> nn.Module:
@@ -85,7 +86,8 @@ def replicated(model: nn.Module) -> nn.Module:
 
 def whole(tensor: Tensor) -> Tensor:
     """A copy of all of a tensor, wherever its parts are."""
-    return tensor.full_tensor().clone() if isinstance(tensor, DTensor) else tensor.detach().clone()
+    gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return gathered.detach().clone()
 
 
 def put(tensor: Tensor, value: Tensor) -> None:
