@@ -44,6 +44,11 @@ class Run:
     )  # fmt: skip
 
     @property
+    def size(self) -> tuple[int | float, ...]:
+        """Runs of one family, size and horizon differ only in their seed."""
+        return (self.width, self.depth, self.rate)
+
+    @property
     def key(self) -> tuple[str | int | float, ...]:
         """What makes this run the same experiment as another."""
         return tuple(getattr(self, name) for name in self.identity)

@@ -4,8 +4,8 @@
 
 L is the loss, C the cost, g the group (a family). With one group this is L = E + (C/C0)^-c; with two,
 exp(s_1) is the compute multiplier of group 1 over group 0. A parameter vector is `[E, a, b, s.., d..]`.
-The solver is our own because it takes every start and every bootstrap draw as one batch of small problems,
-which no library at hand does; a report needs some ten thousand of these fits.
+The solver is our own because it takes every start as one batch of small problems,
+which no library at hand does; a profile of E alone is two hundred of them.
 """
 
 from collections.abc import Callable
@@ -13,27 +13,27 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats  # type: ignore[import-untyped]
 
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
+from einlinear.lab.extras import extra
+from einlinear.lab.laws.minimise import Floats, Integers
 
-DRAWS = 400  # of the bootstrap: the 2.5 % quantile then rests on 10 draws
-STEPS = 200  # of the solver; a draw that still moves then is used as it is
+with extra("lab"):
+    from scipy import stats  # type: ignore[import-untyped]
+
+STEPS = 200  # of the solver
 TOP = 0.999  # E stays in [0, TOP * the lowest loss]
 AGREE = 1e-6  # starts within this share of the best sum of squares found the same optimum
+PROFILE = 200  # values of E at which its likelihood is looked up
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Cells (the means that are fitted) and the runs behind them (that are resampled)."""
+    """Cells, the means over seeds that are fitted."""
 
     cost: Floats  # [cells] ln C, centred
     loss: Floats  # [cells] ln L
     group: Integers  # [cells] 0 for the baseline
-    run_loss: Floats  # [runs] ln L
-    run_cell: Integers  # [runs] index of the run's cell
-    run_cluster: Integers  # [runs] runs of one cluster (a trunk) are dependent; a cluster lies in one group
+    cluster: Integers  # [cells] cells of one label are dependent
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,21 @@ class Fit:
     """A fitted law with what its intervals rest on."""
 
     parameters: Floats  # [p]
-    covariance: Floats  # [p, p] Gauss-Newton, zero for a parameter held fixed or at its bound
-    draws: Floats  # [draws, p] of the bootstrap
-    squares: float  # sum of squared residuals of the cells
-    freedom: int  # cells minus free parameters
-    stretch: float  # widens percentile intervals of few clusters
+    free: NDArray[np.bool_]  # [p] False for a parameter held fixed or at its bound
+    jacobian: Floats  # [cells, free parameters] of ln L
+    residual: Floats  # [cells] of ln L
+    cluster: Integers  # [cells]
     agreement: float  # share of the starts that reached the best optimum
+
+    @property
+    def squares(self) -> float:
+        """Sum of squared residuals."""
+        return float(self.residual @ self.residual)
+
+    @property
+    def freedom(self) -> int:
+        """Cells minus free parameters."""
+        return len(self.jacobian) - int(self.free.sum())
 
     @property
     def scatter(self) -> float:
@@ -56,24 +65,42 @@ class Fit:
     def interval(self, functional: Callable[[Floats], Floats]) -> tuple[Floats, Floats]:
         """95 % interval of `functional`, a map of parameters `[n, p]` to values `[n, m]`: low and high `[m]`.
 
-        The wider one of two at each end. The t-interval (Gauss-Newton, delta method) covers 95 % when cells
-        are independent but not when horizons share a trunk. The bootstrap over trunks sees that dependence,
-        yet percentiles of a handful of clusters are too narrow: they are stretched by what fitting took from
-        the residuals and by Student's t (the expanded percentile interval of Hesterberg 2015, "What Teachers
-        Should Know About the Bootstrap"). `tests/lab/test_laws.py` measures the coverage of both.
+        Student's t by the delta method. Where cells share trunks their errors are dependent: the variance is then
+        the cluster-robust one with the small-sample correction CR2 and the degrees of freedom of Bell and McCaffrey
+        (2002), "Bias reduction in standard errors for linear regression with multi-stage samples", which hold up
+        with a handful of clusters. `benchmarks/law_coverage.py` measures the coverage of both.
         """
         best = functional(self.parameters[None])[0]
-        step = 1e-5 * np.maximum(np.sqrt(np.diag(self.covariance)), 1e-9)
-        shifts = np.diag(step)
+        step = np.where(self.free, 1e-6 * np.maximum(np.abs(self.parameters), 1e-3), 0.0)[self.free]
+        shifts = np.zeros((len(step), len(self.parameters)))
+        shifts[:, self.free] = np.diag(step)
         ahead, behind = functional(self.parameters + shifts), functional(self.parameters - shifts)
-        slope = (ahead - behind) / (2 * step[:, None])
-        deviation = np.sqrt(np.einsum("pm,pq,qm->m", slope, self.covariance, slope))
-        half = stats.t.ppf(0.975, self.freedom) * deviation
-        low, high = np.nanquantile(functional(self.draws), [0.025, 0.975], axis=0)
-        return (
-            np.minimum(best - half, best + self.stretch * (low - best)),
-            np.maximum(best + half, best + self.stretch * (high - best)),
-        )
+        deviation, freedom = self._deviation(np.asarray((ahead - behind) / (2 * step[:, None])))
+        half = stats.t.ppf(0.975, freedom) * deviation
+        return best - half, best + half
+
+    def _deviation(self, slope: Floats) -> tuple[Floats, Floats]:
+        """Standard errors `[m]` of combinations `[free, m]` of the parameters, and their degrees of freedom `[m]`."""
+        inverse = np.linalg.pinv(self.jacobian.T @ self.jacobian)
+        labels = np.unique(self.cluster)
+        if len(labels) == len(self.cluster):
+            variance = np.einsum("pm,pq,qm->m", slope, inverse, slope) * self.squares / self.freedom
+            return np.sqrt(variance), np.full(slope.shape[1], float(self.freedom))
+        hat = self.jacobian @ inverse @ self.jacobian.T
+        leftover = np.eye(len(hat)) - hat
+        influence = self.jacobian @ inverse @ slope  # [cells, m]
+        pulls, columns = [], []
+        for label in labels:
+            own = self.cluster == label
+            values, vectors = np.linalg.eigh(leftover[np.ix_(own, own)])
+            root = np.where(values > 1e-9, 1 / np.sqrt(np.maximum(values, 1e-9)), 0.0)
+            weight = (vectors * root) @ vectors.T @ influence[own]  # [own, m]
+            pulls.append(self.residual[own] @ weight)
+            columns.append(leftover[:, own] @ weight)
+        product = np.einsum("gnm,hnm->mgh", np.array(columns), np.array(columns))
+        trace = np.einsum("mgg->m", product)
+        freedom = trace**2 / np.maximum((product**2).sum(axis=(1, 2)), 1e-300)
+        return np.sqrt((np.array(pulls) ** 2).sum(axis=0)), np.maximum(freedom, 1.0)
 
 
 def predict(parameters: Floats, cost: Floats) -> Floats:
@@ -81,8 +108,8 @@ def predict(parameters: Floats, cost: Floats) -> Floats:
     return _evaluate(parameters, cost, np.zeros(len(cost), dtype=np.int64), own_exponent=False)[0]
 
 
-def fit_law(sample: Sample, *, offset: bool = True, own_exponent: bool = False, draws: int = DRAWS) -> Fit:
-    """Fit the law to the cells and bootstrap it over clusters of runs, always with the same random draws.
+def fit_law(sample: Sample, *, offset: bool = True, own_exponent: bool = False) -> Fit:
+    """Fit the law to the cells.
 
     Least squares of ln L, not Huber's loss: with the handful of cells of a sweep, a loss that ignores
     the largest residuals ignores a quarter of the data. `offset=False` holds E = 0 (a pure power law).
@@ -92,40 +119,38 @@ def fit_law(sample: Sample, *, offset: bool = True, own_exponent: bool = False, 
     groups = int(sample.group.max())
     top = TOP * float(np.exp(sample.loss.min())) if offset else 0.0
     starts = _starts(sample, groups * (2 if own_exponent else 1), offset)
-    found, squares = _least_squares(
-        starts, sample.cost, np.repeat(sample.loss[None], len(starts), axis=0), sample.group,
-        np.ones(len(sample.loss)), top, own_exponent,
-    )  # fmt: skip
-    best = found[squares.argmin()]
-    least = float(squares.min())
-
+    found, squares = _least_squares(starts, sample, top, own_exponent)
+    best, least = found[squares.argmin()], float(squares.min())
     free = np.ones(len(best), dtype=bool)
     free[0] = offset and best[0] > 0
-    freedom = len(sample.loss) - int(free.sum())
-    if freedom < 1:
+    if len(sample.loss) <= free.sum():
         raise ValueError(
             f"Fitting a power law: {len(sample.loss)} cells do not determine {int(free.sum())} parameters; "
             "measure more widths or horizons."
         )
-    expected, jacobians = _evaluate(best[None], sample.cost, sample.group, own_exponent)
-    jacobian = jacobians[0][:, free]
-    covariance = np.zeros((len(best), len(best)))
-    covariance[np.ix_(free, free)] = np.linalg.pinv(jacobian.T @ jacobian) * least / freedom
-
-    cell = sample.run_cell
-    drawn, _ = _least_squares(
-        np.repeat(best[None], draws, axis=0), sample.cost[cell], _disturbed(sample, expected[0], draws),
-        sample.group[cell], 1 / np.bincount(cell)[cell], top, own_exponent,
-    )  # fmt: skip
-    clusters = len(np.unique(sample.run_cluster))
-    left = clusters - int(free.sum())
-    shrunken = np.sqrt(clusters / max(1, left))
-    student = stats.t.ppf(0.975, max(2, left)) / stats.norm.ppf(0.975)
+    expected, jacobian = _evaluate(best[None], sample.cost, sample.group, own_exponent)
     return Fit(
-        parameters=best, covariance=covariance, draws=drawn,
-        squares=least, freedom=freedom, stretch=float(shrunken * student),
+        parameters=best, free=free, jacobian=jacobian[0][:, free], residual=sample.loss - expected[0],
+        cluster=sample.cluster,
         agreement=float(np.mean(squares <= least * (1 + AGREE) + 1e-18 * len(sample.loss))),
     )  # fmt: skip
+
+
+def profile(sample: Sample, fit: Fit) -> tuple[float, float]:
+    """95 % interval of E by profile likelihood: where the best fit with E held there is not yet refused by an F-test.
+
+    Over less than two decades of cost it often reaches from 0 to nearly the lowest loss: then E is not known.
+    """
+    floors = np.linspace(0.0, TOP * float(np.exp(sample.loss.min())), PROFILE)
+    starts = np.repeat(fit.parameters[None], PROFILE, axis=0)
+    starts[:, 0] = floors
+    starts[:, 1] = np.log(np.exp(sample.loss)[None] - floors[:, None]).mean(axis=1)
+    _, squares = _least_squares(starts, sample, None, own_exponent=False)
+    freedom = max(1, len(sample.loss) - 3)
+    least = min(fit.squares, float(squares.min()))
+    inside = floors[squares <= least * (1 + stats.f.ppf(0.95, 1, freedom) / freedom) + 1e-18 * len(sample.loss)]
+    ends = np.append(inside, fit.parameters[0])
+    return float(ends.min()), float(ends.max())
 
 
 def needless(few: Fit, many: Fit) -> float:
@@ -165,12 +190,10 @@ def _starts(sample: Sample, shifts: int, offset: bool) -> Floats:
     ])  # fmt: skip
 
 
-def _least_squares(
-    parameters: Floats, cost: Floats, loss: Floats, group: Integers, weights: Floats, top: float, own_exponent: bool
-) -> tuple[Floats, Floats]:
-    """Levenberg-Marquardt with E projected to [0, top], for many rows of ln loss `[n, points]` at once.
+def _least_squares(parameters: Floats, sample: Sample, top: float | None, own_exponent: bool) -> tuple[Floats, Floats]:
+    """Levenberg-Marquardt with E projected to [0, top], or held where it starts, for many starts at once.
 
-    Takes starts and returns parameters `[n, p]`, and the weighted sums of squares `[n]`.
+    Takes starts and returns parameters `[n, p]`, and the sums of squares `[n]`.
     """
     all_parameters, all_squares = parameters.copy(), np.empty(len(parameters))
     rows = np.arange(len(parameters))  # those still moving
@@ -178,24 +201,25 @@ def _least_squares(
     identity = np.eye(parameters.shape[1])
 
     def evaluate(candidate: Floats) -> tuple[Floats, Floats, Floats]:
-        predicted, jacobian = _evaluate(candidate, cost, group, own_exponent)
-        residual = loss - predicted
-        return (weights * residual**2).sum(axis=1), residual, jacobian
+        predicted, jacobian = _evaluate(candidate, sample.cost, sample.group, own_exponent)
+        residual = sample.loss - predicted
+        return (residual**2).sum(axis=1), residual, jacobian
 
     squares, residual, jacobian = evaluate(parameters)
     for _ in range(STEPS):
-        pull = (weights * residual * jacobian[:, :, 0]).sum(axis=1)
-        stuck = (parameters[:, 0] <= 0) & (pull <= 0) | (parameters[:, 0] >= top) & (pull >= 0)
+        pull = (residual * jacobian[:, :, 0]).sum(axis=1)
+        stuck = np.ones(len(rows), dtype=bool)
+        if top is not None:
+            stuck = (parameters[:, 0] <= 0) & (pull <= 0) | (parameters[:, 0] >= top) & (pull >= 0)
         moving = jacobian.copy()
         moving[stuck, :, 0] = 0.0
-        weighted = moving * weights[:, None]
-        hessian = np.swapaxes(weighted, 1, 2) @ moving
-        gradient = (weighted * residual[:, :, None]).sum(axis=1)
+        hessian = np.swapaxes(moving, 1, 2) @ moving
+        gradient = (moving * residual[:, :, None]).sum(axis=1)
         diagonal = np.diagonal(hessian, axis1=1, axis2=2)
         ridge = damping[:, None] * diagonal + 1e-12 * diagonal.max(axis=1, keepdims=True) + 1e-300
         step = np.linalg.solve(hessian + ridge[:, :, None] * identity, gradient[:, :, None])[:, :, 0]
         candidate = parameters + step
-        candidate[:, 0] = candidate[:, 0].clip(0.0, top)
+        candidate[:, 0] = parameters[:, 0] if top is None else candidate[:, 0].clip(0.0, top)
         new_squares, new_residual, new_jacobian = evaluate(candidate)
         better = new_squares < squares
         settled = np.where(better, squares - new_squares < 1e-12 * squares, damping > 1e8)
@@ -208,25 +232,6 @@ def _least_squares(
         left = ~settled
         if not left.any():
             break
-        rows, loss, damping = rows[left], loss[left], damping[left]
-        parameters, squares, residual, jacobian = (
-            parameters[left],
-            squares[left],
-            residual[left],
-            jacobian[left],
-        )
+        rows, damping, parameters = rows[left], damping[left], parameters[left]
+        squares, residual, jacobian = squares[left], residual[left], jacobian[left]
     return all_parameters, all_squares
-
-
-def _disturbed(sample: Sample, law: Floats, draws: int) -> Floats:
-    """ln L of the runs `[draws, runs]`: the law, and the runs' residuals with a random weight per cluster.
-
-    The six weights are Webb's (2014), made for few clusters.
-    """
-    webb = np.array([-1.5, -1.0, -0.5, 0.5, 1.0, 1.5])
-    webb = np.sign(webb) * np.sqrt(np.abs(webb))
-    generator = np.random.default_rng(0)
-    _, cluster = np.unique(sample.run_cluster, return_inverse=True)
-    weight = generator.choice(webb, size=(draws, cluster.max() + 1))
-    expected = law[sample.run_cell]
-    return expected + weight[:, cluster] * (sample.run_loss - expected)
