@@ -16,7 +16,7 @@ FLOORS = [
     {"family", "cost", "scaling"},
     {"taxonomy", "structures", "contract"},
     {"kernels", "projection"},
-    {"layer"},
+    {"layer", "linalg"},
     {"mlp", "optim", "muon", "conversion"},
     {"transfer"},
     {"lab"},
