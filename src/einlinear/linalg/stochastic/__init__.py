@@ -1,0 +1,1 @@
+"""Estimates from random probes: traces, determinants, diagonals, truncated factorisations, unbiased solves."""
