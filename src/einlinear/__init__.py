@@ -19,6 +19,7 @@ from einlinear.cost import parameters as parameters
 from einlinear.family import Family as Family
 from einlinear.family import families as families
 from einlinear.family import structure as structure
+from einlinear.hf import registration
 from einlinear.scaling import Scale as Scale
 from einlinear.scaling import residual_scale as residual_scale
 from einlinear.scaling import spectral as spectral
@@ -37,6 +38,8 @@ from einlinear.structures import Theta as Theta
 from einlinear.taxonomy import taxonomy as taxonomy
 
 __version__ = "0.1.0"
+
+registration.register()
 
 if TYPE_CHECKING:
     from einlinear.with_torch import *  # noqa: F403

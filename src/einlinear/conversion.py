@@ -162,6 +162,10 @@ def convert(
         swaps += [(name, new) for name in layer.names]
     for name, new in swaps:
         model.set_submodule(name, new)
+    if "transformers.modeling_utils" in sys.modules:  # else the model can be none of theirs
+        from einlinear.hf.models import adopt
+
+        adopt(model)
     return Report(tuple(rows), {layer.name: reason for layer, reason in refused.items()}, size_before, _size(model))
 
 

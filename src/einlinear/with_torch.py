@@ -17,6 +17,8 @@ from einlinear.projection import project as project
 from einlinear.projection import refine as refine
 from einlinear.skeleton import Skeleton as Skeleton
 from einlinear.skeleton import cur as cur
+from einlinear.storage import load as load
+from einlinear.storage import save as save
 from einlinear.transfer import CheckReport as CheckReport
 from einlinear.transfer import check as check
 from einlinear.transfer import default_model as default_model
