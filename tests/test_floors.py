@@ -17,7 +17,7 @@ FLOORS = [
     {"taxonomy", "structures", "contract", "moments"},
     {"kernels", "projection", "skeleton", "allocation"},
     {"layer", "curves"},
-    {"mlp", "optim", "muon", "storage"},
+    {"mlp", "optim", "muon", "storage", "targeting"},
     {"hf"},
     {"conversion"},
     {"transfer"},

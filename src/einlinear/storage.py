@@ -80,7 +80,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         if not isinstance(value, Tensor):
             raise ValueError(f"cannot save '{name}' of the {type(model).__name__}: it is a {type(value)}, no tensor")
         if value.is_meta:
-            raise ValueError(f"cannot save '{name}' of the {type(model).__name__}: it is on the meta device; load it first")
+            raise ValueError(
+                f"cannot save '{name}' of the {type(model).__name__}: it is on the meta device; load it first"
+            )
         same = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else (name,)
         if same in first:
             aliases[name] = first[same]

@@ -163,7 +163,9 @@ def modeling_source(model: type[PreTrainedModel]) -> str:
         lines += [f"\nclass {PREFIX.capitalize().rstrip('_')}{name}(StructuredModel, {name}):"]
         lines += [f"    config_class = {config.__name__}\n"]
     # Models with a head may make their body by AutoModel.
-    lines += [f"\nAutoModel.register({config.__name__}, {config.AUTO_MAP['AutoModel'].partition('.')[2]}, exist_ok=True)\n"]
+    lines += [
+        f"\nAutoModel.register({config.__name__}, {config.AUTO_MAP['AutoModel'].partition('.')[2]}, exist_ok=True)\n"
+    ]
     return "\n".join(lines)
 
 

@@ -39,7 +39,11 @@ class StructuredLinear(nn.Module):
             named = ["".join(letter[axis] for axis in axes) for axes in (state, factor, result)]
             self.steps.append((f"...{named[0]},{named[1]}->...{named[2]}", [sizes[axis] for axis in factor]))
             kinds = [
-                [axis for axis in factor if (axis in state or axis not in later) and (axis in later or axis not in state)],
+                [
+                    axis
+                    for axis in factor
+                    if (axis in state or axis not in later) and (axis in later or axis not in state)
+                ],
                 [axis for axis in factor if axis not in state and axis in later],
                 [axis for axis in factor if axis in state and axis not in later],
             ]
@@ -132,7 +136,9 @@ class StructuredModel:
                 source, *args, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
         except SafetensorError as error:
-            raise ValueError(f"cannot load {cls.__name__} from '{source}': its safetensors are damaged ({error})") from None
+            raise ValueError(
+                f"cannot load {cls.__name__} from '{source}': its safetensors are damaged ({error})"
+            ) from None
         layers = [name for name, module in model.named_modules() if isinstance(module, cls.layer_class)]
         ours = tuple(f"{name}." for name in layers)
         for name, found, wanted in told["mismatched_keys"]:
