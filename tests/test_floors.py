@@ -20,6 +20,7 @@ FLOORS = [
     {"mlp", "optim", "muon", "storage", "targeting"},
     {"hf"},
     {"conversion"},
+    {"loading"},
     {"transfer"},
     {"lab"},
     {"cli"},

@@ -34,6 +34,7 @@ from einlinear.targeting import (
 )
 
 Rule = Family | Structure | None
+Rules = Mapping[str, Family | Structure | str | None] | Family | Structure | str
 Nearest = Callable[[str, Tensor, Structure], Factors]
 """Called with the name of a layer, its weight and a structure, gives the factors to put in its place."""
 
@@ -101,7 +102,7 @@ class Report:
 
 def convert(
     model: nn.Module,
-    rules: Mapping[str, Family | Structure | str | None] | Family | Structure | str,
+    rules: Rules,
     *,
     target_modules: str | Sequence[str] | None = None,
     exclude_modules: str | Sequence[str] = (),
@@ -163,19 +164,8 @@ def convert(
     """
     if weights not in ("project", "init", "reverse"):
         raise ValueError(f"cannot convert a model with weights={weights!r}: pass 'project', 'init' or 'reverse'")
-    if not isinstance(rules, Mapping):
-        everything = ["*"] if weights == "reverse" else [ALL_LINEAR]
-        rules = dict.fromkeys(everything if target_modules is None else peft_patterns(target_modules), rules)
-    elif target_modules is not None:
-        raise ValueError("cannot follow rules and target_modules at once: pass one family with target_modules")
-    layers = linear_layers(model)
-    left: Mapping[str, None] = dict.fromkeys(peft_patterns(exclude_modules))
-    decisions = [*left.items(), *((pattern, _rule(pattern, rule)) for pattern, rule in rules.items())]
-    if weights == "reverse" and any(not isinstance(rule, Dense | None) for _, rule in decisions):
-        raise StructureError("cannot reverse to a structure: with weights='reverse' every rule is 'dense' or None")
-    chosen = _choose(model, layers, decisions)
-    planned, refused = _plan(model, chosen, weights)
-    unknown = {*(moments or {})} - {name for layer in layers for name in layer.names}
+    chosen, planned, refused = choose(model, rules, target_modules, exclude_modules, weights)
+    unknown = {*(moments or {})} - {name for layer in linear_layers(model) for name in layer.names}
     if unknown:
         raise ValueError(f"cannot weigh by the moments of '{min(unknown)}': the model has no linear layer of that name")
 
@@ -198,7 +188,7 @@ def convert(
             rows.append(_reversed_row(layer))
         else:
             finder = None if weights == "init" else nearest or by_moments
-            new = _structured(layer, structure, made, finder)
+            new = structured(layer, structure, made, finder)
             rows.append(_row(layer, str(chosen[layer][1]), new, finder is not None))
         swaps += [(name, new) for name in layer.names]
     for name, new in swaps:
@@ -208,9 +198,32 @@ def convert(
 
         adopt(model)
     skipped = {layer.name: reason for layer, reason in refused.items()}
-    if weights != "reverse" and any(_wild(pattern) for pattern in rules):
+    if weights != "reverse" and any(_wild(pattern) for pattern, _ in chosen.values()):
         skipped |= stacked_weights(model)
     return Report(tuple(rows), skipped, size_before, _size(model))
+
+
+def choose(
+    model: nn.Module,
+    rules: Rules,
+    target_modules: str | Sequence[str] | None = None,
+    exclude_modules: str | Sequence[str] = (),
+    weights: str = "project",
+) -> tuple[dict[LinearLayer, tuple[str, Rule]], dict[LinearLayer, Structure], dict[LinearLayer, str]]:
+    """What `convert` would do, its arguments and errors: the pattern and rule that decide each layer, the structure of
+    each that can be converted, and the reason for each that cannot."""
+    if not isinstance(rules, Mapping):
+        everything = ["*"] if weights == "reverse" else [ALL_LINEAR]
+        rules = dict.fromkeys(everything if target_modules is None else peft_patterns(target_modules), rules)
+    elif target_modules is not None:
+        raise ValueError("cannot follow rules and target_modules at once: pass one family with target_modules")
+    layers = linear_layers(model)
+    left: Mapping[str, None] = dict.fromkeys(peft_patterns(exclude_modules))
+    decisions = [*left.items(), *((pattern, _rule(pattern, rule)) for pattern, rule in rules.items())]
+    if weights == "reverse" and any(not isinstance(rule, Dense | None) for _, rule in decisions):
+        raise StructureError("cannot reverse to a structure: with weights='reverse' every rule is 'dense' or None")
+    chosen = _choose(model, layers, decisions)
+    return chosen, *_plan(model, chosen, weights)
 
 
 def _rule(pattern: str, rule: object) -> Rule:
@@ -333,7 +346,7 @@ def _wild(pattern: str) -> bool:
     return pattern == ALL_LINEAR or pattern.startswith(REGEX) or bool(set("*?[").intersection(pattern))
 
 
-def _structured(
+def structured(
     layer: LinearLayer, structure: Structure, made: dict[Tensor, nn.Module], nearest: Nearest | None
 ) -> Linear:
     """The replacement of a layer; it shares the factors that were made for the same weight before."""

@@ -62,8 +62,9 @@ def made_layer(spec: LayerSpec, device: torch.device | str | None = None, dtype:
 
 
 def layer_specs(model: nn.Module) -> dict[str, LayerSpec]:
-    """The spec of each structured layer of a model, by its name."""
-    return {name: layer_spec(module) for name, module in model.named_modules() if isinstance(module, Linear)}
+    """The spec of each structured layer of a model, by each of its names."""
+    named = model.named_modules(remove_duplicate=False)
+    return {name: layer_spec(module) for name, module in named if isinstance(module, Linear)}
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -120,7 +121,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, device: torch.device | 
         with safe_open(path, framework="pt", device=str(device)) as file:
             header = _header(path, file.metadata())
             aliases = cast(dict[str, str], header["aliases"])
-            layers = {name: made_layer(spec, "meta") for name, spec in header["layers"].items()}
+            layers = _layers(path, model, header["layers"])
             wanted = _wanted(path, model, layers)
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             _compare(path, model, wanted, {**shapes, **{name: shapes.get(of) for name, of in aliases.items()}})
@@ -212,13 +213,21 @@ def _header(path: object, metadata: Mapping[str, str] | None) -> dict[str, Any]:
     return cast(dict[str, Any], header)
 
 
-def _wanted(path: object, model: nn.Module, layers: Mapping[str, Linear]) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor of the model once it has these layers."""
-    for name in layers:
+def _layers(path: object, model: nn.Module, specs: Mapping[str, LayerSpec]) -> dict[str, Linear]:
+    """The layers to put in, without storage; a module under several names is replaced by one."""
+    made: dict[nn.Module, Linear] = {}
+    layers = {}
+    for name, spec in specs.items():
         try:
-            model.get_submodule(name)
+            module = model.get_submodule(name)
         except AttributeError:
             raise ValueError(f"cannot load '{path}': the {type(model).__name__} has no layer '{name}'") from None
+        layers[name] = made.setdefault(module, made_layer(spec, "meta"))
+    return layers
+
+
+def _wanted(path: object, model: nn.Module, layers: Mapping[str, Linear]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of the model once it has these layers."""
     dense = tuple(f"{name}." for name in layers)
     wanted = {name: tuple(t.shape) for name, t in model.state_dict().items() if not name.startswith(dense)}
     for name, layer in layers.items():

@@ -8,10 +8,12 @@ from einlinear.curves import candidates as candidates
 from einlinear.curves import error_curve as error_curve
 from einlinear.kernels import explain as explain
 from einlinear.layer import Linear as Linear
+from einlinear.loading import compress_at_load as compress_at_load
 from einlinear.mlp import StructuredMLP as StructuredMLP
 from einlinear.moments import Moments as Moments
 from einlinear.muon import Muon as Muon
 from einlinear.muon import orthogonalize as orthogonalize
+from einlinear.optim import TrainerOptimizer as TrainerOptimizer
 from einlinear.optim import parameter_groups as parameter_groups
 from einlinear.projection import project as project
 from einlinear.projection import refine as refine

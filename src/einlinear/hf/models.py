@@ -8,6 +8,7 @@ trusted, and never fills them with random weights.
 
 import inspect
 import json
+from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,10 @@ class NativeModel(portable.StructuredModel):
     """As what is saved beside the weights, with einlinear's own layers."""
 
     layer_class = Linear
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **options: Any) -> None:
+        super().__init__(config, *args, **options)
+        _change(self, _parts(self))
 
     @classmethod
     def make_layer(cls, spec: LayerSpec, device: Any = None, dtype: torch.dtype | None = None) -> Linear:
@@ -79,7 +84,7 @@ def config_class(model_type: str) -> type[PreTrainedConfig]:
     made: type[PreTrainedConfig] = type(
         _named(base),
         (portable.StructuredConfig, base),
-        {"__module__": __name__, "model_type": structured_type, "AUTO_MAP": auto_map},
+        {"__module__": __name__, "model_type": structured_type, "AUTO_MAP": auto_map, "GUARD": _guard(base)},
     )
     for name, found in counterparts.items():
         AUTO_CLASSES[name].register(made, model_class(found, made), exist_ok=True)
@@ -101,7 +106,7 @@ def adopt(model: nn.Module) -> None:
     for root in model.modules():
         if not isinstance(root, PreTrainedModel) or any(root is part for part in seen):
             continue
-        parts = [p for p in root.modules() if isinstance(p, PreTrainedModel) and p.config is root.config]
+        parts = _parts(root)
         seen += parts
         structured = any(isinstance(module, Linear) for module in root.modules())
         native = isinstance(root, NativeModel)
@@ -113,13 +118,20 @@ def adopt(model: nn.Module) -> None:
             setattr(root.config, KEY, described(root))
 
 
+def _parts(root: PreTrainedModel) -> list[PreTrainedModel]:
+    """The models within a model that go by the same config: with its head, and without."""
+    return [part for part in root.modules() if isinstance(part, PreTrainedModel) and part.config is root.config]
+
+
 def _change(root: PreTrainedModel, parts: list[PreTrainedModel]) -> None:
-    config = config_class(root.config.model_type)
-    root.config.__class__ = config
+    config = type(root.config)
+    if not issubclass(config, portable.StructuredConfig):
+        config = root.config.__class__ = config_class(root.config.model_type)
     for part in parts:
-        part.__class__ = model_class(type(part), config)
-        # What was renamed or merged when it was loaded is saved as it stands: the new type has no such rules.
-        part._weight_conversions = None
+        if not isinstance(part, NativeModel):
+            part.__class__ = model_class(type(part), config)
+            # What was renamed or merged when it was loaded is saved as it stands: the new type has no such rules.
+            part._weight_conversions = None
 
 
 def _change_back(root: PreTrainedModel, parts: list[PreTrainedModel]) -> None:
@@ -157,7 +169,8 @@ def modeling_source(model: type[PreTrainedModel]) -> str:
         f"\nfrom transformers import {', '.join([dense, *names])}  # noqa: E402\n",
         f"\nclass {config.__name__}(StructuredConfig, {dense}):",
         f"    model_type = {config.model_type!r}",
-        f"    AUTO_MAP = {json.dumps(config.AUTO_MAP, indent=8)}\n",
+        f"    AUTO_MAP = {json.dumps(config.AUTO_MAP, indent=8)}",
+        f"    GUARD = {config.GUARD!r}\n",
     ]
     for name in names:
         lines += [f"\nclass {PREFIX.capitalize().rstrip('_')}{name}(StructuredModel, {name}):"]
@@ -167,6 +180,12 @@ def modeling_source(model: type[PreTrainedModel]) -> str:
         f"\nAutoModel.register({config.__name__}, {config.AUTO_MAP['AutoModel'].partition('.')[2]}, exist_ok=True)\n"
     ]
     return "\n".join(lines)
+
+
+def _guard(config: type[PreTrainedConfig]) -> str:
+    """The first size of a type of models that `PreTrainedConfig` itself does not read, as `Trainer` has it do."""
+    common = {field.name for field in fields(PreTrainedConfig)} | {"vocab_size", "num_hidden_layers"}
+    return next((f.name for f in fields(config) if f.type in (int, "int") and f.name not in common), "")
 
 
 def _named(base: type) -> str:

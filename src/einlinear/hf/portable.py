@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModel
 
 
-REFUSAL = "(its layers are structured: load it by AutoModel..., with einlinear imported or trust_remote_code=True)"
+REFUSAL = "none (its layers are structured: load it by AutoModel..., with einlinear imported or trust_remote_code=True)"
 
 
 class StructuredLinear(nn.Module):
@@ -80,23 +80,27 @@ class StructuredConfig:
     """What the config of a structured model adds to that of its dense one: `einlinear`, the layers' specs by name."""
 
     AUTO_MAP: dict[str, str] = {}
+    GUARD = ""
 
     def to_dict(self):
         # transformers would write the auto class in use alone; vLLM asks for AutoModel.
         return {**super().to_dict(), "auto_map": dict(self.AUTO_MAP)}
 
     def to_json_string(self, *args, **options):
+        # A dense class, asked for by its name, would read all that it knows of this and draw what it misses: one of
+        # its sizes is kept with the specs, and a text in its place, so that it refuses.
         written = json.loads(super().to_json_string(*args, **options))
-        # A dense class, asked for by its name, would read all that it knows and draw what it misses. Of what every
-        # config has, the dtype is what no class reads without a check.
-        written["einlinear"] = {**written.get("einlinear", {}), "dtype": written.get("dtype")}
-        return json.dumps({**written, "dtype": REFUSAL}, indent=2, sort_keys=True) + "\n"
+        if self.GUARD in written and "einlinear" in written:
+            written["einlinear"] = {**written["einlinear"], "guarded": {self.GUARD: written[self.GUARD]}}
+            written[self.GUARD] = REFUSAL
+        return json.dumps(written, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_dict(cls, config_dict, **options):
-        if config_dict.get("dtype") == REFUSAL:
-            described = dict(config_dict["einlinear"])
-            config_dict = {**config_dict, "dtype": described.pop("dtype"), "einlinear": described}
+        described = config_dict.get("einlinear")
+        if isinstance(described, dict) and "guarded" in described:
+            plain = {name: value for name, value in described.items() if name != "guarded"}
+            config_dict = {**config_dict, **described["guarded"], "einlinear": plain}
         return super().from_dict(config_dict, **options)
 
 
@@ -117,16 +121,18 @@ class StructuredModel:
                 f"cannot make a {type(self).__name__}: its config says nothing of its layers under 'einlinear' "
                 f"that this version can read; save the model again by model.save_pretrained"
             )
-        modules = dict(self.named_modules())
+        modules, made = dict(self.named_modules(remove_duplicate=False)), {}
         for name, spec in described["layers"].items():
             # A layer goes by the name it had in the model that was saved, with a head or without one.
             prefix = f"{self.base_model_prefix}."
-            for candidate in (name, name.removeprefix(prefix), prefix + name):
-                if candidate in modules:
-                    if not isinstance(modules[candidate], self.layer_class):  # a base model may have swapped it
-                        like = next(modules[candidate].parameters())
-                        self.set_submodule(candidate, self.make_layer(spec, like.device, like.dtype))
-                    break
+            found = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in modules), None)
+            if found is None or isinstance(modules[found], self.layer_class):  # of another head, or done by the base
+                continue
+            old = modules[found]
+            if old not in made:
+                like = next(old.parameters())
+                made[old] = self.make_layer(spec, like.device, like.dtype)
+            self.set_submodule(found, made[old])
 
     @classmethod
     def from_pretrained(cls, source, *args, output_loading_info=False, ignore_mismatched_sizes=False, **options):
