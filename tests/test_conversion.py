@@ -87,10 +87,10 @@ def test_the_first_rule_that_matches_decides():
     assert report.skipped == {f"blocks.0.mlp.{k}": "left as it is by the rule 'blocks.0.mlp.*'" for k in (0, 2)}
 
 
-@pytest.mark.parametrize("exclude", ["attention.*", ["query", "value"]])
+@pytest.mark.parametrize("exclude", [r".*\.attention\..*", ["attention.*"], ["query", "value"]])
 def test_exclusions_come_before_every_rule(exclude):
     model = Model()
-    report = el.convert(model, {"all-linear": "btt"}, exclude=exclude)
+    report = el.convert(model, {"all-linear": "btt"}, exclude_modules=exclude)
     assert converted(model) == MLP
     assert set(report.skipped) == ATTENTION
 
@@ -134,7 +134,7 @@ def test_a_model_that_is_or_has_no_linear_layer_is_refused():
         el.convert(nn.Linear(4, 4), {"*": "btt"})
     with pytest.raises(ValueError, match="has no linear layers"):
         el.convert(nn.Sequential(nn.ReLU()), {"*": "btt"})
-    with pytest.raises(ValueError, match="'project' or 'init'"):
+    with pytest.raises(ValueError, match="'project', 'init' or 'reverse'"):
         el.convert(Model(), {"*": "btt"}, weights="zero")
 
 
@@ -379,13 +379,13 @@ def test_a_failure_half_way_leaves_the_model_untouched(monkeypatch):
     before = dict(model.named_modules())
     calls = []
 
-    def fail_at_the_third(weight, structure):
+    def fail_at_the_third(weight, structure, moments=None):
         calls.append(structure)
         if len(calls) == 3:
             raise torch.linalg.LinAlgError("no convergence")
         return el.project(weight, structure)
 
-    monkeypatch.setattr("einlinear.layer.project", fail_at_the_third)
+    monkeypatch.setattr("einlinear.conversion.project", fail_at_the_third)
     with pytest.raises(torch.linalg.LinAlgError):
         el.convert(model, {"*": "btt"})
     assert len(calls) == 3 and dict(model.named_modules()) == before

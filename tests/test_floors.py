@@ -69,7 +69,9 @@ def test_imports_point_down(file):
             assert LEVEL[here] >= LEVEL["lab"], f"{file.name}:{line} imports the package's entrance: {name}"
 
 
-@pytest.mark.parametrize("name", sorted(FLOORS[0] | FLOORS[1] | {"taxonomy", "structures", "cli", "__main__"}))
+@pytest.mark.parametrize(
+    "name", sorted(FLOORS[0] | FLOORS[1] | {"taxonomy", "structures", "allocation", "cli", "__main__"})
+)
 def test_what_needs_no_tensor_names_no_torch(name):
     files = [file for file in FILES if room(file) == name]
     assert files

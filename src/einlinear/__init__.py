@@ -7,6 +7,11 @@ that describing a structure, and the command line's help, need not wait for torc
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from einlinear.allocation import Allocation as Allocation
+from einlinear.allocation import Curve as Curve
+from einlinear.allocation import Point as Point
+from einlinear.allocation import allocate as allocate
+from einlinear.allocation import read_plan as read_plan
 from einlinear.cost import cheapest as cheapest
 from einlinear.cost import flops as flops
 from einlinear.cost import generic_rank as generic_rank
@@ -14,6 +19,7 @@ from einlinear.cost import parameters as parameters
 from einlinear.family import Family as Family
 from einlinear.family import families as families
 from einlinear.family import structure as structure
+from einlinear.hf import registration
 from einlinear.scaling import Scale as Scale
 from einlinear.scaling import residual_scale as residual_scale
 from einlinear.scaling import spectral as spectral
@@ -32,6 +38,8 @@ from einlinear.structures import Theta as Theta
 from einlinear.taxonomy import taxonomy as taxonomy
 
 __version__ = "0.1.0"
+
+registration.register()
 
 if TYPE_CHECKING:
     from einlinear.with_torch import *  # noqa: F403

@@ -1,33 +1,42 @@
 """Swaps the linear layers of a model for structured ones, chosen by name."""
 
-import difflib
 import dis
 import inspect
-import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from itertools import pairwise
-from typing import Literal, NoReturn
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from einlinear.contract import dense
+from einlinear.contract import Factors, dense
 from einlinear.cost import flops, parameters
 from einlinear.family import Family
 from einlinear.family import structure as family_of
 from einlinear.layer import Linear
+from einlinear.moments import Moments
+from einlinear.projection import project
 from einlinear.structure import Structure, StructureError
-
-ALL_LINEAR = "all-linear"
-HEADS = frozenset({"classifier", "embed_out", "head", "lm_head", "readout", "score"})
-"""Parts of a name that mark an output layer where the model does not tell (`get_output_embeddings`)."""
+from einlinear.structures import Dense
+from einlinear.targeting import (
+    ALL_LINEAR,
+    REGEX,
+    LinearLayer,
+    linear_layers,
+    matching,
+    peft_patterns,
+    reject,
+    stacked_weights,
+)
 
 Rule = Family | Structure | None
+Rules = Mapping[str, Family | Structure | str | None] | Family | Structure | str
+Nearest = Callable[[str, Tensor, Structure], Factors]
+"""Called with the name of a layer, its weight and a structure, gives the factors to put in its place."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +102,13 @@ class Report:
 
 def convert(
     model: nn.Module,
-    rules: Mapping[str, Family | Structure | str | None],
+    rules: Rules,
     *,
-    weights: Literal["project", "init"] = "project",
-    exclude: str | Sequence[str] = (),
+    target_modules: str | Sequence[str] | None = None,
+    exclude_modules: str | Sequence[str] = (),
+    weights: Literal["project", "init", "reverse"] = "project",
+    moments: Mapping[str, Tensor | Moments] | None = None,
+    nearest: Nearest | None = None,
     progress: bool = False,
 ) -> Report:
     """Replaces linear layers of `model` by structured ones, in place.
@@ -105,7 +117,8 @@ def convert(
     which leaves what it matches as it is. The first rule that matches a layer decides. As in PEFT, a
     pattern matches the name it equals and every name it is a dotted suffix of, and `"all-linear"`
     means every linear layer but output layers and classification heads; `*`, `?` and `[...]` mean
-    what they do in a shell, and `*` matches dots too.
+    what they do in a shell, and `*` matches dots too; after `"re:"` stands a regular expression
+    that must match the whole name. One family alone, in place of rules, becomes of `target_modules`.
 
     Layers are `torch.nn.Linear` and the `Conv1D` of transformers' GPT-2. One that cannot be converted
     is skipped, with its reason in the report, unless a pattern without wildcards names it: then it
@@ -113,20 +126,32 @@ def convert(
 
     Device, dtype, training mode and `requires_grad` are kept. Layers that share a weight go on sharing
     it where all of them are converted alike, and are not converted otherwise. Make the optimizer
-    afterwards: the parameters are new ones.
+    afterwards: the parameters are new ones. A model of transformers changes its class too (from
+    `LlamaForCausalLM` to its subclass `EinlinearLlamaForCausalLM`): what `save_pretrained` then writes
+    is loaded by `AutoModelForCausalLM.from_pretrained` wherever einlinear is imported or the code beside
+    the weights is trusted, and by nothing else.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
         >>> report = convert(model, {"0": "btt(rank=2)", "*": None})
         >>> report.rows[0].ratio
         0.375
+        >>> convert(model, "dense", weights="reverse").rows[0].structure
+        'dense'
 
     Args:
         model: any module.
-        rules: what becomes of which layers.
+        rules: what becomes of which layers; or what becomes of all `target_modules`.
+        target_modules: as in PEFT, where `rules` is one family: a list of names, suffixes or patterns; or a text,
+            which is `"all-linear"` (what None means) or a regular expression that matches the whole name.
+        exclude_modules: as in PEFT: layers to leave as they are, before any rule; a list, or a regular expression.
         weights: "project" for the factors nearest to each weight (`einlinear.project`), the bias kept;
-            "init" for newly drawn ones (`einlinear.spectral`) and a zero bias, to train from scratch.
-        exclude: patterns of layers to leave as they are, before any rule.
+            "init" for newly drawn ones (`einlinear.spectral`) and a zero bias, to train from scratch;
+            "reverse" to multiply structured layers back to `torch.nn.Linear` (`Conv1D` in a GPT-2), where the
+            rules' family is "dense": train structured, finish dense. None as `target_modules` then means all.
+        moments: second moments of layers' inputs by the layers' names: projection then minimises the error of the
+            outputs (`einlinear.project`).
+        nearest: finds the factors in place of `einlinear.project`, called with a layer's name, weight and structure.
         progress: whether to show a progress bar with the time left.
 
     Returns:
@@ -137,78 +162,68 @@ def convert(
         StructureError: for a rule that is no family, or a layer named without wildcards that cannot
             be converted.
     """
-    if weights not in ("project", "init"):
-        raise ValueError(f"cannot convert a model with weights={weights!r}: pass 'project' or 'init'")
-    project = weights == "project"
-    layers = _linear_layers(model)
-    left: Mapping[str, None] = dict.fromkeys([exclude] if isinstance(exclude, str) else exclude)
-    decisions = [*left.items(), *((pattern, _rule(pattern, rule)) for pattern, rule in rules.items())]
-    chosen = _choose(model, layers, decisions)
-    planned, refused = _plan(model, chosen, project)
+    if weights not in ("project", "init", "reverse"):
+        raise ValueError(f"cannot convert a model with weights={weights!r}: pass 'project', 'init' or 'reverse'")
+    chosen, planned, refused = choose(model, rules, target_modules, exclude_modules, weights)
+    unknown = {*(moments or {})} - {name for layer in linear_layers(model) for name in layer.names}
+    if unknown:
+        raise ValueError(f"cannot weigh by the moments of '{min(unknown)}': the model has no linear layer of that name")
+
+    def by_moments(name: str, weight: Tensor, structure: Structure) -> Factors:
+        return project(weight, structure, (moments or {}).get(name))
 
     # Everything is made before anything is swapped, so that no error leaves the model half converted.
     size_before = _size(model)
-    made: dict[Tensor, Linear] = {}
+    made: dict[Tensor, nn.Module] = {}
     rows: list[Row] = []
-    swaps: list[tuple[str, Linear]] = []
-    work: Iterable[tuple[_Layer, Structure]] = planned.items()
+    swaps: list[tuple[str, nn.Module]] = []
+    work: Iterable[tuple[LinearLayer, Structure]] = planned.items()
     if progress:
         from rich.progress import track
 
         work = track(work, description="Converting", total=len(planned))
     for layer, structure in work:
-        new = _structured(layer, structure, made, project)
-        rows.append(_row(layer, str(chosen[layer][1]), new, project))
+        if isinstance(layer.module, Linear):
+            new: nn.Module = _dense_again(layer.module, made)
+            rows.append(_reversed_row(layer))
+        else:
+            finder = None if weights == "init" else nearest or by_moments
+            new = structured(layer, structure, made, finder)
+            rows.append(_row(layer, str(chosen[layer][1]), new, finder is not None))
         swaps += [(name, new) for name in layer.names]
     for name, new in swaps:
         model.set_submodule(name, new)
-    return Report(tuple(rows), {layer.name: reason for layer, reason in refused.items()}, size_before, _size(model))
+    if "transformers.modeling_utils" in sys.modules:  # else the model can be none of theirs
+        from einlinear.hf.models import adopt
+
+        adopt(model)
+    skipped = {layer.name: reason for layer, reason in refused.items()}
+    if weights != "reverse" and any(_wild(pattern) for pattern, _ in chosen.values()):
+        skipped |= stacked_weights(model)
+    return Report(tuple(rows), skipped, size_before, _size(model))
 
 
-@dataclass(frozen=True, eq=False)
-class _Layer:
-    """A linear layer as it stands in a model, under all its names."""
-
-    module: nn.Module
-    names: list[str]
-    kind: type[nn.Module]  # the class whose computation it should have
-
-    @property
-    def name(self) -> str:
-        return self.names[0]
-
-    @property
-    def weight(self) -> Tensor:
-        assert isinstance(self.module.weight, Tensor)
-        return self.module.weight
-
-    @property
-    def linear(self) -> nn.Linear:
-        """The layer itself, or a view of a Conv1D, which keeps its weight as `[d_in, d_out]`."""
-        if isinstance(self.module, nn.Linear):
-            return self.module
-        d_in, d_out = self.weight.shape
-        view = nn.Linear(d_in, d_out, device="meta")
-        view.weight = nn.Parameter(self.weight.detach().mT)
-        view.bias = self.module.bias  # type: ignore[assignment]
-        return view
-
-
-def _linear_layers(model: nn.Module) -> list[_Layer]:
-    # A model that holds a Conv1D of transformers has had its module imported.
-    transformers = sys.modules.get("transformers.pytorch_utils")
-    kinds: list[type[nn.Module]] = [nn.Linear, Linear, *([] if transformers is None else [transformers.Conv1D])]
-    found: dict[nn.Module, _Layer] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        for kind in kinds:
-            if isinstance(module, kind):
-                found.setdefault(module, _Layer(module, [], kind)).names.append(name)
-    if model in found:
-        raise ValueError(
-            f"cannot convert a {type(model).__name__} in place: the model is itself a linear layer; "
-            f"use einlinear.Linear.from_dense(model, family)"
-        )
-    return list(found.values())
+def choose(
+    model: nn.Module,
+    rules: Rules,
+    target_modules: str | Sequence[str] | None = None,
+    exclude_modules: str | Sequence[str] = (),
+    weights: str = "project",
+) -> tuple[dict[LinearLayer, tuple[str, Rule]], dict[LinearLayer, Structure], dict[LinearLayer, str]]:
+    """What `convert` would do, its arguments and errors: the pattern and rule that decide each layer, the structure of
+    each that can be converted, and the reason for each that cannot."""
+    if not isinstance(rules, Mapping):
+        everything = ["*"] if weights == "reverse" else [ALL_LINEAR]
+        rules = dict.fromkeys(everything if target_modules is None else peft_patterns(target_modules), rules)
+    elif target_modules is not None:
+        raise ValueError("cannot follow rules and target_modules at once: pass one family with target_modules")
+    layers = linear_layers(model)
+    left: Mapping[str, None] = dict.fromkeys(peft_patterns(exclude_modules))
+    decisions = [*left.items(), *((pattern, _rule(pattern, rule)) for pattern, rule in rules.items())]
+    if weights == "reverse" and any(not isinstance(rule, Dense | None) for _, rule in decisions):
+        raise StructureError("cannot reverse to a structure: with weights='reverse' every rule is 'dense' or None")
+    chosen = _choose(model, layers, decisions)
+    return chosen, *_plan(model, chosen, weights)
 
 
 def _rule(pattern: str, rule: object) -> Rule:
@@ -222,14 +237,14 @@ def _rule(pattern: str, rule: object) -> Rule:
 
 
 def _choose(
-    model: nn.Module, layers: list[_Layer], decisions: Iterable[tuple[str, Rule]]
-) -> dict[_Layer, tuple[str, Rule]]:
+    model: nn.Module, layers: list[LinearLayer], decisions: Iterable[tuple[str, Rule]]
+) -> dict[LinearLayer, tuple[str, Rule]]:
     """For each layer that a pattern matches, in the model's order, the first such pattern and its rule."""
-    deciding: dict[_Layer, tuple[str, Rule]] = {}
+    deciding: dict[LinearLayer, tuple[str, Rule]] = {}
     for pattern, rule in decisions:
-        matched = _matching(model, layers, pattern)
+        matched = matching(model, layers, pattern)
         if not matched:
-            _reject(pattern, model, layers)
+            reject(pattern, model, layers)
         if all(layer in deciding for layer in matched):
             raise ValueError(
                 f"cannot follow the rule '{pattern}': every layer it matches is decided before, "
@@ -239,48 +254,22 @@ def _choose(
     return {layer: deciding[layer] for layer in layers if layer in deciding}
 
 
-def _matching(model: nn.Module, layers: list[_Layer], pattern: str) -> list[_Layer]:
-    if pattern != ALL_LINEAR:
-        return [layer for layer in layers if any(_matches(name, pattern) for name in layer.names)]
-    outputs = [getattr(module, "get_output_embeddings", lambda: None)() for module in model.modules()]
-    heads = {module for module in outputs if module is not None}
-    named = {layer for layer in layers for name in layer.names if HEADS.intersection(name.split("."))}
-    return [layer for layer in layers if layer.module not in heads and layer not in named]
-
-
-def _matches(name: str, pattern: str) -> bool:
-    # The dot in front lets "*.mlp.*" match an "mlp.0" at the top too.
-    return fnmatchcase(f".{name}", f"*.{pattern}") or fnmatchcase(f".{name}", pattern)
-
-
-def _reject(pattern: str, model: nn.Module, layers: list[_Layer]) -> NoReturn:
-    """Refuses a pattern that matches nothing, and says what there would be to match."""
-    if not layers:
-        raise ValueError(f"cannot convert the {type(model).__name__}: it has no linear layers")
-    # The blocks of a model differ by a number alone: "h.0.mlp.c_fc", "h.1.mlp.c_fc" ...
-    known = list(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for layer in layers for name in layer.names))
-    parts = {name.rsplit(".", depth)[-1] if depth else name for name in known for depth in (0, 1)}
-    near = difflib.get_close_matches(pattern, sorted(parts), n=4)
-    hint = f"near names are {', '.join(near)}" if near else f"its linear layers are {', '.join(known[:12])}"
-    for name, module in model.named_modules():
-        if name and _matches(name, pattern):
-            hint = f"'{name}' is a {type(module).__name__}; {hint}"
-            break
-    raise ValueError(
-        f"cannot follow the rule '{pattern}': it matches no linear layer of the {type(model).__name__}; {hint}"
-    )
-
-
 def _plan(
-    model: nn.Module, chosen: Mapping[_Layer, tuple[str, Rule]], project: bool
-) -> tuple[dict[_Layer, Structure], dict[_Layer, str]]:
+    model: nn.Module, chosen: Mapping[LinearLayer, tuple[str, Rule]], weights: str
+) -> tuple[dict[LinearLayer, Structure], dict[LinearLayer, str]]:
     """The structure of each layer that can be converted, and the reason for each that cannot."""
-    planned: dict[_Layer, Structure] = {}
-    refused: dict[_Layer, str] = {}
+    planned: dict[LinearLayer, Structure] = {}
+    refused: dict[LinearLayer, str] = {}
     for layer, (_, family) in chosen.items():
         if family is None:
             continue
-        if reason := _refusal(model, layer, project):
+        if weights == "reverse":
+            if isinstance(layer.module, Linear):
+                planned[layer] = layer.module.structure
+            else:
+                refused[layer] = "it is dense already"
+            continue
+        if reason := _refusal(model, layer, weights == "project"):
             refused[layer] = reason
             continue
         d_out, d_in = layer.linear.weight.shape
@@ -295,7 +284,7 @@ def _plan(
         for parameter in module.parameters(recurse=False):
             holders.setdefault(parameter, []).append((name, module))
     for layer in list(planned):
-        for name, other in holders[layer.weight]:
+        for name, other in holders[layer.weight] if weights != "reverse" else ():
             if becomes.get(other) != becomes[layer.module]:
                 refused[layer] = f"its weight is also that of '{name}' ({type(other).__name__}), not converted alike"
                 planned.pop(layer, None)
@@ -303,7 +292,7 @@ def _plan(
     for layer, (pattern, family) in chosen.items():
         if family is None:
             refused[layer] = f"left as it is by the rule '{pattern}'"
-        elif layer in refused and pattern != ALL_LINEAR and not set("*?[").intersection(pattern):
+        elif layer in refused and not _wild(pattern):
             raise StructureError(
                 f"cannot convert '{layer.name}', which the rule '{pattern}' names: {refused[layer]}; "
                 f"exclude it, or name it with a wildcard to have it skipped"
@@ -311,7 +300,7 @@ def _plan(
     return planned, {layer: refused[layer] for layer in chosen if layer in refused}
 
 
-def _refusal(model: nn.Module, layer: _Layer, project: bool) -> str | None:
+def _refusal(model: nn.Module, layer: LinearLayer, project: bool) -> str | None:
     """Why a layer cannot be replaced, whatever the structure."""
     module = layer.module
     if isinstance(module, Linear):
@@ -352,32 +341,59 @@ def _reads_weight(owner: nn.Module, attribute: str) -> bool:
     return (("LOAD_ATTR", attribute), ("LOAD_ATTR", "weight")) in pairwise(steps)
 
 
-def _structured(layer: _Layer, structure: Structure, made: dict[Tensor, Linear], project: bool) -> Linear:
+def _wild(pattern: str) -> bool:
+    """Whether a pattern means whatever it finds, and not a layer by its name."""
+    return pattern == ALL_LINEAR or pattern.startswith(REGEX) or bool(set("*?[").intersection(pattern))
+
+
+def structured(
+    layer: LinearLayer, structure: Structure, made: dict[Tensor, nn.Module], nearest: Nearest | None
+) -> Linear:
     """The replacement of a layer; it shares the factors that were made for the same weight before."""
     old, weight = layer.linear, layer.weight
     first = made.get(weight)
-    if project and first is None:
-        new = Linear.from_dense(old, structure)
-    else:
-        bias = old.bias is not None
-        new = Linear(structure.d_in, structure.d_out, structure, bias, device=weight.device, dtype=weight.dtype)
-    if first is not None:
+    bias = old.bias is not None
+    new = Linear(structure.d_in, structure.d_out, structure, bias, device=weight.device, dtype=weight.dtype)
+    if isinstance(first, Linear):
         new.factors = first.factors
+    elif nearest is not None:
+        with torch.no_grad():
+            for factor, value in zip(new.factors, nearest(layer.name, old.weight, new.structure), strict=True):
+                factor.copy_(value.reshape(factor.shape))
     made.setdefault(weight, new)
     for factor in new.factors:
         factor.requires_grad_(weight.requires_grad)
-    if new.bias is not None and project:
+    if new.bias is not None and nearest is not None:
         new.bias = old.bias
     elif new.bias is not None:
         new.bias.requires_grad_(old.bias.requires_grad)
     return new.train(layer.module.training)
 
 
-def _row(layer: _Layer, family: str, new: Linear, project: bool) -> Row:
+def _dense_again(old: Linear, made: dict[Tensor, nn.Module]) -> nn.Linear:
+    """The dense layer that computes the same; those that shared their factors share its weight."""
+    new = old.to_dense()
+    first = made.setdefault(old.factors[0], new)
+    assert isinstance(first, nn.Linear)
+    new.weight = first.weight.requires_grad_(old.factors[0].requires_grad)
+    if old.bias is not None:
+        new.bias = old.bias
+    return new.train(old.training)
+
+
+def _row(layer: LinearLayer, family: str, new: Linear, project: bool) -> Row:
     structure, d_in, d_out = new.structure, new.in_features, new.out_features
     sizes = (d_in * d_out, parameters(structure), 2 * d_in * d_out, flops(structure))
     error = _relative_error(layer.linear.weight, new) if project else None
     return Row(layer.name, family, repr(structure), d_in, d_out, *sizes, error)
+
+
+def _reversed_row(layer: LinearLayer) -> Row:
+    old = layer.module
+    assert isinstance(old, Linear)
+    d_in, d_out = old.in_features, old.out_features
+    sizes = (parameters(old.structure), d_in * d_out, flops(old.structure), 2 * d_in * d_out)
+    return Row(layer.name, "dense", "dense", d_in, d_out, *sizes, None)
 
 
 @torch.no_grad()

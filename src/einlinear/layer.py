@@ -7,6 +7,7 @@ from einlinear.contract import dense
 from einlinear.family import Family
 from einlinear.family import structure as family_of
 from einlinear.kernels import plan
+from einlinear.moments import Moments
 from einlinear.projection import project
 from einlinear.scaling import spectral
 from einlinear.structure import Structure, StructureError
@@ -98,13 +99,18 @@ class Linear(nn.Module):
         return factors, x, bias
 
     @classmethod
-    def from_dense(cls, linear: nn.Linear, family: Family | Structure | str) -> "Linear":
-        """The layer nearest to a dense one in Frobenius norm (`einlinear.project`), bias kept."""
+    def from_dense(
+        cls, linear: nn.Linear, family: Family | Structure | str, moments: Tensor | Moments | None = None
+    ) -> "Linear":
+        """The layer nearest to a dense one (`einlinear.project`), bias kept.
+
+        Nearest in Frobenius norm or, given second moments of the inputs, in the mean square of the outputs.
+        """
         weight = linear.weight
         options = {"device": weight.device, "dtype": weight.dtype}
         new = cls(linear.in_features, linear.out_features, family, linear.bias is not None, **options)  # type: ignore[arg-type]
         with torch.no_grad():
-            for factor, value in zip(new.factors, project(weight, new.structure), strict=True):
+            for factor, value in zip(new.factors, project(weight, new.structure, moments), strict=True):
                 factor.copy_(value.reshape(factor.shape))
             if new.bias is not None:
                 new.bias.copy_(linear.bias)

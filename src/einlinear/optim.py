@@ -4,12 +4,13 @@ import difflib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
 from einlinear.kernels import explain
 from einlinear.layer import Linear
@@ -284,3 +285,24 @@ def _(model: nn.Module, groups: Sequence[Group]) -> str:
     rows = [head, *((*line, str(count)) for line, count in lines.items())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+class TrainerOptimizer:
+    """Has transformers' `Trainer` train with `parameter_groups`.
+
+        settings = {"lr": 3e-3, "weight_decay": 0.1}
+        Trainer(model, arguments, optimizer_cls_and_kwargs=(el.TrainerOptimizer, settings))
+
+    Settings are the arguments of `parameter_groups`, and `make`, the optimizer's class (AdamW if
+    there is none) or whatever makes one of parameter groups. Without `readout` it is the model's
+    output layer, `get_output_embeddings`. The rate and decay in `TrainingArguments` play no part;
+    its schedule multiplies each group's own rate.
+    """
+
+    def __call__(
+        self, model: nn.Module, *, make: Callable[[list[Group]], Optimizer] = AdamW, **settings: Any
+    ) -> Optimizer:
+        if "readout" not in settings:
+            output = getattr(model, "get_output_embeddings", lambda: None)()
+            settings["readout"] = next((name for name, module in model.named_modules() if module is output), None)
+        return make(parameter_groups(model, **settings))

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from einlinear.contract import Factors, dense, einsum, shaped
+from einlinear.moments import Moments
 from einlinear.structure import Axes, Structure, StructureError
 
 
-def project(weight: Tensor, structure: Structure) -> list[Tensor]:
+def project(weight: Tensor, structure: Structure, moments: Tensor | Moments | None = None) -> list[Tensor]:
     """Splits off one factor at a time by a batched truncated SVD.
 
     With two factors this minimises the Frobenius error exactly, and specialises to the methods
@@ -53,7 +54,14 @@ def project(weight: Tensor, structure: Structure) -> list[Tensor]:
     return [factor.to(weight.dtype) for factor in factors]
 
 
-def refine(weight: Tensor, structure: Structure, factors: Factors, sweeps: int = 1) -> list[Tensor]:
+def refine(
+    weight: Tensor,
+    structure: Structure,
+    factors: Factors,
+    sweeps: int = 1,
+    tolerance: float = 0.0,
+    moments: Tensor | Moments | None = None,
+) -> list[Tensor]:
     """Lowers the Frobenius error by solving for one factor at a time with the others held.
 
     The matrix is linear in each factor, so each solve is a batched linear least-squares problem

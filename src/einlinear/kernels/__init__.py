@@ -14,7 +14,7 @@ from einlinear.kernels.chain import Chain, Tiles
 from einlinear.kernels.decode import Decode
 from einlinear.kernels.kernel import CPU, CUDA, CUDA_HALF, Runner, Target
 from einlinear.kernels.kernel import Kernel as Kernel
-from einlinear.kernels.reference import Materialised, Reference
+from einlinear.kernels.reference import MatmulRunner, Materialised, Reference
 from einlinear.structure import Structure
 
 KERNELS: tuple[Kernel, ...] = (Decode(), Tiles(), Chain(), Reference(), Materialised())
@@ -33,7 +33,8 @@ class Choice:
 class Plan:
     """How one structure is run on each kind of machine, as modelled costs say.
 
-    `plain` is made of torch's own operators; it serves where custom ones cannot.
+    `plain` is made of torch's own operators, for any number of tokens; it serves where custom ones cannot: under
+    `torch.func`, and in what is exported for other runtimes.
     """
 
     structure: Structure
@@ -56,7 +57,7 @@ class Plan:
             check(self.structure, factors, x)
         tokens = pad_last(x, self.pad_in).reshape(-1, self.d_in + self.pad_in)
         choice = (self.cuda_half if x.element_size() == 2 else self.cuda) if x.is_cuda else self.cpu
-        if transformed(x, *factors):
+        if torch.compiler.is_exporting() or transformed(x, *factors):
             run = self.plain
         elif choice.few is choice.many or tokens.shape[0] <= choice.threshold:
             run = choice.few
@@ -79,7 +80,7 @@ def plan(structure: Structure) -> Plan:
         cpu=cpu,
         cuda=cuda,
         cuda_half=cuda_half,
-        plain=Reference().prepare(structure),
+        plain=MatmulRunner(structure),
     )
 
 

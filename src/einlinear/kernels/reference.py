@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from einlinear.contract import equation
-from einlinear.kernels.chain import Chain
+from einlinear.kernels.chain import TOKENS, Chain
 from einlinear.kernels.kernel import CPU, Kernel, Target
-from einlinear.structure import Structure
+from einlinear.structure import Axes, Structure
 
 
 class Reference(Kernel):
@@ -49,6 +49,32 @@ class EinsumRunner:
             state = torch.einsum(step, state, factor.reshape(shape))
         state = state.reshape(-1, self.width)
         return state if bias is None else state + bias
+
+
+@dataclass(frozen=True)
+class MatmulRunner:
+    """Every step as one matmul of torch, copying where it must: what can be transformed, and exported to runtimes."""
+
+    structure: Structure
+
+    def __call__(self, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
+        structure = self.structure
+        state = x.reshape(-1, *structure.shape(structure.x))
+        for step, factor, shape in zip(structure.steps, factors, structure.matrix_shapes, strict=True):
+            slices, made, summed = structure.size(step.batch), *shape[1:]
+            weight = factor.reshape(structure.size(step.inner), slices, made, summed).sum(0)
+            order = (*step.batch, TOKENS, *step.passive, *step.summed)
+            state = _ordered(state, (TOKENS, *step.state), order).reshape(slices, -1, summed)
+            state = torch.matmul(state, weight.mT) if slices > 1 else torch.matmul(state[0], weight[0].mT)
+            made_order = (*step.batch, TOKENS, *step.passive, *step.new)
+            state = state.reshape([-1 if axis == TOKENS else structure.sizes[axis] for axis in made_order])
+            state = _ordered(state, made_order, (TOKENS, *step.result))
+        state = state.reshape(-1, structure.size(structure.y))
+        return state if bias is None else state + bias
+
+
+def _ordered(tensor: Tensor, have: Axes, want: Axes) -> Tensor:
+    return tensor.permute([have.index(axis) for axis in want])
 
 
 class Materialised(Kernel):
