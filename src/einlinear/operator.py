@@ -219,15 +219,29 @@ class Operator(ABC):
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """`tensor @ A`, `tensor * A` …; torch.compile comes here for `A @ tensor` as well, as `__rmatmul__`."""
-        name = function.__name__.strip("_")
-        verb = name.removeprefix("r") if name not in ("matmul", "add", "sub", "mul") else name
-        if verb not in ("matmul", "add", "sub", "mul") or len(args) != 2:
+        """`tensor @ A`, `tensor + A`, `tensor - A` and `tensor * A`."""
+        left, right = args[:2] if len(args) > 1 else (None, None)
+        if not isinstance(right, Operator):
             return NotImplemented
-        left, right = args[::-1] if verb != name else args
-        if isinstance(left, Operator):
-            return getattr(left, f"__{verb}__")(right)
-        return getattr(right, f"__r{verb}__")(left)
+        if function in (Tensor.matmul, Tensor.__matmul__):
+            if torch.compiler.is_compiling() and right._compiled_left(left):
+                return right.__matmul__(left)
+            return right.__rmatmul__(left)
+        if function in (Tensor.add, Tensor.__add__):
+            return right.__radd__(left)
+        if function in (Tensor.mul, Tensor.__mul__):
+            return right.__mul__(left)
+        if function in (Tensor.sub, Tensor.__sub__):
+            return right.__rsub__(left)
+        return NotImplemented
+
+    def _compiled_left(self, x: Tensor) -> bool:
+        """Whether this is `A @ x`: Dynamo presents `x @ A` in the same way, so that shapes must tell."""
+        fits_left = x.shape[-2 if x.ndim > 1 else -1] == self.shape[-1]
+        fits_right = x.shape[-1] == self.shape[-2]
+        if fits_left and fits_right:
+            raise OperatorError("torch.compile cannot tell A @ x from x @ A here: write A.matmul(x) or A.T.matmul(x.mT).mT")
+        return fits_left
 
     def __repr__(self) -> str:
         text = self._text()
