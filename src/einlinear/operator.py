@@ -142,6 +142,10 @@ class Operator(ABC):
         dtype = torch.promote_types(x.dtype, self.dtype)
         return self.to(dtype)._matmul(x.to(dtype))
 
+    def matvec(self, x: Tensor) -> Tensor:
+        """A x for each vector of `x`, `[..., n]`; returns `[..., m]`."""
+        return self.matmul(x[..., None])[..., 0]
+
     def rmatmul(self, y: Tensor) -> Tensor:
         """Aᵀ y for the columns of `y`, `[..., m, k]`; returns `[..., n, k]`."""
         return self.T.matmul(y)
@@ -186,10 +190,10 @@ class Operator(ABC):
         """The product with an operator, a matrix `[..., n, k]` or a vector `[n]`."""
         if isinstance(other, Operator):
             return product(self, other)
-        return self.matmul(other) if other.ndim > 1 else self.matmul(other[:, None])[..., 0]
+        return self.matmul(other) if other.ndim > 1 else self.matvec(other)
 
     def __rmatmul__(self, other: Tensor) -> Tensor:
-        return self.T.matmul(other.mT).mT if other.ndim > 1 else self.T.matmul(other[:, None])[..., 0]
+        return self.T.matmul(other.mT).mT if other.ndim > 1 else self.T.matvec(other)
 
     def __add__(self, other: "Operator | Tensor") -> "Operator":
         return total(self, lift(other))
@@ -240,7 +244,7 @@ class Operator(ABC):
         fits_left = x.shape[-2 if x.ndim > 1 else -1] == self.shape[-1]
         fits_right = x.shape[-1] == self.shape[-2]
         if fits_left and fits_right:
-            raise OperatorError("torch.compile cannot tell A @ x from x @ A here: write A.matmul(x) or A.T.matmul(x.mT).mT")
+            raise OperatorError("torch.compile cannot tell A @ x from x @ A here: write A.matmul(x), A.matvec(x) or A.T.matmul(x.mT).mT")
         return fits_left
 
     def __repr__(self) -> str:
@@ -365,7 +369,7 @@ class Product(Operator):
 
     @property
     def shape(self) -> torch.Size:
-        batch = torch.broadcast_shapes(*(factor.batch_shape for factor in self.factors))
+        batch = torch.broadcast_shapes(*[factor.batch_shape for factor in self.factors])
         return torch.Size((*batch, self.factors[0].shape[-2], self.factors[-1].shape[-1]))
 
     def _facts(self) -> set[str]:
@@ -413,7 +417,7 @@ class Sum(Operator):
 
     @property
     def shape(self) -> torch.Size:
-        batch = torch.broadcast_shapes(*(term.batch_shape for term in self.terms))
+        batch = torch.broadcast_shapes(*[term.batch_shape for term in self.terms])
         return torch.Size((*batch, *self.terms[0].shape[-2:]))
 
     def _facts(self) -> set[str]:
