@@ -81,17 +81,19 @@ class Operator(ABC):
     def with_tensors(self, *tensors: Tensor) -> Self:
         """The same composition on other leaves, in the order of `tensors`."""
         if len(tensors) != len(self.tensors):
-            raise OperatorError(f"cannot rebuild {self!r}: it has {len(self.tensors)} tensors, {len(tensors)} were given")
+            raise OperatorError(
+                f"cannot rebuild {self!r}: it has {len(self.tensors)} tensors, {len(tensors)} were given"
+            )
         rebuilt: Self = _refilled(self, iter(tensors))
         return rebuilt
 
     @property
     def dtype(self) -> torch.dtype:
-        return reduce(torch.promote_types, (tensor.dtype for tensor in self.tensors))
+        return reduce(torch.promote_types, [part.dtype for part in _parts(self)])
 
     @property
     def device(self) -> torch.device:
-        return self.tensors[0].device
+        return _parts(self)[0].device
 
     @cached_property
     def properties(self) -> frozenset[str]:
@@ -158,8 +160,11 @@ class Operator(ABC):
     def to(self, target: torch.dtype | torch.device | str) -> Self:
         """The same operator with its tensors in another dtype (real ones stay real) or on another device."""
         moved = [
-            t.to(t.dtype.to_complex() if isinstance(target, torch.dtype) and t.is_complex() and not target.is_complex
-                 else target)
+            t.to(
+                t.dtype.to_complex()
+                if isinstance(target, torch.dtype) and t.is_complex() and not target.is_complex
+                else target
+            )
             for t in self.tensors
         ]
         return self.with_tensors(*moved)
@@ -244,7 +249,9 @@ class Operator(ABC):
         fits_left = x.shape[-2 if x.ndim > 1 else -1] == self.shape[-1]
         fits_right = x.shape[-1] == self.shape[-2]
         if fits_left and fits_right:
-            raise OperatorError("torch.compile cannot tell A @ x from x @ A here: write A.matmul(x), A.matvec(x) or A.T.matmul(x.mT).mT")
+            raise OperatorError(
+                "torch.compile cannot tell A @ x from x @ A here: write A.matmul(x), A.matvec(x) or A.T.matmul(x.mT).mT"
+            )
         return fits_left
 
     def __repr__(self) -> str:
@@ -623,6 +630,18 @@ def _bracketed(operator: Operator, *weaker: type[Operator]) -> str:
 
 def _claiming(operator: Operator, claims: frozenset[str]) -> Operator:
     return operator.claim(*claims) if claims - operator.claims else operator
+
+
+def _parts(operator: Operator) -> list[Tensor | Operator]:
+    """The operators and floating-point tensors directly within."""
+    found: list[Tensor | Operator] = []
+    queue = [operator.__dict__[name] for name in operator.__dataclass_fields__]
+    for part in queue:
+        if isinstance(part, Operator) or (isinstance(part, Tensor) and (part.is_floating_point() or part.is_complex())):
+            found.append(part)
+        elif isinstance(part, tuple):
+            queue += part
+    return found
 
 
 def _leaves(part: object) -> Iterator[Tensor]:

@@ -10,7 +10,7 @@ from einlinear.operator import Fixed, Operator, OperatorError, product, transfor
 
 @dataclass(eq=False, repr=False)
 class Selection(Fixed):
-    """Takes the entries `index`, `[k]`, of a vector of `n`; transposed, puts them back among zeros."""
+    """Takes the entries `index`, `[..., k]`, of a vector of `n`; transposed, puts them back among zeros."""
 
     index: Tensor
     n: int
@@ -22,10 +22,17 @@ class Selection(Fixed):
 
     @property
     def shape(self) -> torch.Size:
-        rows = len(self.index)
-        return torch.Size((self.n, rows) if self.back else (rows, self.n))
+        *batch, rows = self.index.shape
+        return torch.Size((*batch, self.n, rows) if self.back else (*batch, rows, self.n))
 
     def _matmul(self, x: Tensor) -> Tensor:
+        if self.index.ndim > 1:
+            batch = torch.broadcast_shapes(self.index.shape[:-1], x.shape[:-2])
+            index = self.index[..., None].expand(*batch, -1, x.shape[-1])
+            x = x.expand(*batch, *x.shape[-2:])
+            if not self.back:
+                return x.gather(-2, index)
+            return x.new_zeros(*batch, self.n, x.shape[-1]).scatter_add(-2, index, x)
         if not self.back:
             return x.index_select(-2, self.index)
         return x.new_zeros(*x.shape[:-2], self.n, x.shape[-1]).index_add(-2, self.index, x)
@@ -54,7 +61,9 @@ class Permutation(Fixed):
         super().__post_init__()
         if self.inverse_index is None:
             n = len(self.index)
-            if not transformed() and not torch.equal(self.index.sort().values, torch.arange(n, device=self.index.device)):
+            if not transformed() and not torch.equal(
+                self.index.sort().values, torch.arange(n, device=self.index.device)
+            ):
                 raise OperatorError(f"cannot make a Permutation of {n} entries: each number below {n} must occur once")
             self.inverse_index = torch.argsort(self.index)
 
@@ -88,7 +97,7 @@ class Permutation(Fixed):
 
 
 def select(operator: Operator, rows: object, columns: object) -> Operator:
-    """A[rows, columns] by slices, index tensors or masks, as S A Sᵀ; also el.linalg's `A[rows, columns]`."""
+    """A[rows, columns] by slices, index tensors or masks, as S A Sᵀ."""
     m, n = operator.shape[-2:]
     left, right = (_selection(operator, size, chosen) for size, chosen in ((m, rows), (n, columns)))
     factors = [operator if left is None else product(left, operator)]
@@ -101,11 +110,13 @@ def masked(operator: Operator, rows: Tensor, columns: Tensor | None = None) -> O
 
 
 def _selection(operator: Operator, size: int, chosen: object) -> Selection | None:
-    if chosen == slice(None) if isinstance(chosen, slice) else False:
+    if isinstance(chosen, slice) and chosen == slice(None):
         return None
     everything = torch.arange(size, device=operator.device)
     if isinstance(chosen, int):
-        raise OperatorError(f"cannot take a single row or column of {operator!r} as an operator: use a slice, or A @ unit vector")
+        raise OperatorError(
+            f"cannot take a single row or column of {operator!r} as an operator: use a slice, or A @ unit vector"
+        )
     try:
         index = everything[chosen]  # type: ignore[index]
     except (IndexError, TypeError) as error:

@@ -87,7 +87,9 @@ class _Multiply(torch.autograd.Function):
     """One sparse matmul by compressed rows; its gradients are a sparse matmul and a sampled product."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, x: Tensor, rows: Tensor, columns: Tensor, size: Any, order: Tensor, starts: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, values: Tensor, x: Tensor, rows: Tensor, columns: Tensor, size: Any, order: Tensor, starts: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(values, x, rows, columns)
         ctx.size = size
         with warnings.catch_warnings():

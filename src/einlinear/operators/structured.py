@@ -32,10 +32,14 @@ class Structured(Operator):
     def __post_init__(self) -> None:
         spec = self.structure
         if spec.routed:
-            raise OperatorError(f"cannot make an operator of {spec!r}: a routed structure is another matrix for each gate")
+            raise OperatorError(
+                f"cannot make an operator of {spec!r}: a routed structure is another matrix for each gate"
+            )
         shapes = list(zip(spec.factor_shapes, spec.matrix_shapes, strict=True))
         if len(self.factors) != len(shapes):
-            raise OperatorError(f"cannot make an operator of {spec!r}: it has {len(shapes)} factors, not {len(self.factors)}")
+            raise OperatorError(
+                f"cannot make an operator of {spec!r}: it has {len(shapes)} factors, not {len(self.factors)}"
+            )
         canonical = spec == spec.canonical
         self.factors = tuple(
             _fitted(factor, *wanted, spec, canonical) for factor, wanted in zip(self.factors, shapes, strict=True)
