@@ -195,6 +195,8 @@ class Operator(ABC):
         """The product with an operator, a matrix `[..., n, k]` or a vector `[n]`."""
         if isinstance(other, Operator):
             return product(self, other)
+        if not isinstance(other, Tensor):
+            return NotImplemented
         return self.matmul(other) if other.ndim > 1 else self.matvec(other)
 
     def __rmatmul__(self, other: Tensor) -> Tensor:

@@ -304,7 +304,7 @@ def cond(A: Subject, p: float | str = 2) -> Tensor:
     A = _ready(A, "find the condition of", square=p != 2)
     if p == 2:
         values = svdvals(A)
-        return values[..., 0] / values[..., -1]
+        return values[..., 0] / values[..., -1] if values.shape[-1] else values.sum(-1)
     return norm(A, p) * norm(inverse(A), p)
 
 

@@ -66,7 +66,7 @@ class Circulant(Operator):
 
     def eigenvalues(self) -> Tensor:
         """The transform of the first column: the eigenvalues, in the order of the frequencies."""
-        return torch.fft.fft(self.column)
+        return torch.fft.fft(self.column) if self.column.shape[-1] else self.column.to(self.dtype.to_complex())
 
     def _matmul(self, x: Tensor) -> Tensor:
         return _convolve(self.column, x, self.column.shape[-1])
@@ -98,14 +98,19 @@ class Toeplitz(Operator):
             self.row = inexact(self.row)
             dtype = torch.promote_types(self.column.dtype, self.row.dtype)
             self.column, self.row = self.column.to(dtype), self.row.to(dtype)
-        elif self.column.is_complex():
-            self.column = torch.cat([self.column[..., :1].real.to(self.column.dtype), self.column[..., 1:]], -1)
+
+    @property
+    def first_column(self) -> Tensor:
+        """The first column, `[..., m]`."""
+        if self.row is not None or not self.column.is_complex():
+            return self.column
+        return torch.cat([self.column[..., :1].real.to(self.column.dtype), self.column[..., 1:]], -1)
 
     @property
     def first_row(self) -> Tensor:
         """The first row, `[..., n]`; its first entry is the column's."""
         if self.row is None:
-            return self.column.conj()
+            return self.first_column.conj()
         return torch.cat([self.column[..., :1].expand(*self.row.shape[:-1], 1), self.row[..., 1:]], -1)
 
     @property
@@ -119,16 +124,16 @@ class Toeplitz(Operator):
 
     def ring(self) -> Tensor:
         """The first column of the circulant matrix that holds this one in its corner."""
-        row = self.first_row[..., 1:].flip(-1)
-        batch = torch.broadcast_shapes(self.column.shape[:-1], row.shape[:-1])
-        return torch.cat([self.column.expand(*batch, -1), row.expand(*batch, -1)], -1)
+        column, row = self.first_column, self.first_row[..., 1:].flip(-1)
+        batch = torch.broadcast_shapes(column.shape[:-1], row.shape[:-1])
+        return torch.cat([column.expand(*batch, -1), row.expand(*batch, -1)], -1)
 
     def _matmul(self, x: Tensor) -> Tensor:
         m, n = self.shape[-2:]
         return _convolve(self.ring(), x, m + n - 1)[..., :m, :]
 
     def _transpose(self) -> "Toeplitz":
-        return Toeplitz(self.first_row, self.column)
+        return Toeplitz(self.first_row, self.first_column)
 
     def dense(self) -> Tensor:
         m, n = self.shape[-2:]

@@ -9,21 +9,22 @@ from torch import Tensor
 
 from einlinear.linalg.direct import InverseLU, affordable, cholesky, cubic, written
 from einlinear.linalg.refined import Refined
-from einlinear.linalg.rules.inverse import INVERSE, core, eliminates, first_block, regular_base, schur
+from einlinear.linalg.rules import banded
+from einlinear.linalg.rules.inverse import INVERSE, core, eliminates, first_block, regular_base, schur, shifted_kronecker
 from einlinear.linalg.rules.predicates import (
     blocks,
     body,
     conjugation,
     factors,
     middle,
-    shifted,
     square_blocks,
     square_factors,
 )
 from einlinear.linalg.rules.spectral import EIGVALS, EIGVALSH
 from einlinear.linalg.table import Rule, Table
-from einlinear.operator import Identity, Operator, Product, Scaled, Sum
+from einlinear.operator import Identity, Operator, OperatorError, Product, Scaled, Sum
 from einlinear.operators import (
+    Banded,
     Block,
     BlockDiagonal,
     Circulant,
@@ -35,6 +36,8 @@ from einlinear.operators import (
     KroneckerSum,
     LowRankUpdate,
     Permutation,
+    Sparse,
+    Toeplitz,
     Triangular,
 )
 
@@ -75,7 +78,7 @@ def _kronecker(A: Kronecker, *parts: Determinant) -> Determinant:
     return times(*(power(part, n // factor.shape[-1]) for part, factor in zip(parts, A.factors, strict=True)))
 
 
-def _kronecker_sum(A: KroneckerSum) -> Determinant:
+def _by_values(A: Operator) -> Determinant:
     values: Tensor = (EIGVALSH if "hermitian" in A.properties else EIGVALS)(A)
     return real_if_real(A, of_values(values))
 
@@ -117,12 +120,16 @@ def _fourier(F: Fourier) -> Determinant:
 
 
 def _psd(operator: Operator) -> Determinant:
-    diagonal = cholesky(operator).diagonal()
-    return Determinant(torch.ones_like(diagonal[..., 0]), 2 * diagonal.real.log().sum(-1))
+    """By Cholesky; by LU where the operator is only semi-definite."""
+    try:
+        diagonal = cholesky(operator).diagonal()
+    except OperatorError:
+        return Determinant(*torch.linalg.slogdet(written(operator)))
+    return Determinant(torch.ones(diagonal.shape[:-1], dtype=diagonal.dtype), 2 * diagonal.real.log().sum(-1))
 
 
-def _shifted_hermitian(operator: Sum, *_: object) -> bool:
-    return shifted(operator) and "hermitian" in operator.properties and isinstance(operator.terms[0], Kronecker)
+def _definite(A: Operator) -> bool:
+    return "psd" in A.properties and affordable(A)
 
 
 SLOGDET = Table(
@@ -140,16 +147,8 @@ SLOGDET = Table(
     Rule(Product, "det Q B Qᴴ = det B", lambda _, B: B, middle, conjugation),
     Rule(Product, "det AB = det A det B", lambda _, *parts: times(*parts), factors, square_factors),
     Rule(Kronecker, "det A ⊗ B = (det A)ⁿ (det B)ᵐ", _kronecker, factors, square_factors),
-    Rule(
-        KroneckerSum, "det A ⊕ B = Π (λ + μ)", _kronecker_sum, cost=lambda A: sum(5 * cubic(term) for term in A.terms)
-    ),
-    Rule(
-        Sum,
-        "det (A ⊗ B + cI) = Π (λμ + c)",
-        lambda A: of_values(EIGVALSH(A)),
-        when=_shifted_hermitian,
-        cost=lambda A: sum(2 * cubic(part) for part in A.terms[0].factors),
-    ),
+    Rule(KroneckerSum, "det A ⊕ B = Π (λ + μ)", _by_values, cost=lambda A: sum(2 * cubic(term) for term in A.terms)),
+    Rule(Sum, "det (A ⊗ B + cI) = Π (λμ + c)", _by_values, when=shifted_kronecker),
     Rule(BlockDiagonal, "det diag(A₁, A₂, …) = Π det Aᵢ", _block_diagonal, body, square_blocks),
     Rule(DirectSum, "det A ⊞ B = det A det B", lambda _, *parts: times(*parts), blocks, square_blocks),
     Rule(
@@ -168,6 +167,27 @@ SLOGDET = Table(
         eliminates,
         lambda A: 2.0 * A.shape[-1] * A.rows[0][1].shape[-1] ** 2,
     ),
+    Rule(
+        Banded,
+        "PA = LU within the band (LAPACK, by scipy)",
+        lambda A: Determinant(*banded.slogdet(A)),
+        when=banded.by_band,
+        cost=banded.banded_cost,
+    ),
+    Rule(
+        Sparse,
+        "PAQ = LU, sparse (SuperLU, by scipy)",
+        lambda A: Determinant(*banded.slogdet(A)),
+        when=banded.by_pattern,
+    ),
+    Rule(
+        Toeplitz,
+        "the product of the prediction errors of Levinson's recursion",
+        lambda A: Determinant(*banded.toeplitz_slogdet(A)),
+        when=banded.by_levinson,
+        cost=banded.quadratic,
+    ),
+    Rule(Operator, "A = L Lᴴ, written out (Cholesky)", _psd, when=_definite, cost=lambda A: cubic(A) / 2),
     Rule(
         Operator,
         "PA = LU, written out",

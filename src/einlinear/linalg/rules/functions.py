@@ -9,7 +9,7 @@ from torch import Tensor
 
 from einlinear.linalg.borrowed import matrix_function
 from einlinear.linalg.direct import cubic, written
-from einlinear.linalg.rules.inverse import INVERSE
+from einlinear.linalg.rules.inverse import INVERSE, nonzero
 from einlinear.linalg.rules.predicates import (
     blocks,
     body,
@@ -57,10 +57,8 @@ class Function:
         if self.domain != "all" and not values.is_complex() and not transformed(values) and values.numel():
             low = float(values.detach().min())
             if low < 0 or (low == 0 and self.domain == "positive"):
-                why = "a complex value: make the operator complex" if low < 0 else "no finite value there"
-                raise OperatorError(
-                    f"cannot take the {self.name} of an operator with the eigenvalue {low:.3g}: the function has {why}"
-                )
+                why = "the value is complex; .to(torch.complex128) allows it" if low < 0 else "there is no finite value"
+                raise OperatorError(f"cannot take the {self.name} of an operator with the eigenvalue {low:.3g}: {why}")
         return self.of(values)
 
 
@@ -194,6 +192,8 @@ def _dense_general(operator: Operator, f: Function) -> Operator:
     """By eigenvectors where these are well conditioned, else by Schur's form (scipy)."""
     matrix = written(operator)
     values, vectors = torch.linalg.eig(matrix)
+    if f.domain == "positive":
+        nonzero(operator, values)
     values = f(values)
     if not transformed(matrix) and not _reliable(vectors):
         return Dense(_by_schur(operator, matrix, f))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from einlinear.linalg.direct import InverseLU, affordable, cholesky, cubic, lu_inverse
 from einlinear.linalg.refined import Refined, detached
+from einlinear.linalg.rules import banded
 from einlinear.linalg.rules.predicates import (
     blocks,
     body,
@@ -17,6 +18,7 @@ from einlinear.linalg.rules.predicates import (
     shifted,
     square_blocks,
     square_factors,
+    unshifted,
 )
 from einlinear.linalg.rules.spectral import EIG, EIGH, Spectrum
 from einlinear.linalg.table import Rule, Table
@@ -34,6 +36,7 @@ from einlinear.operator import (
     transformed,
 )
 from einlinear.operators import (
+    Banded,
     Block,
     BlockDiagonal,
     Circulant,
@@ -43,6 +46,8 @@ from einlinear.operators import (
     Kronecker,
     KroneckerSum,
     LowRankUpdate,
+    Sparse,
+    Toeplitz,
     Triangular,
     kron,
 )
@@ -84,6 +89,8 @@ def _scaled(cA: Scaled, inverse: Operator) -> Operator:
 
 
 def _circulant(C: Circulant) -> Circulant:
+    if C.shape[-1] == 0:
+        return C
     column = torch.fft.ifft(1 / nonzero(C, C.eigenvalues()))
     return Circulant(column if C.column.is_complex() else column.real)
 
@@ -214,12 +221,16 @@ def _densified(operator: Operator) -> Operator:
     return inverse.claim("hermitian") if "hermitian" in operator.properties else inverse
 
 
-def _shifted_hermitian(operator: Sum, *_: object) -> bool:
-    return shifted(operator) and "hermitian" in operator.properties and isinstance(operator.terms[0], Kronecker)
+def shifted_kronecker(operator: Sum, *_: object) -> bool:
+    """Whether the sum is A ⊗ B + cI."""
+    return shifted(operator) and any(isinstance(part, Kronecker) and square_factors(part) for part in unshifted(operator))
 
 
-def _hermitian_kronecker_sum(operator: KroneckerSum, *_: object) -> bool:
-    return "hermitian" in operator.properties
+def _spectral_cost(operator: Operator) -> float:
+    """Of the eigenvectors of every factor."""
+    part = unshifted(operator)[0] if isinstance(operator, Sum) else operator
+    smaller = part.terms if isinstance(part, KroneckerSum) else part.factors  # type: ignore[attr-defined]
+    return sum(9 * cubic(one) for one in smaller)
 
 
 _unitary = has("unitary")
@@ -242,21 +253,28 @@ INVERSE = Table(
         KroneckerSum,
         "(A ⊕ B)⁻¹ = (V⊗W) diag(1/(λ+μ)) (V⊗W)ᴴ",
         _by_eigh,
-        when=_hermitian_kronecker_sum,
-        cost=lambda A: sum(9 * cubic(term) for term in A.terms),
+        when=has("hermitian"),
+        cost=_spectral_cost,
     ),
     Rule(
         KroneckerSum,
-        "(A ⊕ B)⁻¹ = (V⊗W) diag(1/(λ+μ)) (V⊗W)⁻¹, or LU where V, W are ill conditioned",
+        "(A ⊕ B)⁻¹ = (V⊗W) diag(1/(λ+μ)) (V⊗W)⁻¹; LU where V, W are ill conditioned",
         _by_eig,
-        cost=lambda A: sum(25 * cubic(term) for term in A.terms),
+        cost=_spectral_cost,
     ),
     Rule(
         Sum,
         "(A ⊗ B + cI)⁻¹ = (V⊗W) diag(1/(λμ+c)) (V⊗W)ᴴ",
         _by_eigh,
-        when=_shifted_hermitian,
-        cost=lambda A: sum(9 * cubic(part) for part in A.terms[0].factors),
+        when=lambda A: shifted_kronecker(A) and "hermitian" in A.properties,
+        cost=_spectral_cost,
+    ),
+    Rule(
+        Sum,
+        "(A ⊗ B + cI)⁻¹ = (V⊗W) diag(1/(λμ+c)) (V⊗W)⁻¹; LU where V, W are ill conditioned",
+        _by_eig,
+        when=shifted_kronecker,
+        cost=_spectral_cost,
     ),
     Rule(
         BlockDiagonal, "diag(A₁, A₂, …)⁻¹ = diag(A₁⁻¹, A₂⁻¹, …)", lambda _, of: BlockDiagonal(of), body, square_blocks
@@ -277,6 +295,15 @@ INVERSE = Table(
         first_block,
         eliminates,
         lambda A: 2.0 * A.shape[-1] * A.rows[0][1].shape[-1] ** 2,
+    ),
+    Rule(Banded, "PA = LU within the band (LAPACK, by scipy)", banded.inverse, when=banded.by_band, cost=banded.banded_cost),
+    Rule(Sparse, "PAQ = LU, sparse (SuperLU, by scipy)", banded.inverse, when=banded.by_pattern),
+    Rule(
+        Toeplitz,
+        "T⁻¹ = (L(x)L(x)ᴴ − L(y)L(y)ᴴ) / x₀ (Gohberg and Semencul), x by Levinson's recursion",
+        banded.toeplitz_inverse,
+        when=banded.by_levinson,
+        cost=banded.quadratic,
     ),
     Rule(
         Operator,

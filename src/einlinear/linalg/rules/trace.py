@@ -110,7 +110,7 @@ DIAGONAL = Table(
     Rule(
         Toeplitz,
         "constant",
-        lambda T: _spread(T.column[..., 0], min(T.shape[-2:])).expand(*T.batch_shape, -1),
+        lambda T: _spread(T.first_column[..., 0], min(T.shape[-2:])).expand(*T.batch_shape, -1),
         when=lambda T: min(T.shape[-2:]) > 0,
     ),
     Rule(Circulant, "constant", lambda C: _spread(C.column[..., 0], C.shape[-1]), when=lambda C: C.shape[-1] > 0),
