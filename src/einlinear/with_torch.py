@@ -1,5 +1,6 @@
 """The public names that need torch. Modules have other names than these, so that neither hides the other."""
 
+from einlinear import linalg as linalg
 from einlinear.contract import apply as apply
 from einlinear.contract import dense as dense
 from einlinear.conversion import Report as Report
@@ -13,6 +14,8 @@ from einlinear.mlp import StructuredMLP as StructuredMLP
 from einlinear.moments import Moments as Moments
 from einlinear.muon import Muon as Muon
 from einlinear.muon import orthogonalize as orthogonalize
+from einlinear.operator import Operator as Operator
+from einlinear.operator import OperatorError as OperatorError
 from einlinear.optim import TrainerOptimizer as TrainerOptimizer
 from einlinear.optim import parameter_groups as parameter_groups
 from einlinear.projection import project as project

@@ -1,0 +1,179 @@
+"""What is borrowed from scipy (the extra `lab`): functions of defective matrices, banded and sparse factorisations."""
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from einlinear.operator import Fixed, Operator
+from einlinear.operators import Banded, Permutation, Sparse
+
+
+def scipy(module: str, doing: str) -> Any:
+    """A module of scipy, or a sentence where there is none."""
+    try:
+        return importlib.import_module(f"scipy.{module}")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f'cannot {doing} without scipy, which is not installed: pip install "einlinear[lab]"', name=error.name
+        ) from error
+
+
+def has_scipy() -> bool:
+    """Whether scipy is there."""
+    return importlib.util.find_spec("scipy") is not None
+
+
+def matrix_function(matrix: Tensor, name: str, p: float | None) -> Tensor:
+    """log, or the power p, of each matrix `[..., n, n]` by its Schur form; complex where it must be."""
+    linalg = scipy("linalg", f"take the {name} of a matrix with dependent eigenvectors")
+    numpy = importlib.import_module("numpy")
+
+    def one(a: Any) -> Any:
+        if name == "log":
+            return linalg.logm(a)
+        return linalg.sqrtm(a) if p == 0.5 else linalg.fractional_matrix_power(a, p)
+
+    flat = matrix.detach().cpu().reshape(-1, *matrix.shape[-2:]).numpy()
+    with numpy.errstate(all="ignore"):
+        made = torch.as_tensor(numpy.stack([numpy.asarray(one(a)) for a in flat]))
+    made = made.reshape(matrix.shape).to(matrix.device)
+    if made.is_complex() and not matrix.is_complex() and bool(made.imag.abs().max() <= 1e-10 * made.abs().max()):
+        made = made.real
+    return made.to(matrix.dtype.to_complex() if made.is_complex() else matrix.dtype)
+
+
+@dataclass(eq=False, repr=False)
+class Borrowed(Fixed):
+    """A⁻¹ by a factorisation that scipy holds: no tensors, so no gradients (`Refined` gives them).
+
+    `substitute(b, side)` takes and gives NumPy columns `[n, k]`; `side` is "N", "T" or "H".
+    """
+
+    n: int
+    substitute: Callable[[Any, str], Any]
+    side: str = "N"
+    work: float = 0.0
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.n, self.n))
+
+    def _matmul(self, x: Tensor) -> Tensor:
+        solved: Tensor = _Substitution.apply(x, self)
+        return solved
+
+    def solved(self, x: Tensor) -> Tensor:
+        """A⁻¹ x, without gradients."""
+        columns = x.movedim(-2, 0).reshape(self.n, -1).detach().cpu().resolve_conj().numpy()
+        solved = torch.as_tensor(self.substitute(columns, self.side)).to(x.device)
+        return solved.reshape(self.n, *x.shape[:-2], x.shape[-1]).movedim(0, -2)
+
+    def _transpose(self) -> "Borrowed":
+        return replace(self, side={"N": "T", "T": "N"}[self.side])
+
+    def _conj(self) -> "Borrowed":
+        if self.side == "T":
+            return replace(self, side="H")
+        return replace(self, substitute=lambda b, side, inner=self.substitute: inner(b.conj(), side).conj())
+
+    @property
+    def flops(self) -> float:
+        return self.work
+
+
+class _Substitution(torch.autograd.Function):
+    """Linear in the right-hand side: its derivative is the adjoint substitution."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, by: Borrowed) -> Tensor:
+        ctx.by = by
+        return by.solved(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.by.H.matmul(gradient), None
+
+
+@dataclass(frozen=True)
+class Factorised:
+    """Sign and logarithm of the determinant of A, with A⁻¹ (None where A is singular)."""
+
+    sign: complex
+    logarithm: float
+    inverse: Borrowed | None
+
+
+def _factorised(like: Operator, pivots: Any, swaps: int, substitute: Callable[[Any, str], Any], work: float) -> Factorised:
+    numpy = importlib.import_module("numpy")
+    size = numpy.abs(pivots)
+    if not bool((size > 0).all()):
+        return Factorised(0.0, -math.inf, None)
+    sign = complex(numpy.prod(pivots / size)) * (-1) ** swaps
+    inverse = Borrowed(like.shape[-1], substitute, work=work, dtype=like.dtype, device=like.device)
+    return Factorised(sign if like.dtype.is_complex else sign.real, float(numpy.log(size).sum()), inverse)
+
+
+def banded_lu(operator: Banded) -> Factorised:
+    """LAPACK's LU of a band matrix with partial pivoting: O(n below (below + above))."""
+    lapack = scipy("linalg.lapack", "factorise a banded operator")
+    numpy = importlib.import_module("numpy")
+    n, (below, above) = operator.shape[-1], operator.reach
+    bands = operator.bands.detach().cpu().numpy()
+    stored = numpy.zeros((2 * below + above + 1, n), dtype=bands.dtype, order="F")
+    for k, offset in enumerate(operator.offsets):
+        if abs(offset) < n:
+            row = bands[k]
+            entries = row[-offset:] if offset < 0 else row[: n - offset]
+            stored[below + above - offset, max(offset, 0) : n + min(offset, 0)] = entries
+    factor, solve = lapack.get_lapack_funcs(("gbtrf", "gbtrs"), (stored,))
+    lu, pivots, _ = factor(stored, below, above)
+    sides = {"N": 0, "T": 1, "H": 2}
+
+    def substitute(b: Any, side: str) -> Any:
+        return solve(lu, below, above, b.astype(lu.dtype, copy=False), pivots, trans=sides[side])[0]
+
+    swaps = int((pivots != numpy.arange(n)).sum())
+    return _factorised(operator, lu[below + above], swaps, substitute, 2.0 * n * (2 * below + above))
+
+
+def sparse_lu(operator: Sparse) -> Factorised:
+    """SuperLU's factorisation with partial pivoting and a fill-reducing order of columns."""
+    linalg = scipy("sparse.linalg", "factorise a sparse operator")
+    try:
+        factors = linalg.splu(to_csr(operator).tocsc())
+    except RuntimeError as error:
+        if "singular" not in str(error):
+            raise
+        return Factorised(0.0, -math.inf, None)
+    swaps = _parity(factors.perm_r) + _parity(factors.perm_c)
+    return _factorised(operator, factors.U.diagonal(), swaps, factors.solve, 2.0 * (factors.L.nnz + factors.U.nnz))
+
+
+def to_csr(operator: Sparse) -> Any:
+    """As a scipy matrix, entries of one place added up."""
+    sparse = scipy("sparse", "convert a sparse operator")
+    places = (operator.rows.cpu().numpy(), operator.columns.cpu().numpy())
+    return sparse.coo_matrix((operator.values.detach().cpu().numpy(), places), shape=operator.size).tocsr()
+
+
+def fill(operator: Sparse) -> float:
+    """A bound on the entries of the factors: n times the bandwidth in the order of reverse Cuthill and McKee."""
+    graph = scipy("sparse.csgraph", "order a sparse operator")
+    numpy = importlib.import_module("numpy")
+    matrix = to_csr(operator)
+    order = graph.reverse_cuthill_mckee(matrix, symmetric_mode=False)
+    place = numpy.empty_like(order)
+    place[order] = numpy.arange(len(order))
+    entries = matrix.tocoo()
+    width = int(numpy.abs(place[entries.row] - place[entries.col]).max()) if entries.nnz else 0
+    return float(operator.size[0] * (2 * width + 1))
+
+
+def _parity(order: Any) -> int:
+    return 0 if Permutation(torch.as_tensor(order, dtype=torch.int64)).sign() > 0 else 1

@@ -1,0 +1,401 @@
+"""The public functions: each checks its input, asks the table, and gives the answer its form."""
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from einlinear.kernels import explain
+from einlinear.layer import Linear
+from einlinear.linalg.rules.determinant import SLOGDET, Determinant, real_if_real
+from einlinear.linalg.rules.factors import CHOLESKY, LU, PLU
+from einlinear.linalg.rules.functions import APPLY, EXP, LOG, SQRT, Function, power
+from einlinear.linalg.rules.inverse import INVERSE
+from einlinear.linalg.rules.norm import FROBENIUS, ONE
+from einlinear.linalg.rules.singular import PINV, SINGULAR, SVD, SVDVALS
+from einlinear.linalg.rules.spectral import EIG, EIGH, EIGVALS, EIGVALSH, Spectrum
+from einlinear.linalg.rules.trace import DIAGONAL, TRACE
+from einlinear.linalg.table import Table
+from einlinear.operator import Dense, Operator, OperatorError, lift, product, refute, transformed
+from einlinear.operators import Selection, Sparse, Structured
+from einlinear.structure import Structure
+
+Subject = Operator | Tensor | nn.Module
+_answers: dict[Any, tuple[Table, tuple[Any, ...]]] = {}
+"""For `explain`: the table that a public function asks, and what it asks it with."""
+
+
+def asks(table: Table, *arguments: Any) -> Callable[[Any], Any]:
+    """Notes which table answers a function, so that `explain(function, A)` can say how."""
+
+    def note(function: Any) -> Any:
+        _answers[function] = (table, arguments)
+        return function
+
+    return note
+
+
+def operator(subject: Any, factors: Any = None) -> Operator:
+    """The operator that something stands for.
+
+    A tensor, dense or torch-sparse; a `Structure` with its factors; the weight of an
+    `einlinear.Linear` or `torch.nn.Linear` (the bias is no part of it); a matrix, sparse matrix or
+    `LinearOperator` of NumPy or scipy.
+    """
+    match subject:
+        case Operator():
+            return subject
+        case Structure() if factors is not None:
+            return Structured(subject, tuple(factors))
+        case Linear():
+            return Structured(subject.structure, tuple(subject.effective_factors()))
+        case nn.Linear():
+            return Dense(subject.weight)
+        case Tensor():
+            return lift(subject) if subject.layout == torch.strided else Sparse.of(subject)
+    if type(subject).__module__.startswith(("numpy", "scipy")):
+        from einlinear.linalg.adapters import from_scipy
+
+        return from_scipy(subject)
+    raise OperatorError(
+        f"cannot make an operator of a {type(subject).__name__}: pass an Operator, a tensor, a Structure with its "
+        f"factors, a linear layer, or a matrix of NumPy or scipy"
+    )
+
+
+@asks(INVERSE)
+def solve(A: Subject, b: Tensor) -> Tensor:
+    """x with A x = b.
+
+    `inverse(A)` holds the factorisation where there are several right-hand sides that come one
+    after the other, or where the determinant is wanted too.
+
+    Args:
+        A: square, `[..., n, n]`.
+        b: a vector `[n]`, or columns `[..., n, k]`.
+
+    Raises:
+        OperatorError: where A is singular or not square, where b does not fit or either is not finite.
+    """
+    A = _ready(A, "solve with", square=True)
+    if not isinstance(b, Tensor) or b.ndim == 0 or b.shape[-2 if b.ndim > 1 else -1] != A.shape[-1]:
+        found = tuple(b.shape) if isinstance(b, Tensor) else type(b).__name__
+        raise OperatorError(
+            f"cannot solve with {A!r}: the right-hand side is {found}, it must be a vector [{A.shape[-1]}] "
+            f"or columns [..., {A.shape[-1]}, k]"
+        )
+    _finite("solve with", A, b)
+    wide = b if b.ndim > 1 else b[:, None]
+    x = INVERSE(A).matmul(wide.to(torch.promote_types(wide.dtype, A.dtype)))
+    x = x.to(b.dtype) if b.is_floating_point() and b.element_size() == 2 else x
+    return x if b.ndim > 1 else x[..., 0]
+
+
+@asks(INVERSE)
+def inverse(A: Subject) -> Operator:
+    """A⁻¹ as an operator: structured where A is, otherwise a factorisation that substitution applies.
+
+    Its determinant, and its own inverse, are known without further work.
+
+    Raises:
+        OperatorError: where A is singular or not square.
+    """
+    result: Operator = INVERSE(_ready(A, "invert", square=True))
+    return result
+
+
+@asks(PINV)
+def pinv(A: Subject) -> Operator:
+    """The pseudo-inverse A⁺ of Moore and Penrose; singular values below max(m, n)·ε·σ₁ count as zero."""
+    result: Operator = PINV(_ready(A, "pseudo-invert"))
+    return result
+
+
+@asks(PINV)
+def lstsq(A: Subject, b: Tensor) -> Tensor:
+    """The shortest x among those that minimise ‖A x − b‖, for a vector `[m]` or columns `[..., m, k]`."""
+    return pinv(A) @ _matching(A, b)
+
+
+@asks(SLOGDET)
+def slogdet(A: Subject) -> Determinant:
+    """Sign (phase, where A is complex) and logarithm of the modulus of det A, each `[...]`."""
+    A = _ready(A, "take the determinant of", square=True)
+    result: Determinant = SLOGDET(A)
+    return Determinant(*(part.expand(A.batch_shape) for part in real_if_real(A, result)))
+
+
+@asks(SLOGDET)
+def logdet(A: Subject) -> Tensor:
+    """log det A, `[...]`; −∞ where A is singular, complex where A is.
+
+    Raises:
+        OperatorError: where A is real and its determinant negative.
+    """
+    sign, logarithm = slogdet(A)
+    if sign.is_complex():
+        return torch.complex(logarithm, sign.angle())
+    if not transformed(sign) and bool((sign < 0).any()):
+        raise OperatorError(
+            "cannot take the logarithm of a negative determinant: slogdet gives its sign and log|det|, "
+            "and logdet of the operator in a complex dtype has a value"
+        )
+    return torch.where(sign < 0, torch.nan, logarithm)
+
+
+@asks(TRACE)
+def trace(A: Subject) -> Tensor:
+    """The sum of the diagonal, `[...]`."""
+    A = _ready(A, "take the trace of", square=True)
+    result: Tensor = TRACE(A)
+    return result.expand(A.batch_shape)
+
+
+@asks(DIAGONAL)
+def diagonal(A: Subject) -> Tensor:
+    """The main diagonal, `[..., min(m, n)]`."""
+    A = _ready(A, "take the diagonal of")
+    result: Tensor = DIAGONAL(A)
+    return result.expand(*A.batch_shape, min(A.shape[-2:]))
+
+
+@asks(EIGH)
+def eigh(A: Subject, k: int | None = None, which: str = "LA") -> Spectrum:
+    """Eigenvalues, ascending, and orthonormal eigenvectors of a Hermitian operator.
+
+    Args:
+        A: known to be Hermitian, or so by two random probes.
+        k: how many; all of them where it is left out.
+        which: "LA" or "SA" for the largest or smallest values, "LM" or "SM" by magnitude.
+    """
+    A = _hermitian(A, "find the eigenvalues of")
+    values, vectors = EIGH(A)
+    values = (values.real if values.is_complex() else values).expand(*A.batch_shape, -1)
+    return _chosen(values, vectors, k, which, "ascending")
+
+
+@asks(EIGVALSH)
+def eigvalsh(A: Subject) -> Tensor:
+    """Eigenvalues of a Hermitian operator, ascending, `[..., n]`."""
+    A = _hermitian(A, "find the eigenvalues of")
+    values: Tensor = EIGVALSH(A)
+    values = values.real if values.is_complex() else values
+    return values.expand(*A.batch_shape, -1).sort(-1).values
+
+
+@asks(EIG)
+def eig(A: Subject, k: int | None = None, which: str = "LM") -> Spectrum:
+    """Eigenvalues and eigenvectors, complex, in no order; the `k` of largest ("LM") or smallest ("SM") magnitude.
+
+    "LR" and "SR" choose by the real part.
+    """
+    A = _ready(A, "find the eigenvalues of", square=True)
+    values, vectors = EIG(A)
+    values = values.to(A.dtype.to_complex()).expand(*A.batch_shape, -1)
+    return Spectrum(values, vectors) if k is None else _chosen(values, vectors, k, which, "by size")
+
+
+@asks(EIGVALS)
+def eigvals(A: Subject) -> Tensor:
+    """Eigenvalues, complex, in no order, `[..., n]`."""
+    A = _ready(A, "find the eigenvalues of", square=True)
+    values: Tensor = EIGVALS(A)
+    return values.to(A.dtype.to_complex()).expand(*A.batch_shape, -1)
+
+
+@asks(SINGULAR)
+def svd(A: Subject, k: int | None = None) -> SVD:
+    """A = U diag(S) Vh with min(m, n) singular values, descending, or the `k` largest of them."""
+    A = _ready(A, "find the singular values of")
+    u, s, vh = SINGULAR(A)
+    s = s.expand(*A.batch_shape, -1)
+    if isinstance(u, Dense) and isinstance(vh, Dense):
+        return SVD(Dense(u.matrix[..., :k]), s[..., :k], Dense(vh.matrix[..., :k, :]))
+    order = s.argsort(-1, descending=True)[..., :k]
+    picked = Selection(order, s.shape[-1], dtype=A.dtype, device=A.device)
+    return SVD(product(u, picked.T), s.gather(-1, order), product(picked, vh))
+
+
+@asks(SVDVALS)
+def svdvals(A: Subject) -> Tensor:
+    """Singular values, descending, `[..., min(m, n)]`."""
+    A = _ready(A, "find the singular values of")
+    values: Tensor = SVDVALS(A)
+    return values.expand(*A.batch_shape, -1).sort(-1, descending=True).values
+
+
+@asks(CHOLESKY)
+def cholesky(A: Subject) -> Operator:
+    """The lower triangular L with A = L Lᴴ.
+
+    Raises:
+        OperatorError: where A is not Hermitian and positive definite.
+    """
+    result: Operator = CHOLESKY(_hermitian(A, "factorise"))
+    return result
+
+
+@asks(PLU)
+def lu(A: Subject) -> LU:
+    """A = P L U, with partial pivoting."""
+    result: LU = PLU(_ready(A, "factorise"))
+    return result
+
+
+@asks(APPLY, EXP)
+def exp(A: Subject) -> Operator:
+    """The exponential, as an operator."""
+    return _function(A, EXP)
+
+
+@asks(APPLY, LOG)
+def log(A: Subject) -> Operator:
+    """The principal logarithm, as an operator."""
+    return _function(A, LOG)
+
+
+@asks(APPLY, SQRT)
+def sqrt(A: Subject) -> Operator:
+    """The principal square root, as an operator."""
+    return _function(A, SQRT)
+
+
+def pow(A: Subject, p: float) -> Operator:
+    """Aᵖ: repeated products for whole p, principal powers otherwise."""
+    if p == -1:
+        return inverse(A)
+    return _function(A, power(p))
+
+
+def apply(A: Subject, f: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor] | None = None) -> Operator:
+    """f(A): the operator with A's eigenvectors and the values f(λ).
+
+    Args:
+        A: square.
+        f: from a tensor of eigenvalues to one of values, entry by entry.
+        slope: f′, which makes gradients finite where eigenvalues coincide.
+    """
+    return _function(A, Function(getattr(f, "__name__", "function"), f, slope))
+
+
+@asks(FROBENIUS)
+def norm(A: Subject, ord: float | str = "fro") -> Tensor:
+    """A norm, `[...]`: "fro", 2 (largest singular value), -2 (smallest), "nuc" (their sum), 1, or inf."""
+    A = _ready(A, "find the norm of")
+    if ord == "fro":
+        result: Tensor = FROBENIUS(A).sqrt()
+        return result.expand(A.batch_shape)
+    if ord in (1, float("inf")):
+        result = ONE(A if ord == 1 else A.T)
+        return result.expand(A.batch_shape)
+    if ord in (2, -2, "nuc"):
+        values = svdvals(A)
+        if values.shape[-1] == 0:
+            return values.sum(-1)
+        return values.sum(-1) if ord == "nuc" else values[..., 0 if ord == 2 else -1]
+    raise OperatorError(f"cannot find the norm {ord!r} of {A!r}: the norms are 'fro', 'nuc', 2, -2, 1 and inf")
+
+
+@asks(SVDVALS)
+def cond(A: Subject, p: float | str = 2) -> Tensor:
+    """‖A‖ ‖A⁻¹‖ in the norm p; the ratio of extreme singular values for p = 2. ∞ where A is singular."""
+    A = _ready(A, "find the condition of", square=p != 2)
+    if p == 2:
+        values = svdvals(A)
+        return values[..., 0] / values[..., -1] if values.shape[-1] else values.sum(-1)
+    return norm(A, p) * norm(inverse(A), p)
+
+
+def _function(A: Subject, f: Function) -> Operator:
+    result: Operator = APPLY(_ready(A, f"take the {f.name} of", square=True), f)
+    return result
+
+
+def _ready(subject: Subject, doing: str, square: bool = False) -> Operator:
+    """The operator, in at least 32 bits, refused where it cannot be square or finite."""
+    A = operator(subject)
+    if square and not A.square:
+        m, n = A.shape[-2:]
+        raise OperatorError(f"cannot {doing} {A!r}: it is {m}×{n}, and this needs a square operator")
+    _finite(doing, A)
+    return A.to(torch.float32) if A.dtype in (torch.float16, torch.bfloat16) else A
+
+
+def _finite(doing: str, A: Operator, *others: Tensor) -> None:
+    tensors = (*A.tensors, *others)
+    if transformed(*tensors):
+        return
+    for tensor in tensors:
+        if not bool(tensor.isfinite().all()):
+            raise OperatorError(f"cannot {doing} {A!r}: there are NaN or infinite entries in its input")
+
+
+def _hermitian(subject: Subject, doing: str) -> Operator:
+    A = _ready(subject, doing, square=True)
+    if "hermitian" in A.properties:
+        return A
+    if not transformed(*A.tensors):
+        try:
+            refute(A, "hermitian")
+        except OperatorError:
+            raise OperatorError(f"cannot {doing} {A!r}: it is not Hermitian; use eig, svd or lu") from None
+    return A.claim("hermitian")
+
+
+def _matching(A: Subject, b: Tensor) -> Tensor:
+    m = operator(A).shape[-2]
+    if b.ndim == 0 or b.shape[-2 if b.ndim > 1 else -1] != m:
+        raise OperatorError(
+            f"cannot solve with {A!r} in the sense of least squares: the right-hand side is {tuple(b.shape)}, it must "
+            f"be a vector [{m}] or columns [..., {m}, k]"
+        )
+    return b
+
+
+_KEYS: dict[str, Callable[[Tensor], Tensor]] = {
+    "LA": lambda values: -values.real,
+    "SA": lambda values: values.real,
+    "LR": lambda values: -values.real,
+    "SR": lambda values: values.real,
+    "LM": lambda values: -values.abs(),
+    "SM": lambda values: values.abs(),
+}
+
+
+def _chosen(values: Tensor, vectors: Operator, k: int | None, which: str, order: str) -> Spectrum:
+    """The `k` values that `which` names, with their vectors, in ascending order or by that key."""
+    n = values.shape[-1]
+    if which not in _KEYS:
+        raise OperatorError(f"cannot choose eigenvalues by {which!r}: pass one of {', '.join(_KEYS)}")
+    if k is not None and not 0 <= k <= n:
+        raise OperatorError(f"cannot find {k} eigenvalues of an operator of dimension {n}")
+    if k is None and isinstance(vectors, Dense):
+        return Spectrum(values, vectors)  # LAPACK's order
+    index = _KEYS[which](values).argsort(-1)[..., : n if k is None else k]
+    if order == "ascending":
+        index = index.gather(-1, values.gather(-1, index).argsort(-1))
+    chosen = values.gather(-1, index)
+    if isinstance(vectors, Dense):
+        return Spectrum(chosen, Dense(vectors.matrix.gather(-1, index[..., None, :].expand(*vectors.shape[:-1], -1))))
+    return Spectrum(chosen, product(vectors, Selection(index, n, dtype=vectors.dtype, device=vectors.device).T))
+
+
+@explain.register(FunctionType)
+def _explain(question: Any, A: Subject, *arguments: Any) -> str:
+    """`explain(solve, A)`: the rules that would run, from the outside in, with their cost."""
+    if question is pow:
+        table, given = APPLY, (power(*arguments),)
+    elif question is apply:
+        table, given = APPLY, (Function("f", *arguments),)
+    elif question in _answers:
+        table, given = _answers[question]
+    else:
+        raise TypeError(f"cannot explain {question.__name__}: pass a function of einlinear.linalg and an operator")
+    subject = operator(A)
+    lines = [f"{question.__name__} of {subject!r}: {table.question}"]
+    for depth, part, rule, cost in table.plan(subject, *given):
+        what = f"{cost:.3g} flops, " if cost else ""
+        lines.append(f"{'  ' * (depth + 1)}{part!r}: {rule.law} ({what}{'exact' if rule.exact else 'stochastic'})")
+    return "\n".join(lines)

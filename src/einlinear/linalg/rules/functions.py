@@ -1,0 +1,277 @@
+"""Functions of an operator: exp, log, sqrt, powers, and any function of its eigenvalues."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from einlinear.linalg.borrowed import matrix_function
+from einlinear.linalg.direct import cubic, written
+from einlinear.linalg.rules.inverse import INVERSE, nonzero
+from einlinear.linalg.rules.predicates import (
+    blocks,
+    body,
+    conjugation,
+    factors,
+    has,
+    is_multiple_of_unit,
+    middle,
+    shift,
+    shifted,
+    square_blocks,
+    square_factors,
+)
+from einlinear.linalg.rules.spectral import EIG, EIGH
+from einlinear.linalg.table import Rule, Table
+from einlinear.operator import (
+    Dense,
+    Identity,
+    Operator,
+    OperatorError,
+    Product,
+    Scaled,
+    Sum,
+    multiple,
+    product,
+    transformed,
+)
+from einlinear.operators import BlockDiagonal, Circulant, Diagonal, DirectSum, Kronecker, KroneckerSum, kron
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function of one number, `of`, with its derivative, which is needed where eigenvalues coincide."""
+
+    name: str
+    of: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor] | None = None
+    domain: str = "all"
+    """Of real numbers: "all", "positive", or "nonnegative"; outside it the value is complex or infinite."""
+    exponent: float | None = None
+    """p, where the function is the power p."""
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """The values, refused outside the domain."""
+        if self.domain != "all" and not values.is_complex() and not transformed(values) and values.numel():
+            low = float(values.detach().min())
+            if low < 0 or (low == 0 and self.domain == "positive"):
+                why = "the value is complex; .to(torch.complex128) allows it" if low < 0 else "there is no finite value"
+                raise OperatorError(f"cannot take the {self.name} of an operator with the eigenvalue {low:.3g}: {why}")
+        return self.of(values)
+
+
+EXP = Function("exp", torch.exp, torch.exp)
+LOG = Function("log", torch.log, torch.reciprocal, "positive")
+SQRT = Function("sqrt", torch.sqrt, lambda x: 0.5 * x.rsqrt(), "nonnegative", 0.5)
+
+
+def power(p: float) -> Function:
+    """x ↦ xᵖ."""
+    whole = float(p).is_integer()
+    domain = "all" if whole and p >= 0 else "nonnegative" if p >= 0 else "all" if whole else "positive"
+    return Function(f"power {p:g}", lambda x: x**p, lambda x: p * x ** (p - 1), domain, p)
+
+
+def is_exp(_: Operator, f: Function) -> bool:
+    return f is EXP
+
+
+def _whole(operator: Operator, f: Function) -> bool:
+    return f.exponent is not None and float(f.exponent).is_integer()
+
+
+def _power_of_kronecker(operator: Kronecker, f: Function) -> bool:
+    """(A ⊗ B)ᵖ = Aᵖ ⊗ Bᵖ: for whole p, and for any p of semi-definite factors, whose roots are unique."""
+    psd = all("psd" in factor.properties for factor in operator.factors)
+    return f.exponent is not None and square_factors(operator) and (psd or _whole(operator, f))
+
+
+def _shifted_exp(operator: Operator, f: Function) -> bool:
+    return f is EXP and isinstance(operator, Sum) and shifted(operator)
+
+
+def _exp_shift(S: Sum, *parts: Operator) -> Operator:
+    unit = shift(S)
+    c = unit.c if isinstance(unit, Scaled) else torch.ones((), dtype=S.dtype, device=S.device)
+    return multiple(c.exp(), parts[0])
+
+
+def _unshifted(S: Sum) -> tuple[Operator, ...]:
+    return tuple(term for term in S.terms if not is_multiple_of_unit(term))
+
+
+def _conjugated(P: Product, B: Operator, *_: object) -> Operator:
+    return Product((P.factors[0], B, P.factors[-1]))
+
+
+def _of_unit(cI: Scaled, f: Function) -> Operator:
+    return multiple(f(cI.c), cI.of)
+
+
+def _circulant(C: Circulant, f: Function) -> Operator:
+    values = C.eigenvalues()
+    hermitian = "hermitian" in C.properties
+    column = torch.fft.ifft(f(values.real) if hermitian else f(values))
+    if not C.dtype.is_complex and (hermitian or f in (EXP,) or _whole(C, f)):
+        column = column.real
+    made = Circulant(column)
+    return made.claim("hermitian") if hermitian else made
+
+
+def by_eigh(operator: Operator, f: Function) -> Operator:
+    """V f(Λ) Vᴴ, in the structure of V."""
+    values, vectors = EIGH(operator)
+    return product(vectors, Diagonal(f(values)), vectors.H)
+
+
+def _by_eig(operator: Operator, f: Function) -> Operator:
+    values, vectors = EIG(operator)
+    return product(vectors, Diagonal(f(values)), INVERSE(vectors))
+
+
+def _dense_hermitian(operator: Operator, f: Function) -> Operator:
+    matrix = written(operator)
+    if f.slope is None:
+        return by_eigh(operator, f)
+    made = Dense(_Spectral.apply(matrix, f)) if torch.is_grad_enabled() and needs_gradient(matrix) else None
+    return by_eigh(operator, f) if made is None else made.claim("hermitian")
+
+
+def needs_gradient(tensor: Tensor) -> bool:
+    """Whether a derivative with respect to the tensor may be asked for."""
+    return tensor.requires_grad or transformed(tensor)
+
+
+class _Spectral(torch.autograd.Function):
+    """f(A) for Hermitian A; its derivative by divided differences, finite where eigenvalues coincide.
+
+    Daleckii and Krein 1965; Higham, Functions of Matrices, theorem 3.11.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(matrix: Tensor, f: Function) -> Tensor:
+        values, vectors = torch.linalg.eigh(matrix)
+        return (vectors * f(values)[..., None, :]) @ vectors.mH
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.f = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (matrix,) = ctx.saved_tensors
+        values, vectors = torch.linalg.eigh(matrix)
+        inner = vectors.mH @ gradient @ vectors
+        return vectors @ (divided(values, ctx.f) * inner) @ vectors.mH, None
+
+
+def divided(values: Tensor, f: Function) -> Tensor:
+    """(f(λᵢ) − f(λⱼ)) / (λᵢ − λⱼ), and f′ between close ones."""
+    assert f.slope is not None
+    row, column = values[..., :, None], values[..., None, :]
+    gap, scale = row - column, torch.maximum(row.abs(), column.abs())
+    close = gap.abs() <= 1e-5 * scale
+    quotient = (f.of(row) - f.of(column)) / torch.where(close, 1, gap)
+    return torch.where(close, f.slope((row + column) / 2), quotient)
+
+
+def _dense_power(operator: Operator, f: Function) -> Operator:
+    assert f.exponent is not None
+    matrix, p = written(operator), int(f.exponent)
+    if p < 0:
+        return Dense(torch.linalg.matrix_power(INVERSE(operator).dense(), -p))
+    return Dense(torch.linalg.matrix_power(matrix, p))
+
+
+def _dense_general(operator: Operator, f: Function) -> Operator:
+    """By eigenvectors where these are well conditioned, else by Schur's form (scipy)."""
+    matrix = written(operator)
+    values, vectors = torch.linalg.eig(matrix)
+    if f.domain == "positive":
+        nonzero(operator, values)
+    values = f(values)
+    if not transformed(matrix) and not _reliable(vectors):
+        return Dense(_by_schur(operator, matrix, f))
+    made = torch.linalg.solve(vectors, vectors * values[..., None, :], left=False)
+    real = not matrix.is_complex() and (transformed(made) or bool((made.imag.abs().amax() <= 1e-6 * made.abs().amax())))
+    return Dense(made.real if real else made)
+
+
+def _reliable(vectors: Tensor) -> bool:
+    size = torch.linalg.cond(vectors.detach()).amax() if vectors.numel() else torch.zeros(())
+    return bool(size < torch.finfo(vectors.dtype).eps ** -0.35)
+
+
+def _by_schur(operator: Operator, matrix: Tensor, f: Function) -> Tensor:
+    name = "log" if f is LOG else "power" if f.exponent is not None else None
+    if name is None:
+        raise OperatorError(
+            f"cannot take the {f.name} of {operator!r}: its eigenvectors are dependent to working precision "
+            f"(a Jordan block), and only exp, log, sqrt and powers are known there"
+        )
+    made: Tensor = _Schur.apply(matrix, name, f.exponent)
+    if not bool(made.isfinite().all()):
+        raise OperatorError(f"cannot take the {f.name} of {operator!r}: it has none, or none that is finite")
+    return made
+
+
+class _Schur(torch.autograd.Function):
+    """log and powers by scipy; the derivative is a block of the function of [[Aᴴ, G], [0, Aᴴ]] (Higham, theorem 3.6)."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, name: str, p: float | None) -> Tensor:
+        ctx.save_for_backward(matrix)
+        ctx.settings = (name, p)
+        return matrix_function(matrix, name, p)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (matrix,) = ctx.saved_tensors
+        n = matrix.shape[-1]
+        adjoint = matrix.mH
+        top = torch.cat([adjoint, gradient.to(adjoint.dtype)], -1)
+        bottom = torch.cat([torch.zeros_like(adjoint), adjoint], -1)
+        return _Schur.apply(torch.cat([top, bottom], -2), *ctx.settings)[..., :n, n:], None, None
+
+
+APPLY = Table(
+    "function",
+    Rule(Identity, "f(I) = f(1) I", lambda I, f: multiple(f(torch.ones((), dtype=I.dtype, device=I.device)), I)),
+    Rule(Scaled, "f(cI) = f(c) I", _of_unit, when=lambda A, f: is_multiple_of_unit(A)),
+    Rule(Diagonal, "f(diag(d)) = diag(f(d))", lambda D, f: Diagonal(f(D.values))),
+    Rule(KroneckerSum, "exp(A ⊕ B) = exp A ⊗ exp B", lambda A, *parts: kron(*parts[:-1]), lambda A: A.terms, is_exp),
+    Rule(Sum, "exp(A + cI) = eᶜ exp A", _exp_shift, _unshifted, _shifted_exp),
+    Rule(Kronecker, "(A ⊗ B)ᵖ = Aᵖ ⊗ Bᵖ", lambda A, *parts: kron(*parts[:-1]), factors, _power_of_kronecker),
+    Rule(Circulant, "f(C) = Fᴴ diag(f(F c)) F", _circulant),
+    Rule(
+        BlockDiagonal,
+        "f(diag(A₁, A₂, …)) = diag(f(A₁), f(A₂), …)",
+        lambda A, of, f: BlockDiagonal(of),
+        body,
+        square_blocks,
+    ),
+    Rule(DirectSum, "f(A ⊞ B) = f(A) ⊞ f(B)", lambda A, *parts: DirectSum(parts[:-1]), blocks, square_blocks),
+    Rule(Product, "f(Q B Qᴴ) = Q f(B) Qᴴ", _conjugated, middle, conjugation),
+    Rule(Kronecker | KroneckerSum, "f(A) = (V⊗W) f(Λ) (V⊗W)ᴴ", by_eigh, when=has("hermitian")),
+    Rule(Kronecker | KroneckerSum, "f(A) = (V⊗W) f(Λ) (V⊗W)⁻¹", _by_eig, when=lambda A, f: A.square),
+    Rule(Operator, "V f(Λ) Vᴴ, written out", _dense_hermitian, when=has("hermitian"), cost=lambda A: 9 * cubic(A)),
+    Rule(
+        Operator,
+        "scaling and squaring, written out",
+        lambda A, f: Dense(torch.linalg.matrix_exp(written(A))),
+        when=is_exp,
+        cost=lambda A: 20 * cubic(A),
+    ),
+    Rule(Operator, "repeated squaring, written out", _dense_power, when=_whole, cost=lambda A: 3 * cubic(A)),
+    Rule(
+        Operator,
+        "V f(Λ) V⁻¹, written out, or Schur's form where V is ill conditioned",
+        _dense_general,
+        cost=lambda A: 30 * cubic(A),
+    ),
+)

@@ -1,0 +1,80 @@
+"""Norms that need no singular values: ‖A‖² of Frobenius, and the largest column sum."""
+
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from einlinear.linalg.rules.predicates import blocks, body, factors
+from einlinear.linalg.rules.trace import COLUMNS
+from einlinear.linalg.table import Rule, Table
+from einlinear.operator import Dense, Identity, Operator, Scaled, Zero
+from einlinear.operators import Banded, BlockDiagonal, Circulant, Diagonal, DirectSum, Kronecker, Toeplitz, Triangular
+
+
+def _square(values: Tensor) -> Tensor:
+    return values.abs().square().sum(-1)
+
+
+def _toeplitz(T: Toeplitz) -> Tensor:
+    """Each entry of the ring as often as its diagonal is long."""
+    m, n = T.shape[-2:]
+    offset = torch.cat([torch.arange(m, device=T.device), torch.arange(1 - n, 0, device=T.device)])
+    length = torch.minimum(m - offset.clamp(min=0), n + offset.clamp(max=0))
+    return (T.ring().abs().square() * length).sum(-1)
+
+
+def _columns(operator: Operator, start: int) -> Tensor:
+    n = operator.shape[-1]
+    unit = torch.eye(n, min(COLUMNS, n - start), dtype=operator.dtype, device=operator.device).roll(start, 0)
+    return operator.matmul(unit)
+
+
+def _frobenius(operator: Operator) -> Tensor:
+    total = torch.zeros((), dtype=operator.dtype, device=operator.device).real
+    for start in range(0, operator.shape[-1], COLUMNS):
+        total = total + _columns(operator, start).abs().square().sum((-2, -1))
+    return total
+
+
+def _one(operator: Operator) -> Tensor:
+    sums = [_columns(operator, start).abs().sum(-2).amax(-1) for start in range(0, operator.shape[-1], COLUMNS)]
+    if not sums or not operator.shape[-2]:
+        return torch.zeros(operator.batch_shape, dtype=operator.dtype).real
+    return reduce(torch.maximum, sums)
+
+
+def _unitary(operator: Operator) -> Tensor:
+    return torch.full((), float(operator.shape[-1]), dtype=operator.dtype, device=operator.device).real
+
+
+def _band_sum(B: Banded) -> Tensor:
+    return reduce(torch.add, (_square(B.band(k)) for k in B.offsets))
+
+
+FROBENIUS = Table(
+    "squared Frobenius norm",
+    Rule(Identity, "n", _unitary),
+    Rule(Operator, "n (unitary)", _unitary, when=lambda A: "unitary" in A.properties),
+    Rule(Zero, "0", lambda Z: torch.zeros((), dtype=Z.dtype, device=Z.device).real),
+    Rule(Diagonal, "Σ |d|²", lambda D: _square(D.values)),
+    Rule(Dense, "Σ |a|²", lambda A: _square(A.matrix.flatten(-2))),
+    Rule(Triangular, "Σ |a|²", lambda T: _square(T.dense().flatten(-2))),
+    Rule(Circulant, "n ‖c‖²", lambda C: _square(C.column) * C.shape[-1]),
+    Rule(Toeplitz, "each diagonal as often as it is long", _toeplitz),
+    Rule(Banded, "Σ over the bands", _band_sum),
+    Rule(Scaled, "|c|² ‖A‖²", lambda cA, A: cA.c.abs().square() * A, body),
+    Rule(Kronecker, "‖A‖² ‖B‖²", lambda _, *parts: reduce(torch.mul, parts), factors),
+    Rule(BlockDiagonal, "Σ ‖Aᵢ‖²", lambda _, of: of.sum(-1), body),
+    Rule(DirectSum, "‖A‖² + ‖B‖²", lambda _, *parts: reduce(torch.add, parts), blocks),
+    Rule(Operator, "column by column", _frobenius, cost=lambda A: A.flops * A.shape[-1]),
+)
+
+ONE = Table(
+    "largest column sum",
+    Rule(Diagonal, "max |d|", lambda D: D.values.abs().amax(-1), when=lambda D: D.shape[-1] > 0),
+    Rule(Kronecker, "‖A‖₁ ‖B‖₁", lambda _, *parts: reduce(torch.mul, parts), factors),
+    Rule(BlockDiagonal, "max ‖Aᵢ‖₁", lambda _, of: of.amax(-1), body),
+    Rule(Scaled, "|c| ‖A‖₁", lambda cA, A: cA.c.abs() * A, body),
+    Rule(Operator, "column by column", _one, cost=lambda A: A.flops * A.shape[-1]),
+)

@@ -1,0 +1,69 @@
+"""The table of rules: which law answers a question about an operator."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from einlinear.linalg.normal import normal
+from einlinear.operator import Operator
+
+Parts = tuple[Operator, ...]
+
+
+def no_parts(_: Operator) -> Parts:
+    """Of a rule that needs no answer about anything smaller."""
+    return ()
+
+
+def free(_: Operator) -> float:
+    """The cost of a rule that only rearranges."""
+    return 0.0
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One law, for operators of `kind` (a class, or a union of classes) of which `when` holds.
+
+    `run(A, *answers, *arguments)` gets the answers to the same question about `parts(A)`. `cost` is
+    the modelled number of floating-point operations of the rule itself, without its parts.
+    """
+
+    kind: Any
+    law: str
+    run: Callable[..., Any]
+    parts: Callable[[Any], Parts] = no_parts
+    when: Callable[..., bool] | None = None
+    cost: Callable[[Any], float] = free
+    exact: bool = True
+
+
+class Table:
+    """The rules for one question, in order: the first that fits is the one that runs."""
+
+    def __init__(self, question: str, *rules: Rule) -> None:
+        self.question, self.rules = question, rules
+        self._by_type: dict[type[Operator], tuple[Rule, ...]] = {}
+
+    def __call__(self, operator: Operator, *arguments: Any) -> Any:
+        """The answer about an operator, which is first brought into its normal form."""
+        operator = normal(operator)
+        rule = self.rule(operator, *arguments)
+        return rule.run(operator, *[self(part, *arguments) for part in rule.parts(operator)], *arguments)
+
+    def rule(self, operator: Operator, *arguments: Any) -> Rule:
+        """The rule for an operator in normal form."""
+        kind = type(operator)
+        if kind not in self._by_type:
+            self._by_type[kind] = tuple(rule for rule in self.rules if issubclass(kind, rule.kind))
+        for rule in self._by_type[kind]:
+            if rule.when is None or rule.when(operator, *arguments):
+                return rule
+        raise LookupError(f"no rule for {self.question} of {operator!r}")
+
+    def plan(self, operator: Operator, *arguments: Any, depth: int = 0) -> Iterator[tuple[int, Operator, Rule, float]]:
+        """Depth, operator, rule and cost of everything that would be done, from the top."""
+        operator = normal(operator)
+        rule = self.rule(operator, *arguments)
+        below = [step for part in rule.parts(operator) for step in self.plan(part, *arguments, depth=depth + 1)]
+        yield depth, operator, rule, rule.cost(operator) + sum(cost for d, _, _, cost in below if d == depth + 1)
+        yield from below

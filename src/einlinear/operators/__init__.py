@@ -1,0 +1,34 @@
+"""Every kind of operator, one family per file."""
+
+from einlinear.operators.banded import Banded as Banded
+from einlinear.operators.banded import tridiagonal as tridiagonal
+from einlinear.operators.composite import Block as Block
+from einlinear.operators.composite import BlockDiagonal as BlockDiagonal
+from einlinear.operators.composite import DirectSum as DirectSum
+from einlinear.operators.composite import Kronecker as Kronecker
+from einlinear.operators.composite import KroneckerSum as KroneckerSum
+from einlinear.operators.composite import block as block
+from einlinear.operators.composite import block_diag as block_diag
+from einlinear.operators.composite import concatenate as concatenate
+from einlinear.operators.composite import kron as kron
+from einlinear.operators.composite import kronsum as kronsum
+from einlinear.operators.derivative import Hessian as Hessian
+from einlinear.operators.derivative import Jacobian as Jacobian
+from einlinear.operators.derivative import fisher as fisher
+from einlinear.operators.derivative import gauss_newton as gauss_newton
+from einlinear.operators.derivative import raveled as raveled
+from einlinear.operators.diagonal import Diagonal as Diagonal
+from einlinear.operators.householder import Householder as Householder
+from einlinear.operators.kernel import Kernel as Kernel
+from einlinear.operators.low_rank import LowRankUpdate as LowRankUpdate
+from einlinear.operators.selection import Permutation as Permutation
+from einlinear.operators.selection import Selection as Selection
+from einlinear.operators.selection import masked as masked
+from einlinear.operators.selection import select as select
+from einlinear.operators.sparse import Sparse as Sparse
+from einlinear.operators.structured import Structured as Structured
+from einlinear.operators.toeplitz import Circulant as Circulant
+from einlinear.operators.toeplitz import Fourier as Fourier
+from einlinear.operators.toeplitz import Toeplitz as Toeplitz
+from einlinear.operators.toeplitz import hankel as hankel
+from einlinear.operators.triangular import Triangular as Triangular

@@ -1,0 +1,124 @@
+"""Operators that only move entries: selections of rows, permutations, and what is cut out by them."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from einlinear.operator import Fixed, Operator, OperatorError, product, transformed
+
+
+@dataclass(eq=False, repr=False)
+class Selection(Fixed):
+    """Takes the entries `index`, `[..., k]`, of a vector of `n`; transposed, puts them back among zeros."""
+
+    index: Tensor
+    n: int
+    back: bool = False
+
+    def __post_init__(self) -> None:
+        self.device = self.device or self.index.device
+        super().__post_init__()
+
+    @property
+    def shape(self) -> torch.Size:
+        *batch, rows = self.index.shape
+        return torch.Size((*batch, self.n, rows) if self.back else (*batch, rows, self.n))
+
+    def _matmul(self, x: Tensor) -> Tensor:
+        if self.index.ndim > 1:
+            batch = torch.broadcast_shapes(self.index.shape[:-1], x.shape[:-2])
+            index = self.index[..., None].expand(*batch, -1, x.shape[-1])
+            x = x.expand(*batch, *x.shape[-2:])
+            if not self.back:
+                return x.gather(-2, index)
+            return x.new_zeros(*batch, self.n, x.shape[-1]).scatter_add(-2, index, x)
+        if not self.back:
+            return x.index_select(-2, self.index)
+        return x.new_zeros(*x.shape[:-2], self.n, x.shape[-1]).index_add(-2, self.index, x)
+
+    def _transpose(self) -> Operator:
+        return Selection(self.index, self.n, not self.back, dtype=self.dtype, device=self.device)
+
+    @property
+    def flops(self) -> float:
+        return float(self.n)
+
+
+@dataclass(eq=False, repr=False)
+class Permutation(Fixed):
+    """(P x)_i = x_index[i].
+
+    Raises:
+        OperatorError: if `index` does not hold every number below n once.
+    """
+
+    index: Tensor
+    inverse_index: Tensor = field(default=None, repr=False)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        self.device = self.device or self.index.device
+        super().__post_init__()
+        if self.inverse_index is None:
+            n = len(self.index)
+            if not transformed() and not torch.equal(
+                self.index.sort().values, torch.arange(n, device=self.index.device)
+            ):
+                raise OperatorError(f"cannot make a Permutation of {n} entries: each number below {n} must occur once")
+            self.inverse_index = torch.argsort(self.index)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self.index), len(self.index)))
+
+    def _facts(self) -> set[str]:
+        return {"unitary"}
+
+    def _matmul(self, x: Tensor) -> Tensor:
+        return x.index_select(-2, self.index)
+
+    def _transpose(self) -> "Permutation":
+        return Permutation(self.inverse_index, self.index, dtype=self.dtype, device=self.device)
+
+    def sign(self) -> int:
+        """+1 for an even permutation, −1 for an odd one: n minus the number of cycles decides."""
+        seen, cycles, index = set(), 0, self.index.tolist()
+        for start in range(len(index)):
+            if start not in seen:
+                cycles += 1
+                while start not in seen:
+                    seen.add(start)
+                    start = index[start]
+        return -1 if (len(index) - cycles) % 2 else 1
+
+    @property
+    def flops(self) -> float:
+        return float(len(self.index))
+
+
+def select(operator: Operator, rows: object, columns: object) -> Operator:
+    """A[rows, columns] by slices, index tensors or masks, as S A Sᵀ."""
+    m, n = operator.shape[-2:]
+    left, right = (_selection(operator, size, chosen) for size, chosen in ((m, rows), (n, columns)))
+    factors = [operator if left is None else product(left, operator)]
+    return factors[0] if right is None else product(factors[0], right.T)
+
+
+def masked(operator: Operator, rows: Tensor, columns: Tensor | None = None) -> Operator:
+    """The rows and columns where the masks, `[m]` and `[n]`, are true; one mask serves both sides."""
+    return select(operator, rows, rows if columns is None else columns)
+
+
+def _selection(operator: Operator, size: int, chosen: object) -> Selection | None:
+    if isinstance(chosen, slice) and chosen == slice(None):
+        return None
+    everything = torch.arange(size, device=operator.device)
+    if isinstance(chosen, int):
+        raise OperatorError(
+            f"cannot take a single row or column of {operator!r} as an operator: use a slice, or A @ unit vector"
+        )
+    try:
+        index = everything[chosen]  # type: ignore[index]
+    except (IndexError, TypeError) as error:
+        raise OperatorError(f"cannot select from {operator!r}: {error}") from None
+    return Selection(index, size, dtype=operator.dtype, device=operator.device)
