@@ -17,7 +17,7 @@ FLOORS = [
     {"taxonomy", "structures", "contract"},
     {"kernels", "projection"},
     {"layer"},
-    {"mlp", "optim", "muon", "conversion"},
+    {"mlp", "shared", "optim", "muon", "conversion"},
     {"transfer"},
     {"lab"},
     {"cli"},

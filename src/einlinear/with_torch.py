@@ -12,6 +12,7 @@ from einlinear.muon import orthogonalize as orthogonalize
 from einlinear.optim import parameter_groups as parameter_groups
 from einlinear.projection import project as project
 from einlinear.projection import refine as refine
+from einlinear.shared import shared_input as shared_input
 from einlinear.transfer import CheckReport as CheckReport
 from einlinear.transfer import check as check
 from einlinear.transfer import default_model as default_model
