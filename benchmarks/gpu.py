@@ -1,14 +1,18 @@
-"""Layers, MLPs and decoding in bfloat16 on one GPU against dense, as CSV.
+"""Layers, MLPs, decoding and kernels in bfloat16 on one GPU against dense, as CSV.
 
-    python benchmarks/gpu.py [folder]
+    python benchmarks/gpu.py [folder] [--only TEXT ...] [--again] [--seconds N]
 
-Writes `layers.csv`, `mlps.csv`, `decode.csv` and `kernels.csv` (each kernel that fits, and the one that is
-chosen) into the folder, by default `results/<device>`.
+Writes `layers.csv`, `mlps.csv`, `decode.csv`, `tokens.csv`, `shared.csv` and `kernels.csv` (each kernel that
+fits beside its modelled time) into the folder, by default `results/<device>`. Rows are written as they come, and those
+that are there are kept: `--only` names what to measure (every text must be part of a row's name, as
+printed), `--again` measures it anew.
 """
 
+import argparse
 import csv
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -23,88 +27,76 @@ from einlinear.kernels import KERNELS, Kernel
 from einlinear.kernels.kernel import Target
 from einlinear.lab.bench import MODES, bench, milliseconds, provenance
 
+Row = dict[str, Any]
+Case = tuple[str, Callable[[], list[Row]]]
+"""The name of some rows, and what measures them."""
+
 TOKENS = 16384
 FAMILIES = (el.BTT(), el.BTT(rank=4), el.Monarch(blocks=16), el.Monarch(blocks=32), el.LowRank(), el.Kronecker())
-WIDTHS = (1024, 2048, 4096, 8192, (4096, 11008), (11008, 4096))
+WIDTHS = (512, 768, 1024, 2048, 4096, 8192, (4096, 11008), (11008, 4096))
 MLPS = (
-    (1024, 4096, el.BTT(blocks=(32, 32))),
-    (1024, 4096, el.BTT()),
-    (2048, 8192, el.BTT(blocks=(32, 32), rank=2)),
-    (2048, 8192, el.BTT()),
-    (4096, 16384, el.BTT(blocks=(64, 64))),
-    (4096, 16384, el.BTT()),
-    (4096, 11008, el.BTT()),
+    (512, 2048, el.BTT(blocks=(16, 16), rank=2), "relu2"),
+    (1024, 4096, el.BTT(blocks=(32, 32)), "relu2"),
+    (1024, 4096, el.BTT(), "relu2"),
+    (1024, 4096, el.BTT(blocks=(32, 32)), "gelu"),
+    (2048, 8192, el.BTT(blocks=(32, 32), rank=2), "relu2"),
+    (2048, 8192, el.BTT(), "relu2"),
+    (4096, 16384, el.BTT(blocks=(64, 64)), "relu2"),
+    (4096, 16384, el.BTT(), "relu2"),
+    (4096, 16384, el.BTT(blocks=(64, 64)), "gelu"),
+    (4096, 11008, el.BTT(), "relu2"),
+    (4096, 11008, el.BTT(), "swiglu"),
+    (1024, 4096, el.BTT(blocks=(32, 32)), "swiglu"),
 )
+SHARED = ((1024, TOKENS), (2048, TOKENS), (4096, TOKENS), (1024, 1), (4096, 1), (4096, 8))
 WHERE: dict[str, Any] = {"device": torch.device("cuda"), "dtype": torch.bfloat16}
 
 
 class DenseMLP(nn.Module):
     """What `einlinear.StructuredMLP` replaces."""
 
-    def __init__(self, d_model: int, hidden: int) -> None:
+    def __init__(self, d_model: int, hidden: int, activation: str, bias: bool) -> None:
         super().__init__()
-        self.up = nn.Linear(d_model, hidden, bias=False, **WHERE)
-        self.down = nn.Linear(hidden, d_model, bias=False, **WHERE)
+        self.up = nn.Linear(d_model, hidden, bias, **WHERE)
+        self.gate = nn.Linear(d_model, hidden, bias, **WHERE) if activation == "swiglu" else None
+        self.down = nn.Linear(hidden, d_model, bias, **WHERE)
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(functional.relu(self.up(x)).square())
+        if self.gate is not None:
+            hidden = functional.silu(self.gate(x)) * self.up(x)
+        elif self.activation == "relu2":
+            hidden = functional.relu(self.up(x)).square()
+        else:
+            hidden = functional.gelu(self.up(x))
+        out: Tensor = self.down(hidden)
         return out
 
 
-def mlps() -> list[dict[str, Any]]:
-    """Squared ReLU between the layers; the dense MLP also compiled, which fuses its activation."""
-    rows: list[dict[str, Any]] = []
-    for d_model, hidden, family in MLPS:
-        structured = partial(el.StructuredMLP, d_model, hidden, family, "relu2", bias=False, **WHERE)
-        for mode in MODES:
-            ms = milliseconds(structured, d_model, TOKENS, mode)
-            dense_ms, compiled_ms = _dense_milliseconds(d_model, hidden, mode)
-            rows.append(
-                {
-                    "family": str(family),
-                    "d_model": d_model,
-                    "hidden": hidden,
-                    "tokens": TOKENS,
-                    "mode": mode,
-                    "ms": round(ms, 4),
-                    "dense_ms": round(dense_ms, 4),
-                    "dense_compiled_ms": round(compiled_ms, 4),
-                    "ratio_to_dense": round(dense_ms / ms, 2),
-                    "flop_ratio": (el.flops(family(d_model, hidden)) + el.flops(family(hidden, d_model)))
-                    / (4 * d_model * hidden),
-                    **provenance(**WHERE),
-                }
-            )
-    return rows
+class Several(nn.Module):
+    """Query, key and value: three layers of one input; `share` says whether they read it together."""
+
+    def __init__(self, width: int, family: el.Family | None, share: bool = False) -> None:
+        super().__init__()
+        make = nn.Linear if family is None else partial(el.Linear, family=family)
+        self.layers = nn.ModuleList(make(width, width, bias=False, **WHERE) for _ in range(3))
+        self.share = share
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = el.shared_input(x, *self.layers) if self.share else [layer(x) for layer in self.layers]
+        return _Joined.apply(*parts)
 
 
-def kernels() -> list[dict[str, Any]]:
-    """The forward time of every kernel that fits a layer beside its modelled cost; the planner takes the cheapest."""
-    rows: list[dict[str, Any]] = []
-    target = Target.of("cuda", torch.bfloat16)
-    for family, width, tokens in product(FAMILIES, (512, 1024, 2048), (64, 1024, 16384)):
-        structure = family(width, width).canonical
-        fitting = [kernel for kernel in KERNELS if kernel.refuses(structure, target) is None]
-        cheapest = min(fitting, key=lambda kernel: kernel.cost(structure, tokens, target))
-        dense_ms = _layer_milliseconds(width, tokens)
-        for kernel in fitting:
-            ms = milliseconds(partial(_Run, structure, kernel), width, tokens, "forward")
-            rows.append(
-                {
-                    "family": str(family),
-                    "d_in": width,
-                    "d_out": width,
-                    "tokens": tokens,
-                    "mode": "forward",
-                    "kernel": kernel.name,
-                    "chosen": kernel is cheapest,
-                    "ms": round(ms, 5),
-                    "modelled_ms": round(kernel.cost(structure, tokens, target) / 728e9, 5),
-                    "ratio_to_dense": round(dense_ms / ms, 3),
-                    **provenance(**WHERE),
-                }
-            )
-    return rows
+class _Joined(torch.autograd.Function):
+    """The first of three tensors, with a gradient for each, at no cost."""
+
+    @staticmethod
+    def forward(ctx: Any, *parts: Tensor) -> Tensor:  # noqa: ANN401
+        return parts[0].view_as(parts[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # noqa: ANN401
+        return grad, grad, grad
 
 
 class _Run(nn.Module):
@@ -122,47 +114,166 @@ class _Run(nn.Module):
 
 
 @cache
-def _layer_milliseconds(width: int, tokens: int) -> float:
-    return milliseconds(partial(nn.Linear, width, width, False, **WHERE), width, tokens, "forward")
+def dense(d_in: int, d_out: int, tokens: int, mode: str) -> float:
+    return milliseconds(partial(nn.Linear, d_in, d_out, False, **WHERE), d_in, tokens, mode)
 
 
 @cache
-def _dense_milliseconds(d_model: int, hidden: int, mode: str) -> tuple[float, float]:
-    """Of the dense MLP as it stands, and compiled."""
+def dense_mlp(d_model: int, hidden: int, activation: str, bias: bool, mode: str) -> tuple[float, float]:
+    """As it stands, and compiled, which fuses its activation."""
 
     def compiled() -> nn.Module:
-        model = DenseMLP(d_model, hidden)
+        model = DenseMLP(d_model, hidden, activation, bias)
         model.compile()
         return model
 
-    plain = partial(DenseMLP, d_model, hidden)
+    plain = partial(DenseMLP, d_model, hidden, activation, bias)
     return milliseconds(plain, d_model, TOKENS, mode), milliseconds(compiled, d_model, TOKENS, mode)
 
 
-def main(folder: Path) -> None:
+def layers() -> Iterator[Case]:
+    for width, mode in product(WIDTHS, MODES):
+        yield f"layers {width} {mode}", partial(bench, FAMILIES, (width,), (TOKENS,), modes=(mode,), **WHERE)
+
+
+def decode() -> Iterator[Case]:
+    families = (el.BTT(), el.BTT(rank=4), el.Monarch(blocks=16), el.LowRank())
+    for width, tokens in product((1024, 2048, 4096, 8192), (1, 8, 16, 32, 64)):
+        yield f"decode {width} {tokens}", partial(bench, families, (width,), (tokens,), modes=("forward",), **WHERE)
+
+
+def tokens() -> Iterator[Case]:
+    """Numbers of tokens that are no multiple of anything."""
+    cases = ((1024, el.BTT()), (4096, el.BTT()), (4096, el.Monarch(blocks=16)), (4096, el.LowRank()))
+    for (width, family), mode in product(cases, MODES):
+
+        def measure(width: int, family: el.Family, mode: str) -> list[Row]:
+            make = partial(el.Linear, width, width, family, bias=False, **WHERE)
+            times = {count: milliseconds(make, width, count, mode) for count in (16384, 16383, 16377)}
+            return [
+                {
+                    "family": str(family), "d_in": width, "d_out": width, "tokens": count, "mode": mode, "ms": round(ms, 4),
+                    "ratio_to_even": round(ms / times[16384], 3),
+                    "ratio_to_dense": round(dense(width, width, count, mode) / ms, 3), **provenance(**WHERE),
+                }
+                for count, ms in times.items()
+            ]  # fmt: skip
+
+        yield f"tokens {width} {family} {mode}", partial(measure, width, family, mode)
+
+
+def mlps() -> Iterator[Case]:
+    for (d_model, hidden, family, activation), mode in product(MLPS, MODES):
+
+        def measure(d_model: int, hidden: int, family: el.Family, activation: str, mode: str) -> list[Row]:
+            bias = activation == "gelu"
+            ms = milliseconds(
+                partial(el.StructuredMLP, d_model, hidden, family, activation, bias, **WHERE), d_model, TOKENS, mode
+            )
+            plain, compiled = dense_mlp(d_model, hidden, activation, bias, mode)
+            ups = 2 if activation == "swiglu" else 1
+            work = ups * el.flops(family(d_model, hidden)) + el.flops(family(hidden, d_model))
+            return [
+                {
+                    "family": str(family), "d_model": d_model, "hidden": hidden, "activation": activation, "bias": bias,
+                    "tokens": TOKENS, "mode": mode, "ms": round(ms, 4), "dense_ms": round(plain, 4),
+                    "dense_compiled_ms": round(compiled, 4), "ratio_to_dense": round(plain / ms, 2),
+                    "ratio_to_compiled": round(compiled / ms, 2),
+                    "flop_ratio": round(work / (2 * (ups + 1) * d_model * hidden), 6), **provenance(**WHERE),
+                }
+            ]  # fmt: skip
+
+        name = f"mlps {d_model} {hidden} {family} {activation} {mode}"
+        yield name, partial(measure, d_model, hidden, family, activation, mode)
+
+
+def shared() -> Iterator[Case]:
+    for (width, count), mode in product(SHARED, MODES):
+        if count < 64 and mode == "training":
+            continue
+
+        def measure(width: int, count: int, mode: str) -> list[Row]:
+            made = {
+                "dense": milliseconds(partial(Several, width, None), width, count, mode),
+                "apart": milliseconds(partial(Several, width, el.BTT()), width, count, mode),
+                "shared": milliseconds(partial(Several, width, el.BTT(), True), width, count, mode),
+            }
+            return [
+                {
+                    "way": way, "layers": 3, "d_in": width, "tokens": count, "mode": mode, "ms": round(ms, 5),
+                    "ratio_to_dense": round(made["dense"] / ms, 2), **provenance(**WHERE),
+                }
+                for way, ms in made.items()
+            ]  # fmt: skip
+
+        yield f"shared {width} {count} {mode}", partial(measure, width, count, mode)
+
+
+def kernels() -> Iterator[Case]:
+    """Every kernel that fits a layer beside its modelled time, and dense; the planner takes the least of these."""
+    target = Target.of("cuda", torch.bfloat16)
+    families = (el.Dense(), *FAMILIES)
+    for width, family, count, mode in product((512, 1024, 2048, 4096), families, (64, 1024, TOKENS), MODES):
+        structure = family(width, width).canonical
+        if isinstance(family, el.Dense):
+            fitting = [kernel for kernel in KERNELS if kernel.name == "chain"]
+        else:
+            fitting = [k for k in KERNELS if k.refuses(structure, target) is None and k.name != "reference"]
+        for kernel in fitting:
+
+            def measure(structure: el.Structure, kernel: Kernel, family: str, count: int, mode: str) -> list[Row]:
+                ms = milliseconds(partial(_Run, structure, kernel), structure.d_in, count, mode)
+                return [
+                    {
+                        "family": family, "d_in": structure.d_in, "d_out": structure.d_out, "tokens": count,
+                        "mode": mode, "kernel": kernel.name, "ms": float(f"{ms:.5g}"), **provenance(**WHERE),
+                    }
+                ]  # fmt: skip
+
+            name = f"kernels {width} {family} {count} {mode} {kernel.name}"
+            yield name, partial(measure, structure, kernel, str(family), count, mode)
+
+
+TABLES: dict[str, Callable[[], Iterator[Case]]] = {
+    "layers": layers, "mlps": mlps, "decode": decode, "tokens": tokens, "shared": shared, "kernels": kernels,
+}  # fmt: skip
+
+
+def main(folder: Path, only: list[str], again: bool, seconds: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    tables: dict[str, Callable[[], list[dict[str, Any]]]] = {
-        "layers": lambda: bench(FAMILIES, WIDTHS, (TOKENS,), **WHERE),
-        "mlps": mlps,
-        "decode": lambda: bench(
-            (el.BTT(), el.LowRank()), (1024, 2048, 4096, 8192), (1, 8, 32), modes=("forward",), **WHERE
-        ),
-        "kernels": kernels,
-    }
-    for name, make in tables.items():
-        rows = make()
-        with (folder / f"{name}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
-        for row in rows:
-            width = row.get("d_out", row.get("hidden"))
-            sizes = f"{row.get('d_in', row.get('d_model')):5} -> {width:5} tokens {row['tokens']:5}"
-            what = f"{row['family']:28} {row.get('kernel', ''):12}"
-            print(f"{name:7} {row['mode']:8} {sizes} {what} {row['ms']:9.4f} ms {row['ratio_to_dense']:6} x")
+    begin = time.perf_counter()
+    for table, make in TABLES.items():
+        path = folder / f"{table}.csv"
+        done: dict[str, list[Row]] = {}
+        if path.exists():
+            for row in csv.DictReader(path.open()):
+                done.setdefault(row.pop("case"), []).append(row)
+        for name, measure in make():
+            wanted = all(text in name for text in only)
+            if not wanted or (name in done and not again) or time.perf_counter() - begin > seconds:
+                continue
+            try:
+                done[name] = measure()
+            except Exception as error:  # the other cases go on, and this one is missing from the table
+                print(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+                continue
+            for row in done[name]:
+                what = row.get("kernel") or row.get("way") or row["family"]
+                print(f"{name:48} {what:24} {row['ms']:9.4f} ms {row.get('ratio_to_dense', '')}", flush=True)
+            rows = [{"case": case, **row} for case, made in done.items() for row in made]
+            with path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, rows[0].keys())
+                writer.writeheader()
+                writer.writerows(rows)
+    print(f"{time.perf_counter() - begin:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
     named = torch.cuda.get_device_name().lower().replace(" ", "_")
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "results" / named)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path, nargs="?", default=Path(__file__).parent / "results" / named)
+    parser.add_argument("--only", action="append", default=[])
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    main(**vars(parser.parse_args()))

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import einlinear as el
 from einlinear.kernels import KERNELS, Choice, plan
 from einlinear.kernels.chain import Chain
+from einlinear.kernels import pairwise as pairwise_module
 from einlinear.kernels.kernel import Kernel
 from einlinear.kernels.pairwise import pairwise
 from einlinear.kernels.reference import Materialised, Reference
@@ -158,6 +159,22 @@ def operands(spec, odd=0, **options):
 def test_the_operation_is_the_einsum_that_it_names(spec, odd):
     a, b = operands(spec, odd)
     assert_close(pairwise(a, b, spec), torch.einsum(spec, a, b))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("spec", CONTRACTIONS)
+def test_a_long_odd_axis_is_cut_into_an_aligned_part_and_the_rest(spec, monkeypatch):
+    """As on a GPU, where odd rows are slow; forward, each gradient, and the strides that compilers are told of."""
+    monkeypatch.setattr(pairwise_module, "LONG", 4)
+    monkeypatch.setattr(pairwise_module, "ALIGNED", 4)
+    monkeypatch.setattr(pairwise_module, "CUTS", ("cpu",))
+    a, b = operands(spec, odd=1, requires_grad=True)
+    y, expected = pairwise(a, b, spec), torch.einsum(spec, a, b)
+    direction = torch.randn_like(expected)
+    ours, theirs = (torch.autograd.grad(result, (a, b), direction) for result in (y, expected))
+    for mine, their in zip((y, *ours), (expected, *theirs), strict=True):
+        assert_close(mine, their)
+    torch.library.opcheck(torch.ops.einlinear.pairwise.default, (a, b, spec))
 
 
 @pytest.mark.parametrize("spec", CONTRACTIONS)

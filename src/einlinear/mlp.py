@@ -1,4 +1,4 @@
-"""`StructuredMLP`: two structured layers with an activation between, run as one where their blocks nest."""
+"""`StructuredMLP`: structured layers with an activation between, run as one where their blocks nest."""
 
 import torch
 from torch import Tensor, nn
@@ -8,21 +8,25 @@ from einlinear.kernels import transformed
 from einlinear.kernels.junction import ACTIVATIONS, nest
 from einlinear.layer import Linear
 
+GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu", "bilinear": "identity"}
+"""Gated forms, `down(activation(gate(x)) * up(x))`, by the activation of their gate (Shazeer 2020, arXiv 2002.05202)."""
+
 
 class StructuredMLP(nn.Module):
-    """`down(activation(up(x)))` with structured layers `up` and `down`.
+    """`down(activation(up(x)))`, or gated `down(activation(gate(x)) * up(x))`, with structured layers.
 
     On a GPU, in 16 bits, and where the blocks that `up` makes are the blocks that `down` reads, the
-    hidden features never reach memory: the second factor of `up`, the activation and the first
-    factor of `down` are one kernel, forward and backward (docs/kernels.md). BTT nests by itself, and
-    so does any family with the same number of blocks on both sides: `el.BTT(blocks=(32, 32))`.
-    Elsewhere the two layers run one after the other, and compute the same.
+    hidden features never reach memory: the second factor of `up` (and `gate`, which reads x with it), the
+    activation and the first factor of `down` are one kernel, forward and backward (docs/kernels.md).
+    BTT nests by itself, and so does any family with the same number of blocks on both sides:
+    `el.BTT(blocks=(32, 32))`. Elsewhere the layers run one after the other, and compute the same.
 
     Args:
         d_model: features of the input and of the output.
         hidden: features between the layers.
-        family: of both layers: a family, or its short text.
-        activation: "gelu", "relu", "relu2" (squared), "silu" or "identity".
+        family: of all layers: a family, or its short text.
+        activation: "gelu", "gelu_tanh", "relu", "relu2" (squared), "silu" or "identity"; gated: "swiglu",
+            "geglu", "geglu_tanh", "reglu" or "bilinear".
         bias, cap, zero, device, dtype: as in `einlinear.Linear`; `zero` is for `down`.
 
     Shape:
@@ -50,22 +54,54 @@ class StructuredMLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"cannot make an MLP with activation={activation!r}: pass one of {', '.join(ACTIVATIONS)}")
-        self.activation = activation
-        self.up = Linear(d_model, hidden, family, bias, cap=cap, device=device, dtype=dtype)
-        self.down = Linear(hidden, d_model, family, bias, cap=cap, zero=zero, device=device, dtype=dtype)
-        nested = nest(self.up.structure, self.down.structure, activation)
+        options = {"cap": cap, "device": device, "dtype": dtype}
+        up = Linear(d_model, hidden, family, bias, **options)  # type: ignore[arg-type]
+        gate = Linear(d_model, hidden, family, bias, **options) if activation in GATED else None  # type: ignore[arg-type]
+        down = Linear(hidden, d_model, family, bias, zero=zero, **options)  # type: ignore[arg-type]
+        self._assemble(up, down, activation, gate)
+
+    @classmethod
+    def of(cls, up: Linear, down: Linear, activation: str, gate: Linear | None = None) -> "StructuredMLP":
+        """An MLP of layers that exist; `activation` is that of the gate where there is one: "silu", not "swiglu".
+
+        Raises:
+            ValueError: for an unknown activation.
+        """
+        mlp = cls.__new__(cls)
+        nn.Module.__init__(mlp)
+        gated = {plain: name for name, plain in GATED.items()}
+        mlp._assemble(up, down, gated.get(activation, activation) if gate else activation, gate)
+        return mlp
+
+    def _assemble(self, up: Linear, down: Linear, activation: str, gate: Linear | None) -> None:
+        plain = GATED.get(activation, activation) if gate else activation
+        if plain not in ACTIVATIONS:
+            known = ", ".join((*ACTIVATIONS, *GATED))
+            raise ValueError(f"cannot make an MLP with activation={activation!r}: pass one of {known}")
+        self.activation, self._plain = activation, plain
+        self.up, self.down, self.gate = up, down, gate
+        ups = [layer.structure for layer in self._ups()]
+        nested = nest(ups, self.down.structure, plain)
+        if not isinstance(nested, str) and len({layer.bias is None for layer in self._ups()}) > 1:
+            nested = "only one of gate and up has a bias"
         self.unfused = nested if isinstance(nested, str) else None
         self._nested = None if isinstance(nested, str) else nested
 
+    def _ups(self) -> list[Linear]:
+        """What reads the input: the gate, where there is one, first."""
+        return [self.up] if self.gate is None else [self.gate, self.up]
+
     def forward(self, x: Tensor) -> Tensor:
-        up, tokens, hidden_bias = self.up.operands(x)
-        if self._nested is None or not tokens.is_cuda or tokens.element_size() != 2 or transformed(tokens, *up):
-            result: Tensor = self.down(ACTIVATIONS[self.activation](self.up(x)))
-            return result
-        down, _, bias = self.down.operands(x)
-        return self._nested([*up, *down], tokens, hidden_bias, bias)
+        if self._nested is not None and x.is_cuda:
+            operands = [layer.operands(x) for layer in self._ups()]
+            factors, tokens = [factors for factors, _, _ in operands], operands[0][1]
+            if tokens.element_size() == 2 and not transformed(tokens, *factors[0]):
+                down, _, bias = self.down.operands(x)
+                hidden_biases = [added for _, _, added in operands if added is not None]
+                return self._nested(factors, down, tokens, hidden_biases, bias)
+        hidden = ACTIVATIONS[self._plain]((self.gate or self.up)(x))
+        result: Tensor = self.down(hidden if self.gate is None else hidden * self.up(x))
+        return result
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"

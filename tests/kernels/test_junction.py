@@ -13,38 +13,45 @@ SIZES = [(37, 3, 20, 40, 24), (130, 2, 16, 130, 9), (600, 4, 8, 16, 8)]
 third, a program has several tiles of tokens."""
 
 
+@pytest.mark.parametrize("parts", [1, 2], ids=["plain", "gated"])
 @pytest.mark.parametrize(
     ("activation", "with_bias", "sizes"),
     [*((activation, True, SIZES[0]) for activation in ACTIVATIONS)]
     + [("gelu", with_bias, sizes) for with_bias in (True, False) for sizes in SIZES[1:]],
     ids=str,
 )
-def test_a_junction_is_two_matmuls_around_an_activation(
-    activation: str, with_bias: bool, sizes: tuple[int, ...]
+def test_a_junction_is_matmuls_around_an_activation(
+    activation: str, with_bias: bool, sizes: tuple[int, ...], parts: int
 ) -> None:
-    inputs = _inputs(sizes, with_bias)
-    y, expected = junction(*inputs.values(), activation), _reference(activation, **inputs)
+    zs, ups, biases, down = _inputs(sizes, with_bias, parts)
+    y, expected = junction(zs, ups, biases, down, activation), _reference(activation, zs, ups, biases, down)
     _close("y", y, expected)
     direction = torch.randn_like(expected)
-    named = {name: value for name, value in inputs.items() if value is not None}
-    ours = torch.autograd.grad(y, named.values(), direction.float())
-    theirs = torch.autograd.grad(expected, named.values(), direction)
-    for name, mine, their in zip(named, ours, theirs, strict=True):
+    leaves = [*zs, *ups, *biases, down]
+    ours = torch.autograd.grad(y, leaves, direction.float())
+    theirs = torch.autograd.grad(expected, leaves, direction)
+    names = [f"{name} {part}" for name in ("z", "up", "bias")[: 2 + with_bias] for part in range(parts)]
+    for name, mine, their in zip([*names, "down"], ours, theirs, strict=True):
         _close(f"the gradient of {name}", mine, their)
 
 
-def test_a_junction_is_a_proper_operator() -> None:
-    torch.library.opcheck(junction, (*_inputs((9, 2, 16, 16, 16), True).values(), "gelu"))
+@pytest.mark.parametrize("parts", [1, 2], ids=["plain", "gated"])
+def test_a_junction_is_a_proper_operator(parts: int) -> None:
+    torch.library.opcheck(junction, (*_inputs((9, 2, 16, 16, 16), True, parts), "gelu"))
 
 
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("family", [el.BTT(blocks=(4, 4), rank=2), el.BTT()], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-def test_nested_layers_compute_what_they_do_one_after_the_other(family: el.Family, bias: bool) -> None:
-    mlp = _mlp(family, bias)
-    nested = nest(mlp.up.structure, mlp.down.structure, "gelu")
-    assert not isinstance(nested, str), nested
-    x = torch.randn(3, 5, 64, requires_grad=True)
-    fused = nested([*mlp.up.factors, *mlp.down.factors], x, mlp.up.bias, mlp.down.bias)
+def test_nested_layers_compute_what_they_do_one_after_the_other(
+    family: el.Family, bias: bool, activation: str
+) -> None:
+    mlp = _mlp(family, bias, activation)
+    assert mlp.unfused is None
+    layers = [mlp.up] if mlp.gate is None else [mlp.gate, mlp.up]
+    x = torch.randn(3, 7, 64, requires_grad=True)  # 21 tokens: surplus ones are added
+    hidden = [layer.bias for layer in layers if bias]
+    fused = mlp._nested([[*layer.factors] for layer in layers], [*mlp.down.factors], x, hidden, mlp.down.bias)
     unfused = mlp(x)
     assert fused.shape == unfused.shape
     _close("y", fused, unfused)
@@ -66,40 +73,53 @@ def test_nested_layers_compute_what_they_do_one_after_the_other(family: el.Famil
     ],
 )
 def test_layers_that_do_not_nest_are_told_why(up: el.Structure, down: el.Structure, why: str) -> None:
-    assert why in str(nest(up, down, "gelu"))
+    assert why in str(nest([up], down, "gelu"))
 
 
 def test_an_mlp_is_its_layers_without_a_gpu() -> None:
+    x, act = torch.randn(5, 64), torch.nn.functional
     mlp = _mlp(el.LowRank(rank=4), True)
-    x = torch.randn(5, 64)
-    torch.testing.assert_close(mlp(x), mlp.down(torch.nn.functional.gelu(mlp.up(x))))
+    torch.testing.assert_close(mlp(x), mlp.down(act.gelu(mlp.up(x))))
     assert "two block-diagonal" in mlp.unfused
+    gated = _mlp(el.BTT(), True, "swiglu")
+    torch.testing.assert_close(gated(x), gated.down(act.silu(gated.gate(x)) * gated.up(x)))
+    same = el.StructuredMLP.of(gated.up, gated.down, "silu", gated.gate)
+    torch.testing.assert_close(same(x), gated(x))
+    assert same.activation == "swiglu" and same.unfused is None
     with pytest.raises(ValueError, match="relu2"):
         el.StructuredMLP(64, 256, "btt", activation="tanh")
 
 
-def _mlp(family: el.Family, bias: bool) -> el.StructuredMLP:
-    mlp = el.StructuredMLP(64, 256, family, "gelu", bias)
+def test_a_gate_of_other_blocks_is_told_why() -> None:
+    gate, up, down = (el.BTT(blocks=b)(64, 64) for b in ((4, 4), (8, 8), (4, 4)))
+    assert "the gate has other blocks" in str(nest([gate, up], down, "silu"))
+
+
+def _mlp(family: el.Family, bias: bool, activation: str = "gelu") -> el.StructuredMLP:
+    mlp = el.StructuredMLP(64, 256, family, activation, bias)
     for parameter in mlp.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return mlp
 
 
-def _inputs(sizes: tuple[int, ...], with_bias: bool) -> dict[str, Tensor | None]:
+def _inputs(
+    sizes: tuple[int, ...], with_bias: bool, parts: int
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
     tokens, slices, width, hidden, out = sizes
-    return {
-        "z": torch.randn(width, slices, tokens, requires_grad=True),
-        "up": (torch.randn(slices, hidden, width) / width**0.5).requires_grad_(),
-        "bias": torch.randn(slices * hidden, requires_grad=True) if with_bias else None,
-        "down": (torch.randn(slices, out, hidden) / hidden**0.5).requires_grad_(),
-    }
+    zs = [torch.randn(width, slices, tokens, requires_grad=True) for _ in range(parts)]
+    ups = [(torch.randn(slices, hidden, width) / width**0.5).requires_grad_() for _ in range(parts)]
+    biases = [torch.randn(slices * hidden, requires_grad=True) for _ in range(parts if with_bias else 0)]
+    return zs, ups, biases, (torch.randn(slices, out, hidden) / hidden**0.5).requires_grad_()
 
 
-def _reference(activation: str, z: Tensor, up: Tensor, bias: Tensor | None, down: Tensor) -> Tensor:
-    hidden = torch.einsum("kbm,bhk->bhm", z.double(), up.double())
-    if bias is not None:
-        hidden = hidden + bias.double().view(*up.shape[:2], 1)
-    return torch.einsum("bhm,bnh->bnm", ACTIVATIONS[activation](hidden), down.double())
+def _reference(
+    activation: str, zs: list[Tensor], ups: list[Tensor], biases: list[Tensor], down: Tensor
+) -> Tensor:
+    hidden = [torch.einsum("kbm,bhk->bhm", z.double(), up.double()) for z, up in zip(zs, ups, strict=True)]
+    if biases:
+        hidden = [h + bias.double().view(*h.shape[:2], 1) for h, bias in zip(hidden, biases, strict=True)]
+    product = ACTIVATIONS[activation](hidden[0]) * (hidden[1] if len(hidden) == 2 else 1)
+    return torch.einsum("bhm,bnh->bnm", product, down.double())
 
 
 def _close(what: str, mine: Tensor, theirs: Tensor) -> None:

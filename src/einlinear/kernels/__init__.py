@@ -11,13 +11,13 @@ from torch.autograd import forward_ad
 
 from einlinear.contract import check, pad_last
 from einlinear.kernels.chain import Chain, Tiles
-from einlinear.kernels.decode import Decode
 from einlinear.kernels.kernel import CPU, CUDA, CUDA_HALF, Runner, Target
 from einlinear.kernels.kernel import Kernel as Kernel
-from einlinear.kernels.reference import MatmulRunner, Materialised, Reference
+from einlinear.kernels.pair import Pair
+from einlinear.kernels.reference import Materialised, MatmulRunner, Reference
 from einlinear.structure import Structure
 
-KERNELS: tuple[Kernel, ...] = (Decode(), Tiles(), Chain(), Reference(), Materialised())
+KERNELS: tuple[Kernel, ...] = (Pair(), Tiles(), Chain(), Reference(), Materialised())
 
 
 @dataclass(frozen=True)

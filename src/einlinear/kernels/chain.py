@@ -12,7 +12,7 @@ from torch import Tensor
 
 from einlinear.kernels.kernel import CPU, Kernel, Runner, Target
 from einlinear.kernels.pairwise import pairwise
-from einlinear.kernels.stage import LARGEST, SPECS, fits, stage
+from einlinear.kernels.stage import LARGEST, SPECS, fits, narrow, shares, stage
 from einlinear.structure import Axes, Step, Structure
 
 TOKENS = "tokens"
@@ -34,12 +34,15 @@ class Link:
         """Whether it is a stage with blocks that one tile holds."""
         return self.spec in SPECS and fits(*self.weight[1:])
 
-    def __call__(self, state: Tensor, factor: Tensor, bias: Tensor | None = None, tiled: bool = False) -> Tensor:
+    def __call__(
+        self, state: Tensor, factor: Tensor, tokens: int, bias: Tensor | None = None, tiled: bool = False
+    ) -> Tensor:
         """The next state; `bias`, one number for each feature, is added where this is the last link."""
         state, weight = state.reshape(self.view), factor.reshape(self.weight)
         if tiled:
-            made: Tensor = stage(state, weight, bias, self.spec)
+            made: Tensor = stage(state, [weight], bias, self.spec, tokens)[0]
             return made
+        state = narrow(state, self.spec.partition(",")[0], tokens)
         if self.spec != "mk,nk->mn":
             state = pairwise(state, weight, self.spec)
         elif bias is None or len(bias) == self.weight[0]:
@@ -47,6 +50,16 @@ class Link:
         else:  # the link is repeated over axes that are not its own
             state = torch.nn.functional.linear(state, weight)
         return state if bias is None else state.reshape(-1, len(bias)) + bias
+
+
+def through(chained: Sequence[Link], x: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
+    """The first links of several chains that read the same `x`, `[tokens, d_in]`: in one launch where blocks fit."""
+    weights = [factor.reshape(link.weight) for link, factor in zip(chained, factors, strict=True)]
+    if len({(link.view, link.spec) for link in chained}) == 1 and all(link.tiled for link in chained):
+        if shares(weights):
+            made: list[Tensor] = stage(x.reshape(chained[0].view), weights, None, chained[0].spec, len(x))
+            return made
+    return [link(x, weight, len(x), tiled=link.tiled) for link, weight in zip(chained, weights, strict=True)]
 
 
 class Chain(Kernel):
@@ -76,7 +89,8 @@ class Chain(Kernel):
         return total
 
     def prepare(self, structure: Structure) -> Runner:
-        return ChainRunner(chain_of(structure), structure.size(structure.y))
+        chain = chain_of(structure)
+        return ChainRunner(chain, structure.size(structure.y), extra=_extra(chain))
 
 
 class Tiles(Chain):
@@ -106,36 +120,46 @@ class Tiles(Chain):
     def prepare(self, structure: Structure) -> Runner:
         chain = chain_of(structure)
         tiled = tuple(position for position, link in enumerate(chain) if link.tiled)
-        return ChainRunner(chain, structure.size(structure.y), tiled)
+        return ChainRunner(chain, structure.size(structure.y), tiled, _extra(chain))
 
 
 @dataclass(frozen=True)
 class ChainRunner:
-    """A chain of `links` that ends in `[tokens, width]`; those at the positions `tiled` as Triton kernels."""
+    """A chain of `links` that ends in `[tokens, width]`; those at the positions `tiled` as Triton kernels.
+
+    `extra` features of zeros follow what each link makes, on a GPU in 16 bits: there, rows at odd
+    addresses are read four times as slowly (benchmarks/NOTES.md).
+    """
 
     links: tuple[Link, ...]
     width: int
     tiled: tuple[int, ...] = ()
+    extra: tuple[int, ...] = ()
 
     def __call__(self, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
-        tokens = aligned(x) if any(link.spec[-1] == "m" for link in self.links) else x
-        state, last = tokens, len(self.links) - 1
+        if any(self.extra) and x.is_cuda and x.element_size() == 2:
+            return self._widened(factors, x, bias)
+        state, last = x, len(self.links) - 1
         for position, (link, factor) in enumerate(zip(self.links, factors, strict=True)):
-            state = link(state, factor, bias if position == last else None, position in self.tiled)
-        state = state.reshape(-1, self.width)
-        return state if tokens is x else state[: x.shape[0]]  # a slice of everything would still copy its gradient
+            state = link(state, factor, len(x), bias if position == last else None, position in self.tiled)
+        return state.reshape(-1, self.width)
 
 
-def aligned(x: Tensor) -> Tensor:
-    """`x`, on a GPU with zeros appended so that there are a multiple of 16 tokens.
+    def _widened(self, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
+        """Links that are plain matrices, with zeros around them."""
+        state, before = x, 0
+        for position, (link, factor, after) in enumerate(zip(self.links, factors, self.extra, strict=True)):
+            weight = torch.nn.functional.pad(factor.reshape(link.weight), (0, before, 0, after))
+            state = torch.nn.functional.linear(state, weight, bias if position == len(self.links) - 1 else None)
+            before = after
+        return state
 
-    A state with tokens innermost else has rows at odd addresses: on an H200, 16383 tokens took 2 to
-    7 times as long as 16384 (benchmarks/NOTES.md). Few tokens are not worth the copy.
-    """
-    tokens = x.shape[0]
-    if not x.is_cuda or tokens <= 256 or tokens % 16 == 0:
-        return x
-    return torch.nn.functional.pad(x, (0, 0, 0, -tokens % 16))
+
+def _extra(chain: Sequence[Link]) -> tuple[int, ...]:
+    """How many features to add to what each link makes; only where all are plain matrices, as in a low rank."""
+    if any(link.spec != "mk,nk->mn" or link.view[1:] != link.weight[1:] for link in chain):
+        return ()
+    return (*(-link.weight[0] % 8 for link in chain[:-1]), 0)
 
 
 @lru_cache(maxsize=4096)

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
-from einlinear.kernels.chain import Link, aligned, links
+from einlinear.kernels.chain import Link, links, through
+from einlinear.kernels.pair import INTO, OUT_OF
 from einlinear.kernels.stage import Launch, add_partials, tile
 from einlinear.structure import Structure
 
@@ -32,170 +33,197 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2": relu2,
     "silu": functional.silu,
     "gelu": functional.gelu,
+    "gelu_tanh": lambda v: functional.gelu(v, approximate="tanh"),
 }
 """The activations that a junction knows, by name."""
 
 
 @torch.library.custom_op("einlinear::junction", mutates_args=())
-def junction(z: Tensor, up: Tensor, bias: Tensor | None, down: Tensor, activation: str) -> Tensor:
+def junction(
+    zs: Sequence[Tensor], ups: Sequence[Tensor], biases: Sequence[Tensor], down: Tensor, activation: str
+) -> Tensor:
     """`down[s] @ activation(up[s] @ z[:, s] + bias[s])` for every slice s.
 
+    With a second z and up the hidden features are gated: those of the first are activated, and
+    multiplied by those of the second.
+
     Args:
-        z: `[in, slices, tokens]`.
-        up: `[slices, hidden, in]`.
-        bias: `[slices * hidden]`.
+        zs: one or two, each `[in, slices, tokens]`.
+        ups: as many, each `[slices, hidden, in]`.
+        biases: none, or as many, each `[slices * hidden]`.
         down: `[slices, out, hidden]`.
         activation: one of `ACTIVATIONS`.
 
     Returns:
         `[slices, out, tokens]`.
     """
-    return launch_forward(z, up, bias, down, activation, forward_launch(up, down))
+    return launch_forward(zs, ups, biases, down, activation, forward_launch(ups, down))
 
 
 @junction.register_fake
-def _(z: Tensor, up: Tensor, bias: Tensor | None, down: Tensor, activation: str) -> Tensor:
-    return z.new_empty(*down.shape[:2], z.shape[-1])
+def _(
+    zs: Sequence[Tensor], ups: Sequence[Tensor], biases: Sequence[Tensor], down: Tensor, activation: str
+) -> Tensor:
+    return zs[0].new_empty(*down.shape[:2], zs[0].shape[-1])
 
 
 @torch.library.custom_op("einlinear::junction_backward", mutates_args=())
 def junction_backward(
-    grad: Tensor, z: Tensor, up: Tensor, bias: Tensor | None, down: Tensor, activation: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of `z`, `up`, the bias (empty where there is none) and `down`."""
-    return launch_backward(grad, z, up, bias, down, activation, backward_launch(up, down))
+    grad: Tensor, zs: Sequence[Tensor], ups: Sequence[Tensor], biases: Sequence[Tensor], down: Tensor, activation: str
+) -> list[Tensor]:
+    """The gradients of every z, up and bias, and of `down`."""
+    return launch_backward(grad, zs, ups, biases, down, activation, backward_launch(ups, down))
 
 
 @junction_backward.register_fake
 def _(
-    grad: Tensor, z: Tensor, up: Tensor, bias: Tensor | None, down: Tensor, activation: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        z.new_empty(z.shape),
-        torch.empty_like(up),
-        up.new_empty(0 if bias is None else len(bias)),
-        torch.empty_like(down),
-    )
+    grad: Tensor, zs: Sequence[Tensor], ups: Sequence[Tensor], biases: Sequence[Tensor], down: Tensor, activation: str
+) -> list[Tensor]:
+    return [like.new_empty(like.shape) for like in (*zs, *ups, *biases, down)]
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
-    z, up, bias, down, ctx.activation = inputs
-    ctx.save_for_backward(z, up, bias, down)
+    zs, ups, biases, down, ctx.activation = inputs
+    ctx.parts, ctx.has_bias = len(zs), len(biases) > 0
+    ctx.save_for_backward(*zs, *ups, *biases, down)
 
 
-def _backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor, None]:  # type: ignore[no-untyped-def]  # noqa: ANN001
-    z, up, bias, down = ctx.saved_tensors
-    dz, dup, dbias, ddown = junction_backward(grad, z, up, bias, down, ctx.activation)
-    return dz, dup, None if bias is None else dbias, ddown, None
+def _backward(ctx, grad: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, None]:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    zs, ups, biases, (down,) = _split(ctx.saved_tensors, ctx.parts)
+    made = junction_backward(grad, zs, ups, biases, down, ctx.activation)
+    dzs, dups, dbiases, (ddown,) = _split(made, ctx.parts)
+    return dzs, dups, dbiases, ddown, None
+
+
+def _split(tensors: Sequence[Tensor], parts: int) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """What is there of every part, and the last one."""
+    *each, last = tensors
+    return each[:parts], each[parts : 2 * parts], each[2 * parts :], [last]
 
 
 junction.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.einlinear.junction)
-def _(z: list[int], up: list[int], bias: list[int] | None, down: list[int], activation: str, **_: object) -> int:
-    return 2 * z[-1] * (math.prod(up) + math.prod(down))
+def _(zs: list[list[int]], ups: list[list[int]], biases: object, down: list[int], *_: object, **__: object) -> int:
+    return 2 * zs[0][-1] * (sum(map(math.prod, ups)) + math.prod(down))
 
 
 @register_flop_formula(torch.ops.einlinear.junction_backward)
-def _(grad: list[int], z: list[int], up: list[int], bias: object, down: list[int], *_: object, **__: object) -> int:
-    return 2 * z[-1] * (3 * math.prod(up) + 2 * math.prod(down))
+def _(
+    grad: object, zs: list[list[int]], ups: list[list[int]], biases: object, down: list[int], *_: object, **__: object
+) -> int:
+    return 2 * zs[0][-1] * (3 * sum(map(math.prod, ups)) + 2 * math.prod(down))
 
 
 @dataclass(frozen=True)
 class Nested:
-    """Two layers of two factors each whose blocks nest, around an activation: three kernels."""
+    """Layers of two factors each whose blocks nest, around an activation: three kernels.
 
-    up: tuple[Link, Link]
+    `up` are one layer, or the two of a gate.
+    """
+
+    up: tuple[tuple[Link, Link], ...]
     down: tuple[Link, Link]
     activation: str
 
     def __call__(
         self,
-        factors: Sequence[Tensor],
+        ups: Sequence[Sequence[Tensor]],
+        down: Sequence[Tensor],
         x: Tensor,
-        hidden_bias: Tensor | None = None,
+        hidden_biases: Sequence[Tensor] = (),
         bias: Tensor | None = None,
     ) -> Tensor:
-        """Applies both layers, whose four factors come in the order of use, to `x`, `[..., d_in]`."""
-        into, hidden = self.up
+        """Applies all layers, given by their pairs of factors, to `x`, `[..., d_in]`."""
         onward, out = self.down
-        first, second, third, fourth = factors
-        tokens = x.reshape(-1, x.shape[-1])
-        padded = aligned(tokens)
-        state = into(padded, first, tiled=into.tiled).reshape(hidden.view)
-        state = junction(
-            state, second.reshape(hidden.weight), hidden_bias, third.reshape(onward.weight), self.activation
-        )
-        y = out(state, fourth, bias, tiled=out.tiled)
-        y = y if padded is tokens else y[: tokens.shape[0]]
-        return y.reshape(*x.shape[:-1], -1)
+        rows = x.reshape(-1, x.shape[-1])
+        tokens = len(rows)
+        states = through([into for into, _ in self.up], rows, [factors[0] for factors in ups])
+        seconds = [factors[1].reshape(hidden.weight) for factors, (_, hidden) in zip(ups, self.up, strict=True)]
+        states = [state.reshape(hidden.view) for state, (_, hidden) in zip(states, self.up, strict=True)]
+        state = junction(states, seconds, list(hidden_biases), down[0].reshape(onward.weight), self.activation)
+        return out(state, down[1], tokens, bias, tiled=out.tiled).reshape(*x.shape[:-1], -1)
 
 
-def nest(up: Structure, down: Structure, activation: str) -> Nested | str:
-    """How two canonical structures run as one around an activation, or why they cannot."""
+def nest(ups: Sequence[Structure], down: Structure, activation: str) -> Nested | str:
+    """How canonical structures run as one around an activation, or why they cannot.
+
+    Two of `ups` are a gate and what it multiplies.
+    """
     if find_spec("triton") is None:
         return "Triton is not installed; pip install triton"
-    if up.pad_in or up.pad_out or down.pad_in or down.pad_out:
-        return "a width is padded"
-    pair = []
-    for structure in (up, down):
+    pairs: list[tuple[Link, Link]] = []
+    for structure in (*ups, down):
+        if structure.pad_in or structure.pad_out:
+            return "a width is padded"
         chain = links(structure)
         if isinstance(chain, str):
             return f"{structure}: {chain}"
-        if [link.spec for link in chain] != ["mbk,bnk->bnm", "kbm,bnk->mbn"]:
+        if [link.spec for link in chain] != [INTO, OUT_OF]:
             return f"{structure} is not made of two block-diagonal factors"
-        pair.append((chain[0], chain[1]))
-    (slices, hidden, width), (blocks, out, block) = pair[0][1].weight, pair[1][0].weight
+        pairs.append((chain[0], chain[1]))
+    *firsts, (onward, out) = pairs
+    if len({hidden.weight for _, hidden in firsts}) > 1 or len({into.weight[::2] for into, _ in firsts}) > 1:
+        return "the gate has other blocks than what it multiplies"
+    (slices, hidden, width), (blocks, made, block) = firsts[0][1].weight, onward.weight
     if (slices, hidden) != (blocks, block):
         return (
             f"the first layer makes {slices} blocks of {hidden} hidden features, the second reads {blocks} of {block}"
         )
-    if not fits(hidden, width, out):
-        return f"blocks of {width} -> {hidden} -> {out} features are too large, or too small, for one program"
-    return Nested(pair[0], pair[1], activation)
+    if not fits(hidden, width * len(ups), made):
+        return f"blocks of {width} -> {hidden} -> {made} features are too large, or too small, for one program"
+    return Nested(tuple(firsts), (onward, out), activation)
 
 
 def launch_forward(
-    z: Tensor, up: Tensor, bias: Tensor | None, down: Tensor, activation: str, launch: Launch, hidden: int = 128
-) -> Tensor:
+    zs: Sequence[Tensor], ups: Sequence[Tensor], biases: Sequence[Tensor], down: Tensor, activation: str,
+    launch: Launch, hidden: int = 128,
+) -> Tensor:  # fmt: skip
     """The result, `hidden` features at a time."""
-    from einlinear.kernels import tiles
+    from einlinear.kernels import tiles_junction
 
-    y = z.new_empty(*down.shape[:2], z.shape[-1])
-    slices = len(up)
-    splits, share = launch.splits(z.shape[-1], slices, z.device)
-    with torch.cuda.device_of(z):
-        tiles.junction_forward[(slices, splits)](
-            z, up.contiguous(), bias, down.contiguous(), y,
-            z.shape[-1], share, slices, z.stride(0), z.stride(1), y.stride(0), y.stride(1),
-            **_tiles(up, down, hidden, launch), ACTIVATION=activation, HAS_BIAS=bias is not None,
+    zs, tokens = _alike(zs), zs[0].shape[-1]
+    y = zs[0].new_empty(*down.shape[:2], tokens)
+    splits, share = launch.splits(tokens, len(down), down.device)
+    with torch.cuda.device_of(down):
+        tiles_junction.junction_forward[(len(down), splits)](
+            tuple(zs), tuple(up.contiguous() for up in ups), tuple(biases), down.contiguous(), y,
+            tokens, share, *zs[0].stride()[:2], *y.stride()[:2],
+            **_tiles(ups, down, hidden, launch), ACTIVATION=activation,
         )  # fmt: skip
     return y
 
 
 def launch_backward(
-    grad: Tensor, z: Tensor, up: Tensor, bias: Tensor | None, down: Tensor, activation: str, launch: Launch,
-    hidden: int = 64,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of `z`, `up`, bias and `down`."""
-    from einlinear.kernels import tiles
+    grad: Tensor, zs: Sequence[Tensor], ups: Sequence[Tensor], biases: Sequence[Tensor], down: Tensor, activation: str,
+    launch: Launch, hidden: int = 64,
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of every z, up and bias, and of `down`."""
+    from einlinear.kernels import tiles_junction
 
-    dz = z.new_empty(z.shape)
-    slices, tokens = len(up), z.shape[-1]
-    if grad.stride(-1) != 1:
-        grad = grad.contiguous()
-    splits, share = launch.splits(tokens, slices, z.device)
-    dup = up.new_empty(splits, up.numel(), dtype=torch.float32)
-    ddown = up.new_empty(splits, down.numel(), dtype=torch.float32)
-    dbias = up.new_empty(splits, 0 if bias is None else len(bias), dtype=torch.float32)
-    with torch.cuda.device_of(z):
-        tiles.junction_backward[(slices, splits)](
-            grad, z, up.contiguous(), bias, down.contiguous(), dz, dup, dbias, ddown,
-            tokens, share, slices, z.stride(0), z.stride(1), dz.stride(0), dz.stride(1), grad.stride(0), grad.stride(1),
-            **_tiles(up, down, hidden, launch), ACTIVATION=activation, HAS_BIAS=bias is not None,
+    zs, tokens = _alike(zs), zs[0].shape[-1]
+    dzs = [z.new_empty(z.shape) for z in zs]
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    splits, share = launch.splits(tokens, len(down), down.device)
+    dups = [up.new_empty(splits, up.numel(), dtype=torch.float32) for up in ups]
+    ddown = down.new_empty(splits, down.numel(), dtype=torch.float32)
+    dbiases = [bias.new_zeros(splits, len(bias), dtype=torch.float32) for bias in biases]
+    with torch.cuda.device_of(down):
+        tiles_junction.junction_backward[(len(down), splits)](
+            grad, tuple(zs), tuple(up.contiguous() for up in ups), tuple(biases), down.contiguous(),
+            tuple(dzs), tuple(dups), tuple(dbiases), ddown,
+            tokens, share, *zs[0].stride()[:2], *dzs[0].stride()[:2], *grad.stride()[:2],
+            **_tiles(ups, down, hidden, launch), ACTIVATION=activation,
         )  # fmt: skip
-    return dz, add_partials(dup, up).view(up.shape), add_partials(dbias, up), add_partials(ddown, down).view(down.shape)
+    sums = zip((*dups, *dbiases, ddown), (*ups, *biases, down), strict=True)
+    return [*dzs, *(add_partials(partial, like).view(like.shape) for partial, like in sums)]
+
+
+def _alike(zs: Sequence[Tensor]) -> list[Tensor]:
+    """States with the same strides, tokens innermost."""
+    same = {z.stride() for z in zs}
+    return list(zs) if len(same) == 1 and zs[0].stride(-1) == 1 else [z.contiguous() for z in zs]
 
 
 def fits(hidden: int, width: int, out: int) -> bool:
@@ -203,25 +231,26 @@ def fits(hidden: int, width: int, out: int) -> bool:
     return min(hidden, width, out) >= 8 and tile(hidden) * (tile(width) + tile(out)) <= 256 * 128
 
 
-def forward_launch(up: Tensor, down: Tensor) -> Launch:
+def forward_launch(ups: Sequence[Tensor], down: Tensor) -> Launch:
     """The fastest of those measured (benchmarks/NOTES.md)."""
-    return Launch(tokens=64 if _size(up, down) > 128 * 128 else 128, resident=4)
+    return Launch(tokens=64 if _size(ups, down) > 128 * 128 else 128, resident=4)
 
 
-def backward_launch(up: Tensor, down: Tensor) -> Launch:
+def backward_launch(ups: Sequence[Tensor], down: Tensor) -> Launch:
     """The fastest of those measured (benchmarks/NOTES.md)."""
-    if _size(up, down) <= 128 * 64:
+    size = _size(ups, down)
+    if size <= 128 * 64:
         return Launch(tokens=64)
-    return Launch(tokens=128, warps=8, stages=3 if _size(up, down) <= 128 * 128 else 2, resident=1)
+    return Launch(tokens=128, warps=8, stages=3 if size <= 128 * 128 else 2, resident=1)
 
 
-def _size(up: Tensor, down: Tensor) -> int:
+def _size(ups: Sequence[Tensor], down: Tensor) -> int:
     """The weights that one program holds."""
-    return tile(up.shape[1]) * (tile(up.shape[2]) + tile(down.shape[1]))
+    return tile(down.shape[2]) * (len(ups) * tile(ups[0].shape[2]) + tile(down.shape[1]))
 
 
-def _tiles(up: Tensor, down: Tensor, hidden: int, launch: Launch) -> dict[str, int]:
-    (_, middle, width), out = up.shape, down.shape[1]
+def _tiles(ups: Sequence[Tensor], down: Tensor, hidden: int, launch: Launch) -> dict[str, int]:
+    (_, middle, width), out = ups[0].shape, down.shape[1]
     return {
         "IN": width, "HIDDEN": middle, "OUT": out,
         "BLOCK_IN": tile(width), "BLOCK_HIDDEN": min(hidden, tile(middle)), "BLOCK_OUT": tile(out),

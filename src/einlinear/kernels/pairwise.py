@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+LONG, ALIGNED, CUTS = 256, 16, ("cuda",)
+"""Axes longer than the first are cut where they are no multiple of the second, on devices of these kinds."""
+
 
 @torch.library.custom_op("einlinear::pairwise", mutates_args=())
 def pairwise(a: Tensor, b: Tensor, spec: str) -> Tensor:
@@ -24,29 +27,28 @@ def pairwise(a: Tensor, b: Tensor, spec: str) -> Tensor:
 
     The derivatives of a contraction are contractions: the op is its own backward, to any order.
     """
-    names_a, names_b, names_out = _names(spec)
-    size = _sizes(spec, a.shape, b.shape)
-    out = a.new_empty([size[name] for name in names_out])
-    matmul = _as_matmul(names_a, names_b, names_out)
+    out = _empty(a, b, spec)
+    matmul = _as_matmul(*_names(spec))
     if matmul is None:
         return out.copy_(torch.einsum(spec, a, b))
-    batch, rows, summed, columns = matmul
-    left, right = _view(a, names_a, batch + rows + summed), _view(b, names_b, batch + summed + columns)
-    result = _view(out, names_out, batch + rows + columns)
-    if names_out.index(rows) > names_out.index(columns):  # the transposed product is contiguous as it stands
-        left, right, result = right.mT, left.mT, result.mT
-    if not batch:
-        torch.mm(left, right, out=result)
-    else:
-        count = size[batch]
-        torch.bmm(left.expand(count, -1, -1), right.expand(count, -1, -1), out=result)
+    letter = _odd(a, spec, _sizes(spec, a.shape, b.shape))
+    if letter is None:
+        _multiply(a, b, out, spec, matmul)
+        return out
+    # In two parts, the first of an aligned length: benchmarks/NOTES.md.
+    names, count = _names(spec), _sizes(spec, a.shape, b.shape)[letter]
+    for start, length in ((0, count - count % ALIGNED), (count - count % ALIGNED, count % ALIGNED)):
+        parts = [
+            tensor.narrow(axes.index(letter), start, length) if letter in axes else tensor
+            for tensor, axes in zip((a, b, out), names, strict=True)
+        ]
+        _multiply(parts[0], parts[1], parts[2], spec, matmul, add=letter not in names[2] and start > 0)
     return out
 
 
 @pairwise.register_fake
 def _(a: Tensor, b: Tensor, spec: str) -> Tensor:
-    size = _sizes(spec, a.shape, b.shape)
-    return a.new_empty([size[name] for name in _names(spec)[2]])
+    return _empty(a, b, spec)
 
 
 def _setup_context(ctx: object, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
@@ -69,6 +71,41 @@ pairwise.register_autograd(_backward, setup_context=_setup_context)
 @register_flop_formula(torch.ops.einlinear.pairwise)
 def _(a: list[int], b: list[int], spec: str, **_: object) -> int:
     return 2 * math.prod(_sizes(spec, a, b).values())
+
+
+def _multiply(
+    a: Tensor, b: Tensor, out: Tensor, spec: str, matmul: tuple[str, str, str, str], add: bool = False
+) -> None:
+    """Fills `out`, or adds to it."""
+    (names_a, names_b, names_out), (batch, rows, summed, columns) = _names(spec), matmul
+    left, right = _view(a, names_a, batch + rows + summed), _view(b, names_b, batch + summed + columns)
+    result = _view(out, names_out, batch + rows + columns)
+    if names_out.index(rows) > names_out.index(columns):  # the transposed product is contiguous as it stands
+        left, right, result = right.mT, left.mT, result.mT
+    if batch:
+        count = _sizes(spec, a.shape, b.shape)[batch]
+        left, right = left.expand(count, -1, -1), right.expand(count, -1, -1)
+    if add:
+        (torch.baddbmm if batch else torch.addmm)(result, left, right, out=result)
+    else:
+        (torch.bmm if batch else torch.mm)(left, right, out=result)
+
+
+def _odd(like: Tensor, spec: str, size: dict[str, int]) -> str | None:
+    """The letter of a long axis, innermost in some tensor, whose length would put rows at odd addresses."""
+    if like.device.type not in CUTS:
+        return None
+    innermost = {names[-1] for names in _names(spec)}
+    return next((name for name in size if name in innermost and size[name] > LONG and size[name] % ALIGNED), None)
+
+
+def _empty(a: Tensor, b: Tensor, spec: str) -> Tensor:
+    """Memory for the result; the rows of an odd axis begin at aligned addresses."""
+    size, (_, _, names) = _sizes(spec, a.shape, b.shape), _names(spec)
+    shape = [size[name] for name in names]
+    if _odd(a, spec, size) == names[-1]:
+        return a.new_empty([*shape[:-1], -(-shape[-1] // ALIGNED) * ALIGNED])[..., : shape[-1]]
+    return a.new_empty(shape)
 
 
 def _names(spec: str) -> tuple[str, str, str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import ClassVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from einlinear.contract import equation
 from einlinear.kernels.chain import TOKENS, Chain
 from einlinear.kernels.kernel import CPU, Kernel, Target
+from einlinear.kernels.product import Product, product, product_of
 from einlinear.structure import Axes, Structure
 
 
@@ -102,26 +104,36 @@ class Materialised(Kernel):
 
     def prepare(self, structure: Structure) -> "MaterialisedRunner":
         rows, columns = structure.size(structure.x), structure.size(structure.y)
+        made = product_of(structure) if find_spec("triton") else None
         return MaterialisedRunner(
-            Reference().prepare(structure), _product(structure), structure.factor_shapes, rows, columns
+            Reference().prepare(structure), _product(structure), structure.factor_shapes, rows, columns, made
         )
 
 
 @dataclass(frozen=True)
 class MaterialisedRunner:
-    """Makes W by `product`, or where there is none by applying `runner` to the identity; then applies it."""
+    """Makes W, then applies it.
+
+    On a GPU by one kernel where W is such a `made` product, else by the equation `product`, or where
+    there is none by applying `runner` to the identity.
+    """
 
     runner: EinsumRunner
     product: str | None
     factors: tuple[tuple[int, ...], ...]
     rows: int
     columns: int
+    made: Product | None = None
 
     def __call__(self, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.product is None:
             weight = self.runner(factors, torch.eye(self.rows, dtype=x.dtype, device=x.device)).mT
         else:
             shaped = [factor.reshape(shape) for factor, shape in zip(factors, self.factors, strict=True)]
+            if self.made is not None and x.is_cuda:
+                left, right = shaped
+                strides = [*self.made.strides[0], *self.made.strides[1]]
+                return torch.nn.functional.linear(x, product(left, right, self.made.sizes, strides), bias)
             weight = torch.einsum(self.product, *shaped).reshape(self.columns, self.rows)
         return torch.nn.functional.linear(x, weight, bias)
 

@@ -7,6 +7,7 @@ results do not vary between runs.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,118 +43,137 @@ class Launch:
 
 
 @torch.library.custom_op("einlinear::stage", mutates_args=())
-def stage(x: Tensor, weight: Tensor, bias: Tensor | None, spec: str) -> Tensor:
-    """`torch.einsum(spec, x, weight)`, plus `bias`, for one of `SPECS`.
+def stage(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, spec: str, tokens: int) -> list[Tensor]:
+    """`torch.einsum(spec, x, weight)`, plus `bias`, for one of `SPECS` and each weight; `x` is read once.
+
+    A state with tokens innermost has `padded(tokens)` of them, so that its rows are aligned; the
+    surplus ones are zero.
 
     Args:
-        x: the state, `[tokens, slices, in]` or `[in, slices, tokens]` as `spec` says, any strides.
-        weight: `[slices, out, in]`, `out` and `in` at most `LARGEST`.
-        bias: `[slices * out]`.
+        x: the state, `[tokens, slices, in]` or `[in, slices, padded tokens]` as `spec` says, any strides.
+        weights: each `[slices, out, in]`, `out` and `in` at most `LARGEST`.
+        bias: `[slices * out]`; only with a single weight.
         spec: one of `SPECS`.
+        tokens: how many there are.
 
     Returns:
-        `[slices, out, tokens]` or `[tokens, slices, out]`.
+        For each weight, `[slices, out, padded tokens]` or `[tokens, slices, out]`.
     """
-    y = empty_state(x, weight, spec)
-    return launch_forward(x, weight, bias, y, spec, forward_launch(weight))
+    ys = [empty_state(x, weight, spec, tokens) for weight in weights]
+    launch_forward(x, weights, bias, ys, spec, tokens, forward_launch(weights))
+    return ys
 
 
 @stage.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, spec: str) -> Tensor:
-    return empty_state(x, weight, spec)
+def _(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, spec: str, tokens: int) -> list[Tensor]:
+    return [empty_state(x, weight, spec, tokens) for weight in weights]
 
 
 @torch.library.custom_op("einlinear::stage_backward", mutates_args=())
-def stage_backward(grad: Tensor, x: Tensor, weight: Tensor, spec: str, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `x`, `weight` and, where there is one, the bias."""
-    return launch_backward(grad, x, weight, spec, has_bias, backward_launch(weight))
+def stage_backward(
+    grads: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], spec: str, tokens: int, has_bias: bool
+) -> list[Tensor]:
+    """The gradients of `x`, of each weight and, where there is one, of the bias."""
+    return launch_backward(grads, x, weights, spec, tokens, has_bias, backward_launch(weights))
 
 
 @stage_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, spec: str, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-    slices, out, _ = weight.shape
-    return x.new_empty(x.shape), torch.empty_like(weight), weight.new_empty(slices * out if has_bias else 0)
+def _(
+    grads: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], spec: str, tokens: int, has_bias: bool
+) -> list[Tensor]:
+    dweights = [weight.new_empty(weight.shape) for weight in weights]
+    slices, out, _ = weights[0].shape
+    return [x.new_empty(x.shape), *dweights, *([x.new_empty(slices * out)] if has_bias else [])]
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
-    x, weight, bias, ctx.spec = inputs
+    x, weights, bias, ctx.spec, ctx.tokens = inputs
     ctx.has_bias = bias is not None
-    ctx.save_for_backward(x, weight)
+    ctx.save_for_backward(x, *weights)
 
 
-def gradients(grad: Tensor, x: Tensor, weight: Tensor, spec: str, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+def gradients(
+    grads: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], spec: str, tokens: int, has_bias: bool
+) -> list[Tensor]:
     """`stage_backward`, differentiable where gradients are recorded: the kernel has no derivative."""
     if not torch.is_grad_enabled():
-        made: tuple[Tensor, Tensor, Tensor] = stage_backward(grad, x, weight, spec, has_bias)
+        made: list[Tensor] = stage_backward(grads, x, weights, spec, tokens, has_bias)
         return made
     operands, names = spec.split("->")
     names_x, names_w = operands.split(",")
-    dx = torch.einsum(f"{names},{names_w}->{names_x}", grad, weight)
-    dw = torch.einsum(f"{names_x},{names}->{names_w}", x, grad)
-    return dx, dw, grad.sum(names.index("m")).flatten()
+    v, grads = (narrow(x, names_x, tokens), [narrow(grad, names, tokens) for grad in grads])
+    parts = [torch.einsum(f"{names},{names_w}->{names_x}", g, w) for g, w in zip(grads, weights, strict=True)]
+    dx = torch.nn.functional.pad(sum(parts[1:], parts[0]), (0, x.shape[-1] - v.shape[-1]))
+    dweights = [torch.einsum(f"{names_x},{names}->{names_w}", v, grad) for grad in grads]
+    return [dx, *dweights, *([grads[0].sum(names.index("m")).flatten()] if has_bias else [])]
 
 
-def _backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:  # type: ignore[no-untyped-def]  # noqa: ANN001
-    x, weight = ctx.saved_tensors
-    dx, dw, db = gradients(grad, x, weight, ctx.spec, ctx.has_bias)
-    return dx, dw, db if ctx.has_bias else None, None
+def _backward(ctx, grads: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], Tensor | None, None, None]:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    x, *weights = ctx.saved_tensors
+    dx, *dweights = gradients(grads, x, weights, ctx.spec, ctx.tokens, ctx.has_bias)
+    return dx, dweights[: len(weights)], dweights[-1] if ctx.has_bias else None, None, None
 
 
 stage.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.einlinear.stage)
-def _(x: list[int], weight: list[int], bias: list[int] | None, spec: str, **_: object) -> int:
-    return 2 * math.prod(weight) * x[spec.index("m")]
+def _(x: list[int], weights: list[list[int]], bias: list[int] | None, spec: str, tokens: int, **_: object) -> int:
+    return 2 * tokens * sum(math.prod(weight) for weight in weights)
 
 
 @register_flop_formula(torch.ops.einlinear.stage_backward)
-def _(grad: list[int], x: list[int], weight: list[int], spec: str, has_bias: bool, **_: object) -> int:
-    return 4 * math.prod(weight) * x[spec.index("m")]
+def _(grads: object, x: object, weights: list[list[int]], spec: str, tokens: int, *_: object, **__: object) -> int:
+    return 4 * tokens * sum(math.prod(weight) for weight in weights)
 
 
 def launch_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, spec: str, launch: Launch, overlap: str = ""
-) -> Tensor:
-    """Fills `y`. Of two launches that may overlap, one `"leads"` and the next one `"follows"`."""
+    x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, ys: Sequence[Tensor], spec: str, tokens: int,
+    launch: Launch, overlap: str = "",
+) -> None:  # fmt: skip
+    """Fills `ys`. Of two launches that may overlap, one `"leads"` and the next one `"follows"`."""
     from einlinear.kernels import tiles  # needs Triton, which only those need who have a GPU
 
-    if x.dtype != weight.dtype:
-        raise ValueError(f"cannot apply factors of {weight.dtype} to an input of {x.dtype}: convert one of the two")
-    slices, out, width = weight.shape
-    tokens = x.shape[spec.index("m")]
+    if any(x.dtype != weight.dtype for weight in weights):
+        raise ValueError(f"cannot apply factors of {weights[0].dtype} to an input of {x.dtype}: convert one of the two")
+    outs, (slices, _, width) = [weight.shape[1] for weight in weights], weights[0].shape
+    y_strides = [_strides(y, spec[-3:]) for y in ys]
     with torch.cuda.device_of(x):
         tiles.stage_forward[(slices, -(-tokens // launch.tokens))](
-            x, weight.contiguous(), bias, y, tokens, *_strides(x, spec[:3]), *_strides(y, spec[-3:]),
-            OUT=out, IN=width, BLOCK_OUT=tile(out), BLOCK_IN=tile(width), BLOCK_TOKENS=launch.tokens,
-            X_MINOR=spec[2] == "m", Y_MINOR=spec[-1] == "m", HAS_BIAS=bias is not None,
+            x, tuple(weight.contiguous() for weight in weights), bias, tuple(ys),
+            _length(x, spec[:3], tokens), _length(ys[0], spec[-3:], tokens),
+            *_strides(x, spec[:3]), tuple(slice_ for slice_, _, _ in y_strides), *y_strides[0][1:],
+            OUTS=tuple(outs), IN=width, BLOCK_OUTS=tuple(map(tile, outs)), BLOCK_IN=tile(width),
+            BLOCK_TOKENS=launch.tokens, X_MINOR=spec[2] == "m", Y_MINOR=spec[-1] == "m", HAS_BIAS=bias is not None,
             LEADS=overlap == "leads", FOLLOWS=overlap == "follows",
             num_warps=launch.warps, num_stages=launch.stages, launch_pdl=overlap == "follows",
         )  # fmt: skip
-    return y
 
 
 def launch_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, spec: str, has_bias: bool, launch: Launch
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `x`, `weight` and bias."""
+    grads: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], spec: str, tokens: int, has_bias: bool,
+    launch: Launch,
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of `x`, of each weight and, where there is one, of the bias."""
     from einlinear.kernels import tiles
 
-    slices, out, width = weight.shape
-    tokens = x.shape[spec.index("m")]
+    outs, (slices, _, width) = [weight.shape[1] for weight in weights], weights[0].shape
     dx = x.new_empty(x.shape)
     splits, share = launch.splits(tokens, slices, x.device)
-    dweight = weight.new_empty(splits, slices * out * width, dtype=torch.float32)
-    dbias = weight.new_empty(splits, slices * out if has_bias else 0, dtype=torch.float32)
+    dweights = [weight.new_empty(splits, weight.numel(), dtype=torch.float32) for weight in weights]
+    dbias = x.new_empty(splits, slices * outs[0] if has_bias else 0, dtype=torch.float32)
+    strides = [_strides(grad, spec[-3:]) for grad in grads]
     with torch.cuda.device_of(x):
         tiles.stage_backward[(slices, splits)](
-            grad, x, weight.contiguous(), dx, dweight, dbias,
-            tokens, share, *_strides(x, spec[:3]), *_strides(dx, spec[:3]), *_strides(grad, spec[-3:]),
-            OUT=out, IN=width, BLOCK_OUT=tile(out), BLOCK_IN=tile(width), BLOCK_TOKENS=launch.tokens,
-            X_MINOR=spec[2] == "m", Y_MINOR=spec[-1] == "m", HAS_BIAS=has_bias,
+            tuple(grads), x, tuple(weight.contiguous() for weight in weights), dx, tuple(dweights), dbias,
+            _length(x, spec[:3], tokens), _length(grads[0], spec[-3:], tokens), share,
+            *_strides(x, spec[:3]), *_strides(dx, spec[:3]), *(tuple(kind) for kind in zip(*strides, strict=True)),
+            OUTS=tuple(outs), IN=width, BLOCK_OUTS=tuple(map(tile, outs)), BLOCK_IN=tile(width),
+            BLOCK_TOKENS=launch.tokens, X_MINOR=spec[2] == "m", Y_MINOR=spec[-1] == "m", HAS_BIAS=has_bias,
             num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
-    return dx, add_partials(dweight, weight).view(weight.shape), add_partials(dbias, weight)
+    sums = [add_partials(part, weight).view(weight.shape) for part, weight in zip(dweights, weights, strict=True)]
+    return [dx, *sums, *([add_partials(dbias, x)] if has_bias else [])]
 
 
 def add_partials(partials: Tensor, like: Tensor) -> Tensor:
@@ -162,16 +182,28 @@ def add_partials(partials: Tensor, like: Tensor) -> Tensor:
 
     splits, count = partials.shape
     result = like.new_empty(count)
-    if count:
-        with torch.cuda.device_of(like):
-            tiles.add_partials[(-(-count // 1024),)](partials, result, count, SPLITS=splits, BLOCK=1024, num_warps=8)
+    with torch.cuda.device_of(like):
+        tiles.add_partials[(-(-count // 1024),)](partials, result, count, SPLITS=splits, BLOCK=1024, num_warps=8)
     return result
 
 
-def empty_state(x: Tensor, weight: Tensor, spec: str) -> Tensor:
+def empty_state(x: Tensor, weight: Tensor, spec: str, tokens: int) -> Tensor:
     """Memory for the result of a stage."""
-    size = {"m": x.shape[spec.index("m")], "b": weight.shape[0], "n": weight.shape[1]}
+    size = {"m": padded(tokens) if spec[-1] == "m" else tokens, "b": weight.shape[0], "n": weight.shape[1]}
     return x.new_empty([size[name] for name in spec[-3:]])
+
+
+def padded(tokens: int) -> int:
+    """The tokens of a state that has them innermost: rows then begin at multiples of 32 bytes.
+
+    On an H200, 16383 tokens in rows of their own took 2 to 7 times as long as 16384 (benchmarks/NOTES.md).
+    """
+    return -(-tokens // 16) * 16
+
+
+def narrow(state: Tensor, names: str, tokens: int) -> Tensor:
+    """`state` without surplus tokens; `names` are the letters of its dimensions."""
+    return state[..., :tokens] if names[-1] == "m" and state.shape[-1] != tokens else state
 
 
 def tile(size: int) -> int:
@@ -188,15 +220,28 @@ def fits(out: int, width: int) -> bool:
     return min(out, width) >= 8 and max(out, width) <= LARGEST
 
 
-def forward_launch(weight: Tensor) -> Launch:
-    """The fastest of those measured (benchmarks/NOTES.md)."""
-    return Launch(tokens=64 if min(weight.shape[1:]) > 64 else 128)
+def shares(weights: Sequence[Tensor]) -> bool:
+    """Whether one stage may apply all of them: their gradients are summed in the registers of one program."""
+    (slices, _, width), outs = weights[0].shape, [weight.shape[1] for weight in weights]
+    if any(weight.shape[0] != slices or weight.shape[2] != width for weight in weights):
+        return False
+    return len(weights) == 1 or sum(map(tile, outs)) * tile(width) <= 128 * 128
 
 
-def backward_launch(weight: Tensor) -> Launch:
+def forward_launch(weights: Sequence[Tensor]) -> Launch:
     """The fastest of those measured (benchmarks/NOTES.md)."""
-    out, width = weight.shape[1:]
-    return Launch(tokens=128 if tile(out) + tile(width) <= 192 else 64, warps=4 if max(out, width) <= 32 else 8)
+    return Launch(tokens=64 if min(weights[0].shape[1:]) > 64 else 128)
+
+
+def backward_launch(weights: Sequence[Tensor]) -> Launch:
+    """The fastest of those measured (benchmarks/NOTES.md)."""
+    out, width = sum(tile(weight.shape[1]) for weight in weights), tile(weights[0].shape[2])
+    return Launch(tokens=128 if out + width <= 192 else 64, warps=4 if max(out, width) <= 32 else 8)
+
+
+def _length(state: Tensor, names: str, tokens: int) -> int:
+    """The tokens that a state holds, with tokens innermost the surplus ones too: masks then end on aligned numbers."""
+    return state.shape[-1] if names[-1] == "m" else tokens
 
 
 def _strides(state: Tensor, names: str) -> tuple[int, int, int]:

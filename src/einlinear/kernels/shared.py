@@ -1,0 +1,54 @@
+"""Layers of two factors that read the same input: their first factors in one launch, a few tokens in one altogether."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from torch import Tensor
+
+from einlinear.kernels.chain import Link, links, through
+from einlinear.kernels.pair import AGAIN, INTO, OUT_OF, STATE, Sizes, pair
+from einlinear.structure import Structure
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Layers whose first links, and then second links, are these."""
+
+    firsts: tuple[Link, ...]
+    seconds: tuple[Link, ...]
+
+    def __call__(self, factors: Sequence[Sequence[Tensor]], x: Tensor, biases: Sequence[Tensor] = ()) -> list[Tensor]:
+        """Applies every layer, given by its factors, to `x`, `[..., d_in]`; `biases` are none or one a layer."""
+        rows = x.reshape(-1, x.shape[-1])
+        first = [each[0].reshape(link.weight) for each, link in zip(factors, self.firsts, strict=True)]
+        second = [each[1].reshape(link.weight) for each, link in zip(factors, self.seconds, strict=True)]
+        small = Sizes.of(first[0], second[0]).state <= STATE
+        if rows.numel() <= AGAIN or (small and not (rows.requires_grad or first[0].requires_grad)):
+            ys = pair(rows, first, second, list(biases))
+        else:
+            states = through(self.firsts, rows, first)
+            added = biases or [None] * len(first)
+            ends = zip(self.seconds, states, second, added, strict=True)
+            ys = [link(state, factor, len(rows), bias, tiled=True) for link, state, factor, bias in ends]
+        return [y.reshape(*x.shape[:-1], -1) for y in ys]
+
+
+def share(structures: Sequence[Structure]) -> Shared | str:
+    """How canonical structures share an input, or why they cannot."""
+    if find_spec("triton") is None:
+        return "Triton is not installed; pip install triton"
+    pairs: list[tuple[Link, Link]] = []
+    for structure in structures:
+        chain = links(structure)
+        if isinstance(chain, str):
+            return f"{structure}: {chain}"
+        if structure.pad_in or structure.pad_out:
+            return f"{structure} is padded"
+        if [(link.spec, link.tiled) for link in chain] != [(INTO, True), (OUT_OF, True)]:
+            return f"{structure} is not made of two block-diagonal factors of small blocks"
+        pairs.append((chain[0], chain[1]))
+    firsts, seconds = zip(*pairs, strict=True)
+    if len({link.view for link in firsts}) > 1:
+        return "they cut the input into different blocks"
+    return Shared(tuple(firsts), tuple(seconds))

@@ -1,0 +1,148 @@
+"""Triton: two stages around an activation, plain or gated (`junction.py`)."""
+
+# ruff: noqa: ANN001, ANN201
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+from einlinear.kernels.tiles import load_matrix, load_tile, store_matrix, store_tile
+
+
+@triton.jit
+def activate(v, ACTIVATION: tl.constexpr):
+    """The activation and its derivative."""
+    if ACTIVATION == "identity":
+        return v, tl.full(v.shape, 1.0, tl.float32)
+    elif ACTIVATION == "relu":
+        return tl.maximum(v, 0.0), (v > 0.0).to(tl.float32)
+    elif ACTIVATION == "relu2":
+        r = tl.maximum(v, 0.0)
+        return r * r, 2.0 * r
+    elif ACTIVATION == "silu":
+        p = tl.sigmoid(v)
+        return v * p, p * (1.0 + v * (1.0 - p))
+    elif ACTIVATION == "gelu":
+        p = 0.5 * (1.0 + tl.erf(v * 0.7071067811865476))
+        return v * p, p + v * 0.3989422804014327 * tl.exp(-0.5 * v * v)
+    else:
+        tl.static_assert(ACTIVATION == "gelu_tanh")
+        p = tl.sigmoid(1.5957691216057308 * v * (1.0 + 0.044715 * v * v))
+        return v * p, p + v * p * (1.0 - p) * 1.5957691216057308 * (1.0 + 0.134145 * v * v)
+
+
+@triton.jit
+def junction_forward(
+    zs, ups, biases, down, y,
+    tokens, share, z_feature, z_slice, y_slice, y_feature,
+    IN: tl.constexpr, HIDDEN: tl.constexpr, OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr, BLOCK_HIDDEN: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """y[s] = down[s] activation(up[s] z[s] + bias[s]); all states have tokens innermost.
+
+    With a second z and up, their hidden features multiply the activated ones of the first: a gate.
+    """
+    s, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    here = tl.arange(0, BLOCK_TOKENS)
+    ins, outs = tl.arange(0, BLOCK_IN), tl.arange(0, BLOCK_OUT)
+    weights, downs = (), ()
+    for start in tl.static_range(0, HIDDEN, BLOCK_HIDDEN):
+        hidden = start + tl.arange(0, BLOCK_HIDDEN)
+        for p in tl.static_range(len(ups)):
+            weights += (load_matrix(ups[p] + s * HIDDEN * IN, hidden, ins, HIDDEN, IN),)
+        downs += (load_matrix(down + s * OUT * HIDDEN, outs, hidden, OUT, HIDDEN),)
+    for begin in range(0, share, BLOCK_TOKENS):
+        first = split * share + begin
+        left = tokens - first
+        vs = ()
+        for p in tl.static_range(len(ups)):
+            vs += (load_tile(zs[p] + s * z_slice + first, ins.to(tl.int64), z_feature, here, 1, IN, left, True),)
+        total = tl.zeros((BLOCK_TOKENS, BLOCK_OUT), tl.float32)
+        for start in tl.static_range(0, HIDDEN, BLOCK_HIDDEN):
+            hidden = start + tl.arange(0, BLOCK_HIDDEN)
+            hs = ()
+            for p in tl.static_range(len(ups)):
+                h = tl.dot(tl.trans(vs[p]), tl.trans(weights[start // BLOCK_HIDDEN * len(ups) + p]), input_precision="ieee")
+                if len(biases):
+                    added = tl.load(biases[p] + s * HIDDEN + hidden, mask=hidden < HIDDEN, other=0.0)
+                    h += added.to(tl.float32)[None, :]
+                hs += (h,)
+            h, _ = activate(hs[0], ACTIVATION)
+            if len(ups) == 2:
+                h *= hs[1]
+            w = downs[start // BLOCK_HIDDEN]
+            total = tl.dot(h.to(w.dtype), tl.trans(w), total, input_precision="ieee")
+        store_tile(tl.trans(total), y + s * y_slice + first, outs.to(tl.int64), y_feature, here, 1, OUT, left, True)
+
+
+@triton.jit
+def junction_backward(
+    grad, zs, ups, biases, down, dzs, dups, dbiases, ddown,
+    tokens, share, z_feature, z_slice, dz_feature, dz_slice, y_slice, y_feature,
+    IN: tl.constexpr, HIDDEN: tl.constexpr, OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr, BLOCK_HIDDEN: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """All gradients of a junction in one pass over `share` tokens, the hidden features computed again.
+
+    Sums for the weights stay in registers. Those of biases are added up in memory, each program in
+    its own, which starts at zero: in registers they would push the others out.
+    """
+    s, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    slices = tl.num_programs(0)
+    at = split * slices + s
+    here = tl.arange(0, BLOCK_TOKENS)
+    ins, outs = tl.arange(0, BLOCK_IN), tl.arange(0, BLOCK_OUT)
+    ups_sums, down_sums = (), ()
+    for _ in tl.static_range(0, HIDDEN, BLOCK_HIDDEN):
+        for _ in tl.static_range(len(ups)):
+            ups_sums += (tl.zeros((BLOCK_HIDDEN, BLOCK_IN), tl.float32),)
+        down_sums += (tl.zeros((BLOCK_OUT, BLOCK_HIDDEN), tl.float32),)
+    for begin in range(0, share, BLOCK_TOKENS):
+        first = split * share + begin
+        left = tokens - first
+        vs, ds = (), ()
+        for p in tl.static_range(len(ups)):
+            vs += (load_tile(zs[p] + s * z_slice + first, ins.to(tl.int64), z_feature, here, 1, IN, left, True),)
+            ds += (tl.zeros((BLOCK_TOKENS, BLOCK_IN), tl.float32),)
+        g = load_tile(grad + s * y_slice + first, outs.to(tl.int64), y_feature, here, 1, OUT, left, True)
+        next_ups, next_downs = (), ()
+        for start in tl.static_range(0, HIDDEN, BLOCK_HIDDEN):
+            hidden = start + tl.arange(0, BLOCK_HIDDEN)
+            us, hs = (), ()
+            for p in tl.static_range(len(ups)):
+                u = load_matrix(ups[p] + s * HIDDEN * IN, hidden, ins, HIDDEN, IN)
+                h = tl.dot(tl.trans(vs[p]), tl.trans(u), input_precision="ieee")
+                if len(biases):
+                    added = tl.load(biases[p] + s * HIDDEN + hidden, mask=hidden < HIDDEN, other=0.0)
+                    h += added.to(tl.float32)[None, :]
+                us += (u,)
+                hs += (h,)
+            w = load_matrix(down + s * OUT * HIDDEN, outs, hidden, OUT, HIDDEN)
+            h, slope = activate(hs[0], ACTIVATION)
+            dh = tl.dot(tl.trans(g), w, input_precision="ieee")
+            dhs = (dh * slope,)
+            if len(ups) == 2:
+                dhs = (dh * slope * hs[1], dh * h)
+                h *= hs[1]
+            next_downs += (tl.dot(g, h.to(g.dtype), down_sums[start // BLOCK_HIDDEN], input_precision="ieee"),)
+            next_ds = ()
+            for p in tl.static_range(len(ups)):
+                if len(biases):
+                    into = dbiases[p] + at * HIDDEN + hidden
+                    tl.atomic_add(into, tl.sum(dhs[p], axis=0), mask=hidden < HIDDEN, sem="relaxed")
+                d = dhs[p].to(g.dtype)
+                total = ups_sums[start // BLOCK_HIDDEN * len(ups) + p]
+                next_ups += (tl.dot(tl.trans(d), tl.trans(vs[p]), total, input_precision="ieee"),)
+                next_ds += (tl.dot(d, us[p], ds[p], input_precision="ieee"),)
+            ds = next_ds
+        ups_sums, down_sums = next_ups, next_downs
+        for p in tl.static_range(len(ups)):
+            into = dzs[p] + s * dz_slice + first
+            store_tile(tl.trans(ds[p]), into, ins.to(tl.int64), dz_feature, here, 1, IN, left, True)
+    for start in tl.static_range(0, HIDDEN, BLOCK_HIDDEN):
+        hidden = start + tl.arange(0, BLOCK_HIDDEN)
+        for p in tl.static_range(len(ups)):
+            store_matrix(ups_sums[start // BLOCK_HIDDEN * len(ups) + p], dups[p] + at * HIDDEN * IN, hidden, ins, HIDDEN, IN)
+        store_matrix(down_sums[start // BLOCK_HIDDEN], ddown + at * OUT * HIDDEN, outs, hidden, OUT, HIDDEN)

@@ -1,0 +1,47 @@
+"""Triton: the matrix that two factors stand for (`product.py`)."""
+
+# ruff: noqa: ANN001, ANN201
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def product_forward(
+    left, right, weight, ROWS, COLUMNS, RANK: tl.constexpr,
+    E: tl.constexpr, A: tl.constexpr,
+    LF: tl.constexpr, LE: tl.constexpr, LG: tl.constexpr, LA: tl.constexpr, LR: tl.constexpr,
+    RF: tl.constexpr, RE: tl.constexpr, RG: tl.constexpr, RA: tl.constexpr, RR: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """weight[(f e), (g a)] = the sum over r of left · right, each read by its strides along f, e, g, a and r."""
+    row = (tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
+    column = (tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS))[None, :]
+    inside = (row < ROWS) & (column < COLUMNS)
+    f, e, g, a = row // E, row % E, column // A, column % A
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    for r in tl.static_range(RANK):
+        one = tl.load(left + f * LF + e * LE + g * LG + a * LA + r * LR, mask=inside, other=0.0)
+        two = tl.load(right + f * RF + e * RE + g * RG + a * RA + r * RR, mask=inside, other=0.0)
+        total += one.to(tl.float32) * two.to(tl.float32)
+    tl.store(weight + row.to(tl.int64) * COLUMNS + column, total.to(weight.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def product_backward(
+    grad, first, second, dfirst, dsecond,
+    G: tl.constexpr, A: tl.constexpr, R: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Of factors `[g, (r f), a]` and `[f, e, (g r)]`: one program a block (f, g) of the matrix."""
+    g, f = tl.program_id(0), tl.program_id(1)
+    e, a = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_A)
+    at = (f * E + e).to(tl.int64)[:, None] * (G * A) + g * A + a[None, :]
+    block = tl.load(grad + at, mask=(e < E)[:, None] & (a < A)[None, :], other=0.0).to(tl.float32)
+    for r in tl.static_range(R):
+        one, two = ((g * R + r) * F + f) * A + a, (f * E + e) * (G * R) + g * R + r
+        u = tl.load(first + one, mask=a < A, other=0.0).to(tl.float32)
+        v = tl.load(second + two, mask=e < E, other=0.0).to(tl.float32)
+        tl.store(dfirst + one, tl.sum(block * v[:, None], axis=0).to(dfirst.dtype.element_ty), mask=a < A)
+        tl.store(dsecond + two, tl.sum(block * u[None, :], axis=1).to(dsecond.dtype.element_ty), mask=e < E)

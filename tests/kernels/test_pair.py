@@ -1,0 +1,104 @@
+import pytest
+import torch
+from torch import Tensor
+
+import einlinear as el
+from einlinear.kernels import pair as module
+from einlinear.kernels.chain import Tiles
+from einlinear.kernels.kernel import CUDA_HALF
+from einlinear.kernels.pair import AGAIN, STATE, Pair, Sizes, pair
+
+pytest.importorskip("triton", reason="Triton is not installed: its interpreter runs these kernels")
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+SHAPES = [(el.BTT(), (256, 256)), (el.BTT(rank=3), (240, 400)), (el.BTT(blocks=(8, 16)), (128, 128))]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("way", ["token", "tile", "stages"])
+@pytest.mark.parametrize(("family", "widths"), SHAPES, ids=str)
+def test_a_layer_in_one_launch_is_the_reference_forward_and_each_gradient(
+    family: el.Family, widths: tuple[int, int], way: str, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    structure = family(*widths).canonical
+    assert Pair().refuses(structure, CUDA_HALF) is None
+    tokens = 3 if way == "token" else 41
+    monkeypatch.setattr(module, "AGAIN", AGAIN if way == "token" else 0)
+    monkeypatch.setattr(module, "STATE", STATE if way == "tile" else 0)
+    monkeypatch.setattr(module, "SUMS", module.SUMS if way == "tile" else 0)
+    x = torch.randn(tokens, widths[0], requires_grad=True)
+    factors = [torch.randn(shape, requires_grad=True) for shape in structure.matrix_shapes]
+    added = torch.randn(widths[1], requires_grad=True) if bias else None
+    y = Pair().prepare(structure)(factors, x, added)
+    expected = el.apply(structure, [f.double() for f in factors], x.double()) + (0 if added is None else added.double())
+    leaves = {"x": x, "first": factors[0], "second": factors[1]} | ({} if added is None else {"bias": added})
+    direction = torch.randn_like(expected)
+    ours = torch.autograd.grad(y, leaves.values(), direction.float())
+    theirs = torch.autograd.grad(expected, leaves.values(), direction)
+    for name, mine, their in zip(("y", *leaves), (y, *ours), (expected, *theirs), strict=True):
+        _close(name, mine, their)
+
+
+def test_a_tile_loops_over_the_tokens_of_its_program() -> None:
+    structure = el.BTT()(64, 64).canonical
+    factors = [torch.randn(shape) for shape in structure.matrix_shapes]
+    x, y = torch.randn(70, 64), torch.empty(70, 64)
+    module.launch_tile(x, *factors, None, y, module.Launch(tokens=16, resident=1))
+    _close("y", y, el.apply(structure, [f.double() for f in factors], x.double()))
+    grad = torch.randn(70, 64)
+    looped = module.launch_backward(grad, x, *factors, True, module.Launch(tokens=16, resident=1))
+    apart = module._backward_by_stages([grad], x, [factors[0]], [factors[1]], True)
+    for name, mine, their in zip(("x", "first", "second", "bias"), looped, apart, strict=True):
+        _close(name, mine, their.double())
+
+
+@pytest.mark.parametrize("tokens", [2, 300])
+def test_layers_that_share_an_input(tokens: int) -> None:
+    structures = [el.BTT(rank=rank, blocks=(4, f))(64, out).canonical for rank, f, out in ((1, 8, 64), (2, 4, 48))]
+    x = torch.randn(tokens, 64, requires_grad=True)
+    factors = [[torch.randn(s, requires_grad=True) for s in structure.matrix_shapes] for structure in structures]
+    biases = [torch.randn(structure.d_out, requires_grad=True) for structure in structures]
+    firsts, seconds = zip(*factors, strict=True)
+    ys = pair(x, firsts, seconds, biases)
+    leaves = [x, *firsts, *seconds, *biases]
+    expected = [
+        el.apply(structure, [f.double() for f in fs], x.double()) + b.double()
+        for structure, fs, b in zip(structures, factors, biases, strict=True)
+    ]
+    directions = [torch.randn_like(y) for y in expected]
+    ours = torch.autograd.grad(ys, leaves, [d.float() for d in directions])
+    theirs = torch.autograd.grad(expected, leaves, directions)
+    for mine, their in zip((*ys, *ours), (*expected, *theirs), strict=True):
+        _close("a result", mine, their)
+
+
+def test_pair_is_a_proper_operator() -> None:
+    shapes = el.BTT()(64, 64).canonical.matrix_shapes
+    firsts, seconds = ([torch.randn(shape, requires_grad=True) for _ in range(2)] for shape in shapes)
+    x = torch.randn(2, 64, requires_grad=True)
+    torch.library.opcheck(pair, (x, firsts[:1], seconds[:1], [torch.randn(64)]))
+    torch.library.opcheck(pair, (x, firsts, seconds, []), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_sizes_are_rounded_up_to_what_tiles_take() -> None:
+    structure = el.BTT(rank=3)(240, 400).canonical
+    sizes = Sizes.of(*(torch.empty(shape) for shape in structure.matrix_shapes))
+    assert (sizes.g * sizes.a, sizes.f * sizes.e) == (240, 400)
+    for side in sizes.blocks.values():
+        assert side & (side - 1) == 0
+    assert sizes.sums >= el.parameters(structure)
+
+
+def test_decode_is_chosen_for_few_tokens_only() -> None:
+    structure = el.BTT()(1024, 1024).canonical
+    costs = [
+        [kernel.cost(structure, tokens, CUDA_HALF) for kernel in (Pair(), Tiles())] for tokens in (63, 65)
+    ]
+    assert costs[0][0] < costs[0][1]
+    assert costs[1][0] > costs[1][1]
+    assert "two block-diagonal" in str(Pair().refuses(el.BlockDiagonal(blocks=4)(256, 256).canonical, CUDA_HALF))
+
+
+def _close(what: str, mine: Tensor, their: Tensor) -> None:
+    error = (mine - their).norm() / their.norm()
+    assert error < 1e-6, f"{what} differs by {error:.2g}"
