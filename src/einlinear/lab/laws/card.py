@@ -72,6 +72,8 @@ def law_card(
 
         blocks[family], chosen[family] = _family(table.of(family), family, delta, draws, tell)
     reference = blocks[name]
+    if not any(_anything(block) for block in blocks.values()):
+        raise NoFit(f"Fitting {table.source or 'the runs'}: no law can be had. {_why_nothing(reference)}")
     card: Card = _finite({
         "einlinear": einlinear.__version__,
         "schema": SCHEMA,
@@ -91,6 +93,16 @@ def law_card(
         "checklist": _checklist(table, reference, told, delta),
     })  # fmt: skip
     return card
+
+
+def _anything(block: Card) -> bool:
+    return any("reason" not in block[name] for name in ("parametric", "frontier", "envelope")) or any(
+        "reason" not in part for part in block["isoflop"].values()
+    )
+
+
+def _why_nothing(block: Card) -> str:
+    return " ".join(dict.fromkeys([block["parametric"]["reason"], f"Its frontier: {block['frontier']['reason']}."]))
 
 
 BLOCKS = (
