@@ -65,12 +65,14 @@ def law_card(
     blocks: dict[str, Card] = {}
     chosen: dict[str, list[Cell] | None] = {}
     families = table.families
-    for number, family in enumerate(families):
+    with np.errstate(all="ignore"):  # a refit of odd draws may leave all numbers; it ends as a null
+        for number, family in enumerate(families):
 
-        def tell(share: float, family: str = family, number: int = number) -> None:
-            progress(family, (number + share) / len(families))
+            def tell(share: float, family: str = family, number: int = number) -> None:
+                progress(family, (number + share) / len(families))
 
-        blocks[family], chosen[family] = _family(table.of(family), family, delta, draws, tell)
+            blocks[family], chosen[family] = _family(table.of(family), family, delta, draws, tell)
+        multipliers = {f: _multiplier(table, f, name, chosen) for f in families if f != name}
     reference = blocks[name]
     if not any(_anything(block) for block in blocks.values()):
         raise NoFit(f"Fitting {table.source or 'the runs'}: no law can be had. {_why_nothing(reference)}")
@@ -87,9 +89,7 @@ def law_card(
         "baseline": name,
         **{key: reference[key] for key in BLOCKS},
         "families": blocks,
-        "multiplier": {
-            family: _multiplier(table, family, name, chosen) for family in families if family != name
-        },
+        "multiplier": multipliers,
         "checklist": _checklist(table, reference, told, delta),
     })  # fmt: skip
     return card

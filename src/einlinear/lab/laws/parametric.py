@@ -29,6 +29,8 @@ FEWEST_AGREE = 3  # starts that have to find the optimum before it is called one
 FEWEST_RUNS = 7  # distinct (N, D): five unknowns, and something left to judge them by
 FEWEST_SIZES = 3
 STARTS = 240
+LEAST = 0.005  # exponent; below it a term is a constant, and cannot be told from E
+MOST = 5.0  # beyond it a term only parts the smallest size, or length, from the rest
 LEVEL = 0.95
 NAMES = ("E", "A", "B", "alpha", "beta", "a", "gamma")
 
@@ -54,6 +56,13 @@ class Parametric:
 
     def __len__(self) -> int:
         return len(self.loss)
+
+    def terms(self, parameters: float, tokens: float) -> tuple[float, float]:
+        """ln of A N^-alpha and of B D^-beta; also where A itself is beyond all numbers."""
+        x, y = _centres(self)
+        first = self._found[1] - self._found[3] * (np.log(parameters) - x)
+        second = self._found[2] - self._found[4] * (np.log(tokens) - y)
+        return float(first), float(second)
 
     @property
     def inside(self) -> float:
@@ -115,10 +124,9 @@ def fit_surface(
         )
     best = found[values.argmin()]
     for name, exponent in (("params", best[3]), ("tokens", best[4])):
-        if exponent <= 0:
-            raise NoFit(
-                f"Fitting E + A/N^alpha + B/D^beta: the loss does not fall with {name} (exponent {exponent:.3g})."
-            )
+        if not LEAST <= exponent <= MOST:
+            fault = "does not fall" if exponent < LEAST else "falls in a step, not by a power,"
+            raise NoFit(f"Fitting E + A/N^alpha + B/D^beta: the loss {fault} with {name} (exponent {exponent:.3g}).")
     return Parametric(
         surface=problem.surface(best), delta=delta, objective=float(least) * delta, starts=len(tried),
         agreement=agreement, residuals=problem.residuals(best), parameters=parameters, tokens=tokens, loss=loss,
