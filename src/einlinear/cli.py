@@ -224,15 +224,30 @@ def write_again(
     mixed: Annotated[
         bool, typer.Option("--allow-mixed-data", help="Put runs on different data or settings in one fit.")
     ] = False,
+    watching: Annotated[
+        bool, typer.Option("--watch", help="Write it again whenever there are new runs, until interrupted.")
+    ] = False,
+    every: Annotated[int, typer.Option(min=1, help="Seconds between looks at the store, with --watch.")] = 10,
 ) -> None:
     """The report of `compare`, written again from the stored runs."""
-    from einlinear.lab.report import save_figure
+    from einlinear.lab.report import save_figure, watch
     from einlinear.lab.store import Store
 
+    def read() -> "Sequence[Run]":
+        if not store.exists():
+            return ()
+        with Store(store) as opened:
+            return opened.runs(task=task)
+
+    if watching:
+        typer.echo(f"watching {store} every {every} seconds; interrupt to end")
+        told = f"report: {report}, "
+        watch(
+            read, report, every=every, allow_mixed_data=mixed, told=lambda runs: typer.echo(f"{told}{len(runs)} runs")
+        )
     if not store.exists():
         raise ValueError(f"cannot report on {store}: there is no such file; run 'einlinear compare' first")
-    with Store(store) as opened:
-        runs = opened.runs(task=task)
+    runs = read()
     if not runs:
         raise ValueError(
             f"cannot report on the task '{task}': {store} holds no runs of it; run 'einlinear compare {task}'"
