@@ -83,13 +83,13 @@ class Draws:
         """95 % interval of one of `NAMES`, by percentiles.
 
         Least squares makes the noise look smaller than it is, by the numbers it fits, and its percentiles are taken
-        further out by that and by Student's t (the expanded percentile interval of Hesterberg 2015, "What Teachers
-        Should Know About the Bootstrap"). Least absolute deviations do not: what counts is the share of residuals
-        within delta. `benchmarks/law_coverage.py` measures what comes of it.
+        further out: by Student's t, as Hesterberg (2015, "What Teachers Should Know About the Bootstrap") expands
+        them, and by the factor n / (n - 5) of the jackknife. Least absolute deviations do not: what counts is the
+        share of residuals within delta. `benchmarks/law_coverage.py` measures what comes of it.
         """
         normal = stats.norm.ppf((1 + LEVEL) / 2)
         left = max(2, self.clusters - 5)
-        wide = stats.t.ppf((1 + LEVEL) / 2, left) * np.sqrt(self.clusters / left)
+        wide = stats.t.ppf((1 + LEVEL) / 2, left) * self.clusters / left
         tail = float(stats.norm.sf(normal + self.inside * (wide - normal)))
         low, high = np.nanquantile(self.values[:, NAMES.index(name)], [tail, 1 - tail])
         return float(low), float(high)
