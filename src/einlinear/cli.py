@@ -28,7 +28,7 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Store = Annotated[Path, typer.Option(help="The file that holds all runs (SQLite).")]
+Store = Annotated[str, typer.Option(help="Where all runs are kept: a file (SQLite), or a database's URL.")]
 Report = Annotated[Path, typer.Option(help="Where to write the report (one HTML page).")]
 
 
@@ -176,49 +176,76 @@ def compare(
     workers: Annotated[
         int | None, typer.Option(min=0, help="Training processes; by default one for each core.")
     ] = None,
-    store: Store = Path("runs/compare.sqlite"),
+    store: Store = "runs/compare.sqlite",
     report: Report = Path("runs/compare.html"),
     plan_only: Annotated[
-        bool, typer.Option("--plan", help="Only say what would be trained, and how long it takes.")
+        bool,
+        typer.Option("--plan", help="Only say what it takes; exit code 1 if the answer would be too blurred."),
+    ] = False,
+    resolve: Annotated[
+        float, typer.Option(min=1.0, help="The multiplier that a plan should tell from 1 (--plan).")
+    ] = 1.25,
+    accumulate: Annotated[int, typer.Option(min=1, help="Parts of a batch, one after the other: less memory.")] = 1,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Under torchrun: also share out parameters and optimizer state (FSDP2).")
     ] = False,
 ) -> None:
     """Which structure spends compute best: trains a grid of structures and widths, and reports with intervals.
 
     Every structure is first tuned; every finished run is stored at once, and the same command goes on where it
-    was stopped.
+    was stopped. Started by torchrun, all processes train each model together.
     """
     from einlinear.lab import compare as lab
     from einlinear.lab.data import load
+    from einlinear.lab.forecast import forecast
+    from einlinear.lab.parallel import World, joined
     from einlinear.lab.store import Store
-    from einlinear.lab.sweep import Machine
+    from einlinear.lab.sweep import Machine, follow
 
-    machine = Machine.here(device)
+    machine = replace(Machine.here(device), accumulate=accumulate, shard=shard)
     if workers is not None:
         machine = replace(machine, workers=workers)
-    data = load(task, paths=paths or ())
-    changed: dict[str, Any] = {
-        "families": tuple(structure or ()),
-        "widths": _numbers("widths", widths, int),
-        "horizons": _numbers("horizons", horizons, int),
-        "rates": _numbers("rates", rates, float),
-        "seeds": _numbers("seeds", seeds, int),
-        "depth": depth,
-    }
-    plan = replace(lab.default_plan(data, machine.device), **{name: value for name, value in changed.items() if value})
-    typer.echo(f"{data.name}: {data.description}")
-    typer.echo(lab.describe(plan, data, machine))
-    if plan_only:
-        return
-    store.parent.mkdir(parents=True, exist_ok=True)
-    with Store(store) as opened, _progress() as progress:
-        runs = lab.compare(plan, data, opened, machine=machine, folder=store.with_suffix(".parts"), progress=progress)
-    _write(runs, report, plan=plan)
+    with joined(machine.device) as own_device:
+        world = World.here()
+        if world.size > 1:
+            machine = replace(machine, device=own_device, workers=0, graphed=False)
+        data = load(task, paths=paths or ())
+        changed: dict[str, Any] = {
+            "families": tuple(structure or ()),
+            "widths": _numbers("widths", widths, int),
+            "horizons": _numbers("horizons", horizons, int),
+            "rates": _numbers("rates", rates, float),
+            "seeds": _numbers("seeds", seeds, int),
+            "depth": depth,
+        }
+        given = {name: value for name, value in changed.items() if value}
+        plan = replace(lab.default_plan(data, machine.device), **given)
+        foretold = forecast(plan, data, machine)
+        if world.rank:
+            return None if plan_only else follow(plan.cut(data), machine)
+        typer.echo(f"{data.name}: {data.description}")
+        typer.echo(str(foretold))
+        refusal = foretold.refusal(resolve)
+        if plan_only and refusal:
+            raise ValueError(refusal)
+        if plan_only:
+            return None
+        if refusal:
+            typer.echo(f"warning: {refusal}", err=True)
+        with Store(store) as opened, _progress() as progress:
+            runs = lab.compare(plan, data, opened, machine=machine, folder=_parts(store), progress=progress)
+        return _write(runs, report, plan=plan)
+
+
+def _parts(store: str) -> Path:
+    """Where runs in progress are kept: beside a file; beside where the command runs, for a database."""
+    return Path("runs/compare.parts") if "://" in store else Path(store).with_suffix(".parts")
 
 
 @app.command("report")
 def write_again(
     task: Annotated[str, typer.Option(help="The task whose runs are reported.")] = "bytes",
-    store: Store = Path("runs/compare.sqlite"),
+    store: Store = "runs/compare.sqlite",
     report: Report = Path("runs/compare.html"),
     figure: Annotated[Path | None, typer.Option(help="Also write the main figure alone: .svg or .png.")] = None,
     mixed: Annotated[
@@ -233,8 +260,11 @@ def write_again(
     from einlinear.lab.report import save_figure, watch
     from einlinear.lab.store import Store
 
+    def there() -> bool:
+        return "://" in store or Path(store).exists()
+
     def read() -> "Sequence[Run]":
-        if not store.exists():
+        if not there():
             return ()
         with Store(store) as opened:
             return opened.runs(task=task)
@@ -245,7 +275,7 @@ def write_again(
         watch(
             read, report, every=every, allow_mixed_data=mixed, told=lambda runs: typer.echo(f"{told}{len(runs)} runs")
         )
-    if not store.exists():
+    if not there():
         raise ValueError(f"cannot report on {store}: there is no such file; run 'einlinear compare' first")
     runs = read()
     if not runs:

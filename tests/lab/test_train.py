@@ -136,11 +136,10 @@ def test_the_schedule_keeps_the_ratios_of_the_groups(task: Sequences, monkeypatc
     multiples = [group["lr_mult"] for group in run.update.optimizer.param_groups]
     assert len(set(multiples)) > 1  # else this test would show nothing
     seen = []
-    step = run.update.optimizer.step
+    optimizer = run.update.optimizer
+    step = optimizer.step
     monkeypatch.setattr(
-        run.update.optimizer,
-        "step",
-        lambda: (seen.append([g["lr"].item() for g in run.update.optimizer.param_groups]), step()),
+        optimizer, "step", lambda: (seen.append([group["lr"].item() for group in optimizer.param_groups]), step())
     )
     list(run.advance(40, branch=20))
     for at, rates in enumerate(seen):
