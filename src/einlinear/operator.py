@@ -7,10 +7,10 @@ products, sums and multiples. Everything else is in `einlinear.operators`.
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property, reduce
-from typing import Any, Self
+from functools import reduce
+from typing import Any, Generic, Self, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -28,6 +28,32 @@ PROPERTIES = ("hermitian", "psd", "unitary", "lower", "upper", "diagonal")
 
 CHECK_TOLERANCE = {2: 5e-2, 4: 1e-3, 8: 1e-8}
 """By bytes of a real number: the relative deviation at which a probe contradicts a claim."""
+
+
+T = TypeVar("T")
+
+
+class remembered(Generic[T]):
+    """A property that is computed once. Unlike functools' it needs no lock, which torch.compile cannot trace."""
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self.compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, of: None, owner: type) -> "remembered[T]": ...
+    @overload
+    def __get__(self, of: object, owner: type) -> T: ...
+    def __get__(self, of: object | None, owner: type) -> "remembered[T] | T":
+        if of is None:
+            return self
+        value = self.compute(of)
+        if not torch.compiler.is_compiling():
+            of.__dict__[self.name] = value
+        return value
 
 
 class OperatorError(ValueError):
@@ -87,15 +113,15 @@ class Operator(ABC):
         rebuilt: Self = _refilled(self, iter(tensors))
         return rebuilt
 
-    @property
+    @remembered
     def dtype(self) -> torch.dtype:
         return reduce(torch.promote_types, [part.dtype for part in _parts(self)])
 
-    @property
+    @remembered
     def device(self) -> torch.device:
         return _parts(self)[0].device
 
-    @cached_property
+    @remembered
     def properties(self) -> frozenset[str]:
         """All that is known: proved by construction, claimed, and what follows from either."""
         known = self._facts() | self.claims
@@ -280,7 +306,7 @@ class Dense(Operator):
             )
         object.__setattr__(self, "matrix", inexact(self.matrix))
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
         return self.matrix.shape
 
@@ -324,7 +350,7 @@ class Identity(Fixed):
 
     n: int
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
         return torch.Size((self.n, self.n))
 
@@ -352,7 +378,7 @@ class Zero(Fixed):
     m: int
     n: int
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
         return torch.Size((self.m, self.n))
 
@@ -376,9 +402,9 @@ class Product(Operator):
 
     factors: tuple[Operator, ...]
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
-        batch = torch.broadcast_shapes(*[factor.batch_shape for factor in self.factors])
+        batch = common(*[factor.batch_shape for factor in self.factors])
         return torch.Size((*batch, self.factors[0].shape[-2], self.factors[-1].shape[-1]))
 
     def _facts(self) -> set[str]:
@@ -424,9 +450,9 @@ class Sum(Operator):
 
     terms: tuple[Operator, ...]
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
-        batch = torch.broadcast_shapes(*[term.batch_shape for term in self.terms])
+        batch = common(*[term.batch_shape for term in self.terms])
         return torch.Size((*batch, *self.terms[0].shape[-2:]))
 
     def _facts(self) -> set[str]:
@@ -460,12 +486,12 @@ class Scaled(Operator):
     c: Tensor
     of: Operator
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
-        batch = torch.broadcast_shapes(self.c.shape, self.of.batch_shape)
+        batch = common(tuple(self.c.shape), self.of.batch_shape)
         return torch.Size((*batch, *self.of.shape[-2:]))
 
-    @property
+    @remembered
     def dtype(self) -> torch.dtype:
         return torch.promote_types(self.c.dtype, self.of.dtype)
 
@@ -559,11 +585,19 @@ def lift(value: "Operator | Tensor") -> Operator:
     raise OperatorError(f"cannot use a {type(value).__name__} as an operator: pass an Operator or a tensor")
 
 
-def broadcast(doing: str, *operators: Operator, shape: Batch = ()) -> torch.Size:
+def common(*batches: Batch) -> Batch:
+    """The shape that batches broadcast to; at once where they are equal, as nearly always."""
+    first, *others = batches
+    if all(other == first for other in others):
+        return first
+    return torch.broadcast_shapes(*batches)
+
+
+def broadcast(doing: str, *operators: Operator, shape: Batch = ()) -> Batch:
     """The common batch of operators, or a sentence where there is none."""
     batches = [operator.batch_shape for operator in operators]
     try:
-        return torch.broadcast_shapes(shape, *batches)
+        return common(tuple(shape), *batches) if shape else common(*batches)
     except RuntimeError:
         found = ", ".join(str(tuple(batch)) for batch in [*([shape] if shape else []), *batches])
         raise OperatorError(f"cannot {doing} operators whose batches {found} do not broadcast") from None

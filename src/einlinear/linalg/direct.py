@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from einlinear.operator import Dense, Operator, OperatorError, transformed
+from einlinear.operator import Dense, Operator, OperatorError, remembered, transformed
 from einlinear.operators import Triangular
 
 MEMORY = 2**27
@@ -23,7 +23,7 @@ class InverseLU(Operator):
     pivots: Tensor
     side: str = ""
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
         return self.lu.shape
 

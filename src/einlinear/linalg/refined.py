@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from einlinear.operator import Operator, product, transformed
+from einlinear.operator import Operator, product, remembered, transformed
 
 STEPS = 2
 
@@ -23,7 +23,7 @@ class Refined(Operator):
     of: Operator
     by: Operator
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
         return self.of.shape
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 
-from einlinear.operator import Dense, Operator, OperatorError, multiple, product
+from einlinear.operator import Dense, Operator, OperatorError, multiple, product, remembered
 
 Function = Callable[[Tensor], Tensor]
 
@@ -30,7 +30,7 @@ class Jacobian(Operator):
             with torch.no_grad():
                 self.outputs = self.function(self.x).numel()
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
         sides = (self.outputs, self.x.numel())
         return torch.Size(sides[::-1] if self.transposed else sides)
@@ -56,7 +56,7 @@ class Hessian(Operator):
     function: Function
     x: Tensor
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
         return torch.Size((self.x.numel(), self.x.numel()))
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from einlinear.operator import Operator, OperatorError, inexact, transformed
+from einlinear.operator import Operator, OperatorError, inexact, remembered, transformed
 
 
 @dataclass(eq=False, repr=False)
@@ -56,7 +56,7 @@ class Sparse(Operator):
         rows = torch.repeat_interleave(torch.arange(size[0], device=crow.device), crow.diff())
         return cls(values, rows, columns, size)
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
         return torch.Size((*self.values.shape[:-1], *self.size))
 

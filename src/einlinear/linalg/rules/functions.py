@@ -198,7 +198,7 @@ def _dense_general(operator: Operator, f: Function) -> Operator:
     if not transformed(matrix) and not _reliable(vectors):
         return Dense(_by_schur(operator, matrix, f))
     made = torch.linalg.solve(vectors, vectors * values[..., None, :], left=False)
-    real = not matrix.is_complex() and (transformed(made) or bool((made.imag.abs().amax() <= 1e-6 * made.abs().amax())))
+    real = not matrix.is_complex() and (transformed(made) or bool(made.imag.abs().amax() <= 1e-6 * made.abs().amax()))
     return Dense(made.real if real else made)
 
 

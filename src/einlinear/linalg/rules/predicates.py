@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
+from einlinear.linalg.table import Parts
 from einlinear.operator import Identity, Operator, Product, Scaled, Sum, known, same
 from einlinear.operators import BlockDiagonal, DirectSum, Kronecker, KroneckerSum
-from einlinear.linalg.table import Parts
 
 
 def has(*names: str) -> Callable[..., bool]:
