@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from itertools import pairwise
 from typing import Any, Generic, Self, TypeVar, overload
 
 import torch
@@ -217,7 +218,11 @@ class Operator(ABC):
         """Modelled floating-point operations to apply it to one vector."""
         return 2.0 * sum(tensor.numel() for tensor in self.tensors)
 
-    def __matmul__(self, other: "Operator | Tensor") -> Any:
+    @overload
+    def __matmul__(self, other: "Operator") -> "Operator": ...
+    @overload
+    def __matmul__(self, other: Tensor) -> Tensor: ...
+    def __matmul__(self, other: "Operator | Tensor") -> "Operator | Tensor":
         """The product with an operator, a matrix `[..., n, k]` or a vector `[n]`."""
         if isinstance(other, Operator):
             return product(self, other)
@@ -257,6 +262,7 @@ class Operator(ABC):
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """`tensor @ A`, `tensor + A`, `tensor - A` and `tensor * A`."""
+        left: Any
         left, right = args[:2] if len(args) > 1 else (None, None)
         if not isinstance(right, Operator):
             return NotImplemented
@@ -411,7 +417,7 @@ class Product(Operator):
         shared = frozenset.intersection(*(factor.properties for factor in self.factors))
         facts = {*shared & {"unitary", "lower", "upper", "diagonal"}}
         left, middle = divmod(len(self.factors), 2)
-        if all(same(self.factors[k].H, self.factors[-1 - k]) for k in range(left)):
+        if all(adjoint(self.factors[k], self.factors[-1 - k]) for k in range(left)):
             centre = self.factors[left].properties if middle else {"psd", "hermitian"}
             facts |= centre & {"psd", "hermitian"}
         return facts
@@ -532,7 +538,7 @@ def product(*factors: Operator) -> Operator:
     Raises:
         OperatorError: where neighbours do not fit each other.
     """
-    for left, right in zip(factors, factors[1:], strict=False):
+    for left, right in pairwise(factors):
         if left.shape[-1] != right.shape[-2]:
             raise OperatorError(
                 f"cannot multiply {left!r} by {right!r}: the first has {left.shape[-1]} columns, "
@@ -560,7 +566,8 @@ def total(*terms: Operator) -> Operator:
     for term in terms[1:]:
         if term.shape[-2:] != terms[0].shape[-2:]:
             raise OperatorError(
-                f"cannot add {terms[0]!r} and {term!r}: their shapes are {tuple(terms[0].shape)} and {tuple(term.shape)}"
+                f"cannot add {terms[0]!r} and {term!r}: their shapes are {tuple(terms[0].shape)} "
+                f"and {tuple(term.shape)}"
             )
         broadcast("add", terms[0], term)
     flat = [part for term in terms for part in (term.terms if isinstance(term, Sum) and not term.claims else [term])]
@@ -609,9 +616,11 @@ def inexact(tensor: Tensor) -> Tensor:
 
 
 def transformed(*tensors: Tensor) -> bool:
-    """Whether values may not be looked at: torch.compile traces, or a `torch.func` transform or a dual number is at work."""
+    """Whether values may not be looked at: under torch.compile, a `torch.func` transform or forward mode."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
+    if forward_ad._current_level < 0:
+        return False
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
@@ -630,14 +639,25 @@ def same(a: Operator, b: Operator) -> bool:
     return _settings(a) == _settings(b) and all(_same_view(x, y) for x, y in views)
 
 
+def adjoint(a: Operator, b: Operator) -> bool:
+    """Whether b is aᴴ on the same memory."""
+    if type(a) is not type(b) or a.shape[-2:] != b.shape[:-3:-1] or transformed():
+        return False
+    mine, other = a.tensors, b.tensors
+    # Most pairs differ in their first tensor already: only the others are worth a transpose.
+    if len(mine) != len(other) or (mine and {t.data_ptr() for t in mine} != {t.data_ptr() for t in other}):
+        return False
+    return same(a.H, b)
+
+
 def refute(operator: Operator, name: str) -> None:
     """Tests a property by two random probes.
 
     Raises:
         OperatorError: if a probe contradicts it.
     """
-    n, options = operator.shape[-1], {"dtype": operator.dtype, "device": operator.device}
-    x, y = (torch.randn(n, 2, **options) for _ in range(2))  # type: ignore[arg-type]
+    n = operator.shape[-1]
+    x, y = (torch.randn(n, 2, dtype=operator.dtype, device=operator.device) for _ in range(2))
     ax, ay = operator.matmul(x), operator.matmul(y)
     scale = ax.norm() * y.norm() + torch.finfo(operator.dtype).tiny
     half = torch.arange(n, device=operator.device)[:, None] < n // 2

@@ -11,6 +11,11 @@ torch.Size([262144, 262144])
 True
 """
 
+from einlinear.linalg.adapters import from_scipy as from_scipy
+from einlinear.linalg.adapters import to_cola as to_cola
+from einlinear.linalg.adapters import to_linear_operator as to_linear_operator
+from einlinear.linalg.adapters import to_lineax as to_lineax
+from einlinear.linalg.adapters import to_scipy as to_scipy
 from einlinear.linalg.questions import apply as apply
 from einlinear.linalg.questions import cholesky as cholesky
 from einlinear.linalg.questions import cond as cond

@@ -83,7 +83,8 @@ class Borrowed(Fixed):
     def _conj(self) -> "Borrowed":
         if self.side != "N":
             return replace(self, side={"T": "H", "H": "T"}[self.side])
-        return replace(self, substitute=lambda b, side, inner=self.substitute: inner(b.conj(), side).conj())
+        substitute = self.substitute
+        return replace(self, substitute=lambda b, side: substitute(b.conj(), side).conj())
 
     @property
     def flops(self) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from einlinear.kernels import explain
 from einlinear.layer import Linear
+from einlinear.linalg.adapters import from_scipy
 from einlinear.linalg.rules.determinant import SLOGDET, Determinant, real_if_real
 from einlinear.linalg.rules.factors import CHOLESKY, LU, PLU
 from einlinear.linalg.rules.functions import APPLY, EXP, LOG, SQRT, Function, power
@@ -57,8 +58,6 @@ def operator(subject: Any, factors: Any = None) -> Operator:
         case Tensor():
             return lift(subject) if subject.layout == torch.strided else Sparse.of(subject)
     if type(subject).__module__.startswith(("numpy", "scipy")):
-        from einlinear.linalg.adapters import from_scipy
-
         return from_scipy(subject)
     raise OperatorError(
         f"cannot make an operator of a {type(subject).__name__}: pass an Operator, a tensor, a Structure with its "

@@ -59,7 +59,7 @@ class Kronecker(Operator):
 
     @property
     def flops(self) -> float:
-        m, n = self.shape[-2:]
+        n = self.shape[-1]
         done, total = 1, 0.0
         for factor in reversed(self.factors):
             n //= factor.shape[-1]
@@ -282,7 +282,8 @@ def _common(parts: Sequence[Operator | None], side: int, place: str) -> int:
 
 
 def _flat(kind: Callable[[Side], Operator], doing: str, parts: Sequence[Operator | Tensor]) -> Operator:
-    scales, flat = [], []
+    scales: list[Tensor] = []
+    flat: list[Operator] = []
     for part in map(lift, parts):
         if isinstance(part, Scaled):
             scales.append(part.c)

@@ -41,7 +41,7 @@ class Jacobian(Operator):
 
         point = self.x.reshape(-1)
         if self.transposed:
-            _, pull = vjp(flat, point)
+            pull = vjp(flat, point)[1]
             return _columns(lambda u: pull(u)[0], v)
         return _columns(lambda u: jvp(flat, (point,), (u,))[1], v)
 

@@ -37,8 +37,8 @@ class Sparse(Operator):
                 low, high = int(places.min()), int(places.max())
                 if low < 0 or high >= limit:
                     raise OperatorError(
-                        f"cannot make a Sparse operator of shape {self.size}: it has a {name} {low if low < 0 else high}, "
-                        f"and {name}s are numbered 0 to {limit - 1}"
+                        f"cannot make a Sparse operator of shape {self.size}: it has a {name} "
+                        f"{low if low < 0 else high}, and {name}s are numbered 0 to {limit - 1}"
                     )
 
     @classmethod

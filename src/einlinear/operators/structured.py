@@ -94,7 +94,7 @@ class Structured(Operator):
 
 @dataclass(frozen=True)
 class Einsums:
-    """One `torch.einsum` for each factor, which may have batch dimensions: all that the spec decides, in plain values."""
+    """One `torch.einsum` for each factor, which may have batch dimensions: what the spec decides, in plain values."""
 
     equations: tuple[str, ...]
     ranks: tuple[int, ...]
@@ -156,7 +156,7 @@ class Move:
 
 @dataclass(frozen=True)
 class Stage:
-    """How one factor acts: moved `before` into the order batch, summed, passive; `after`, out of batch, new, passive."""
+    """How one factor acts: moved `before` to the order batch, summed, passive; `after` from batch, new, passive."""
 
     order: tuple[int, ...]
     sides: tuple[int, int, int]

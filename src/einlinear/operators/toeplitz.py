@@ -155,7 +155,7 @@ def hankel(column: Tensor, row: Tensor) -> Operator:
         raise OperatorError("cannot make a Hankel operator without entries: pass its first column and its last row")
     toeplitz = Toeplitz(entries[..., n - 1 :], entries[..., :n].flip(-1))
     reverse = Permutation(torch.arange(n - 1, -1, -1, device=column.device), dtype=toeplitz.dtype)
-    return toeplitz @ reverse  # type: ignore[no-any-return]
+    return toeplitz @ reverse
 
 
 def _convolve(column: Tensor, x: Tensor, length: int) -> Tensor:

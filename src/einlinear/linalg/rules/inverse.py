@@ -144,7 +144,7 @@ class RealPart(Operator):
         return self.of.shape
 
     @remembered
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
+    def dtype(self) -> torch.dtype:
         return self.of.dtype.to_real()
 
     def _matmul(self, x: Tensor) -> Tensor:
