@@ -61,7 +61,7 @@ def test_pairs_of_matrices_that_are_not_hermitian(batch, k, which):
 def test_a_defective_matrix_ends():
     a = matrices.defective()
     found = eigenpairs(lambda x: a @ x, a.shape, 2, hermitian=False, dtype=a.dtype)
-    # A perturbation of 1e-16 moves the eigenvalues of a block of 40 by 1e-16 ** (1 / 40): the residual is what is small.
+    # A perturbation of 1e-16 moves these eigenvalues by 1e-16 ** (1 / 40): the residual is what is small.
     assert found.residual.max() < 1e-10
     assert (found.value.values - 2).abs().max() < 1
 

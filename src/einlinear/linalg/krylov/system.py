@@ -184,10 +184,10 @@ class Run:
 def refined(system: System, run: Callable[[Tensor, int], Run], stagnation: float = 0.5) -> Result[Tensor]:
     """Rounds of `run(residual, budget)` until the *true* residual is small.
 
-    Rounding lets the residual of a recurrence drift away from the true one. So each round starts from the true one. The
-    rounds end when it is small enough, when the iterations are used up, or when no column's falls below `stagnation`
-    times itself any more (a half: a new run that cannot do that has met rounding). A later round that makes a
-    column worse is dropped; the first one never, for its residual need not be monotone.
+    Rounding lets the residual of a recurrence drift away from the true one. So each round starts from the true one.
+    The rounds end when it is small enough, when the iterations are used up, or when no column's falls below
+    `stagnation` times itself any more (a half: a new run that cannot do that has met rounding). A later round that
+    makes a column worse is dropped; the first one never, for its residual need not be monotone.
     """
     x, spent, note = system.start, 0, ""
     r = system.residual(x)

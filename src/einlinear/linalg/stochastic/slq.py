@@ -43,6 +43,7 @@ def slq(
         if samples < 1:
             raise ValueError(f"slq needs one probe or more, not {samples}")
         probe = probes((*batch, n, samples), kind=kind, dtype=dtype, device=device, generator=generator)
+    probe = probe.expand(*batch, *probe.shape[-2:])
     limit = min(n, 1000) if max_iterations is None else max_iterations
     process = Lanczos(matmul, probe, reorthogonalise=reorthogonalise) if hermitian else Arnoldi(matmul, probe)
     before: Tensor | None = None
