@@ -7,10 +7,11 @@ products, sums and multiples. Everything else is in `einlinear.operators`.
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property, reduce
-from typing import Any, Self
+from functools import reduce
+from itertools import pairwise
+from typing import Any, Generic, Self, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -28,6 +29,32 @@ PROPERTIES = ("hermitian", "psd", "unitary", "lower", "upper", "diagonal")
 
 CHECK_TOLERANCE = {2: 5e-2, 4: 1e-3, 8: 1e-8}
 """By bytes of a real number: the relative deviation at which a probe contradicts a claim."""
+
+
+T = TypeVar("T")
+
+
+class remembered(Generic[T]):
+    """A property that is computed once. Unlike functools' it needs no lock, which torch.compile cannot trace."""
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self.compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, of: None, owner: type) -> "remembered[T]": ...
+    @overload
+    def __get__(self, of: object, owner: type) -> T: ...
+    def __get__(self, of: object | None, owner: type) -> "remembered[T] | T":
+        if of is None:
+            return self
+        value = self.compute(of)
+        if not torch.compiler.is_compiling():
+            of.__dict__[self.name] = value
+        return value
 
 
 class OperatorError(ValueError):
@@ -87,15 +114,15 @@ class Operator(ABC):
         rebuilt: Self = _refilled(self, iter(tensors))
         return rebuilt
 
-    @property
+    @remembered
     def dtype(self) -> torch.dtype:
         return reduce(torch.promote_types, [part.dtype for part in _parts(self)])
 
-    @property
+    @remembered
     def device(self) -> torch.device:
         return _parts(self)[0].device
 
-    @cached_property
+    @remembered
     def properties(self) -> frozenset[str]:
         """All that is known: proved by construction, claimed, and what follows from either."""
         known = self._facts() | self.claims
@@ -191,7 +218,11 @@ class Operator(ABC):
         """Modelled floating-point operations to apply it to one vector."""
         return 2.0 * sum(tensor.numel() for tensor in self.tensors)
 
-    def __matmul__(self, other: "Operator | Tensor") -> Any:
+    @overload
+    def __matmul__(self, other: "Operator") -> "Operator": ...
+    @overload
+    def __matmul__(self, other: Tensor) -> Tensor: ...
+    def __matmul__(self, other: "Operator | Tensor") -> "Operator | Tensor":
         """The product with an operator, a matrix `[..., n, k]` or a vector `[n]`."""
         if isinstance(other, Operator):
             return product(self, other)
@@ -231,6 +262,7 @@ class Operator(ABC):
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """`tensor @ A`, `tensor + A`, `tensor - A` and `tensor * A`."""
+        left: Any
         left, right = args[:2] if len(args) > 1 else (None, None)
         if not isinstance(right, Operator):
             return NotImplemented
@@ -280,7 +312,7 @@ class Dense(Operator):
             )
         object.__setattr__(self, "matrix", inexact(self.matrix))
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
         return self.matrix.shape
 
@@ -324,7 +356,7 @@ class Identity(Fixed):
 
     n: int
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
         return torch.Size((self.n, self.n))
 
@@ -352,7 +384,7 @@ class Zero(Fixed):
     m: int
     n: int
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
         return torch.Size((self.m, self.n))
 
@@ -376,16 +408,16 @@ class Product(Operator):
 
     factors: tuple[Operator, ...]
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
-        batch = torch.broadcast_shapes(*[factor.batch_shape for factor in self.factors])
+        batch = common(*[factor.batch_shape for factor in self.factors])
         return torch.Size((*batch, self.factors[0].shape[-2], self.factors[-1].shape[-1]))
 
     def _facts(self) -> set[str]:
         shared = frozenset.intersection(*(factor.properties for factor in self.factors))
         facts = {*shared & {"unitary", "lower", "upper", "diagonal"}}
         left, middle = divmod(len(self.factors), 2)
-        if all(same(self.factors[k].H, self.factors[-1 - k]) for k in range(left)):
+        if all(adjoint(self.factors[k], self.factors[-1 - k]) for k in range(left)):
             centre = self.factors[left].properties if middle else {"psd", "hermitian"}
             facts |= centre & {"psd", "hermitian"}
         return facts
@@ -424,9 +456,9 @@ class Sum(Operator):
 
     terms: tuple[Operator, ...]
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
-        batch = torch.broadcast_shapes(*[term.batch_shape for term in self.terms])
+        batch = common(*[term.batch_shape for term in self.terms])
         return torch.Size((*batch, *self.terms[0].shape[-2:]))
 
     def _facts(self) -> set[str]:
@@ -460,12 +492,12 @@ class Scaled(Operator):
     c: Tensor
     of: Operator
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
-        batch = torch.broadcast_shapes(self.c.shape, self.of.batch_shape)
+        batch = common(tuple(self.c.shape), self.of.batch_shape)
         return torch.Size((*batch, *self.of.shape[-2:]))
 
-    @property
+    @remembered
     def dtype(self) -> torch.dtype:
         return torch.promote_types(self.c.dtype, self.of.dtype)
 
@@ -506,7 +538,7 @@ def product(*factors: Operator) -> Operator:
     Raises:
         OperatorError: where neighbours do not fit each other.
     """
-    for left, right in zip(factors, factors[1:], strict=False):
+    for left, right in pairwise(factors):
         if left.shape[-1] != right.shape[-2]:
             raise OperatorError(
                 f"cannot multiply {left!r} by {right!r}: the first has {left.shape[-1]} columns, "
@@ -534,7 +566,8 @@ def total(*terms: Operator) -> Operator:
     for term in terms[1:]:
         if term.shape[-2:] != terms[0].shape[-2:]:
             raise OperatorError(
-                f"cannot add {terms[0]!r} and {term!r}: their shapes are {tuple(terms[0].shape)} and {tuple(term.shape)}"
+                f"cannot add {terms[0]!r} and {term!r}: their shapes are {tuple(terms[0].shape)} "
+                f"and {tuple(term.shape)}"
             )
         broadcast("add", terms[0], term)
     flat = [part for term in terms for part in (term.terms if isinstance(term, Sum) and not term.claims else [term])]
@@ -559,11 +592,19 @@ def lift(value: "Operator | Tensor") -> Operator:
     raise OperatorError(f"cannot use a {type(value).__name__} as an operator: pass an Operator or a tensor")
 
 
-def broadcast(doing: str, *operators: Operator, shape: Batch = ()) -> torch.Size:
+def common(*batches: Batch) -> Batch:
+    """The shape that batches broadcast to; at once where they are equal, as nearly always."""
+    first, *others = batches
+    if all(other == first for other in others):
+        return first
+    return torch.broadcast_shapes(*batches)
+
+
+def broadcast(doing: str, *operators: Operator, shape: Batch = ()) -> Batch:
     """The common batch of operators, or a sentence where there is none."""
     batches = [operator.batch_shape for operator in operators]
     try:
-        return torch.broadcast_shapes(shape, *batches)
+        return common(tuple(shape), *batches) if shape else common(*batches)
     except RuntimeError:
         found = ", ".join(str(tuple(batch)) for batch in [*([shape] if shape else []), *batches])
         raise OperatorError(f"cannot {doing} operators whose batches {found} do not broadcast") from None
@@ -575,9 +616,11 @@ def inexact(tensor: Tensor) -> Tensor:
 
 
 def transformed(*tensors: Tensor) -> bool:
-    """Whether values may not be looked at: torch.compile traces, or a `torch.func` transform or a dual number is at work."""
+    """Whether values may not be looked at: under torch.compile, a `torch.func` transform or forward mode."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
+    if forward_ad._current_level < 0:
+        return False
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
@@ -596,14 +639,25 @@ def same(a: Operator, b: Operator) -> bool:
     return _settings(a) == _settings(b) and all(_same_view(x, y) for x, y in views)
 
 
+def adjoint(a: Operator, b: Operator) -> bool:
+    """Whether b is aᴴ on the same memory."""
+    if type(a) is not type(b) or a.shape[-2:] != b.shape[:-3:-1] or transformed():
+        return False
+    mine, other = a.tensors, b.tensors
+    # Most pairs differ in their first tensor already: only the others are worth a transpose.
+    if len(mine) != len(other) or (mine and {t.data_ptr() for t in mine} != {t.data_ptr() for t in other}):
+        return False
+    return same(a.H, b)
+
+
 def refute(operator: Operator, name: str) -> None:
     """Tests a property by two random probes.
 
     Raises:
         OperatorError: if a probe contradicts it.
     """
-    n, options = operator.shape[-1], {"dtype": operator.dtype, "device": operator.device}
-    x, y = (torch.randn(n, 2, **options) for _ in range(2))  # type: ignore[arg-type]
+    n = operator.shape[-1]
+    x, y = (torch.randn(n, 2, dtype=operator.dtype, device=operator.device) for _ in range(2))
     ax, ay = operator.matmul(x), operator.matmul(y)
     scale = ax.norm() * y.norm() + torch.finfo(operator.dtype).tiny
     half = torch.arange(n, device=operator.device)[:, None] < n // 2

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from einlinear.operator import Fixed, Operator
-from einlinear.operators import Banded, Permutation, Sparse
+from einlinear.operator import Fixed, Operator, remembered
+from einlinear.operators import Banded, Sparse
+from einlinear.operators.selection import parity
 
 
 def scipy(module: str, doing: str) -> Any:
@@ -60,7 +61,7 @@ class Borrowed(Fixed):
     side: str = "N"
     work: float = 0.0
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
         return torch.Size((self.n, self.n))
 
@@ -75,12 +76,15 @@ class Borrowed(Fixed):
         return solved.reshape(self.n, *x.shape[:-2], x.shape[-1]).movedim(0, -2)
 
     def _transpose(self) -> "Borrowed":
+        if self.side == "H":
+            return replace(self, side="N")._conj()
         return replace(self, side={"N": "T", "T": "N"}[self.side])
 
     def _conj(self) -> "Borrowed":
-        if self.side == "T":
-            return replace(self, side="H")
-        return replace(self, substitute=lambda b, side, inner=self.substitute: inner(b.conj(), side).conj())
+        if self.side != "N":
+            return replace(self, side={"T": "H", "H": "T"}[self.side])
+        substitute = self.substitute
+        return replace(self, substitute=lambda b, side: substitute(b.conj(), side).conj())
 
     @property
     def flops(self) -> float:
@@ -109,7 +113,9 @@ class Factorised:
     inverse: Borrowed | None
 
 
-def _factorised(like: Operator, pivots: Any, swaps: int, substitute: Callable[[Any, str], Any], work: float) -> Factorised:
+def _factorised(
+    like: Operator, pivots: Any, swaps: int, substitute: Callable[[Any, str], Any], work: float
+) -> Factorised:
     numpy = importlib.import_module("numpy")
     size = numpy.abs(pivots)
     if not bool((size > 0).all()):
@@ -176,4 +182,4 @@ def fill(operator: Sparse) -> float:
 
 
 def _parity(order: Any) -> int:
-    return 0 if Permutation(torch.as_tensor(order, dtype=torch.int64)).sign() > 0 else 1
+    return 0 if parity(torch.as_tensor(order, dtype=torch.int64)) > 0 else 1

@@ -1,4 +1,4 @@
-"""Factorisations of a matrix that is written out, by LAPACK through torch, with one clear sentence for what has none."""
+"""Factorisations of a matrix that is written out, by LAPACK through torch; one clear sentence for what has none."""
 
 import warnings
 from dataclasses import dataclass, replace
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from einlinear.operator import Dense, Operator, OperatorError, transformed
+from einlinear.operator import Dense, Operator, OperatorError, remembered, transformed
 from einlinear.operators import Triangular
 
 MEMORY = 2**27
@@ -23,7 +23,7 @@ class InverseLU(Operator):
     pivots: Tensor
     side: str = ""
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
         return self.lu.shape
 
@@ -48,8 +48,8 @@ class InverseLU(Operator):
     def slogdet(self) -> tuple[Tensor, Tensor]:
         """Sign and logarithm of the determinant of A⁻¹."""
         diagonal = self.lu.diagonal(0, -2, -1)
-        swaps = (self.pivots != torch.arange(1, diagonal.shape[-1] + 1, device=diagonal.device)).sum(-1)
-        sign = torch.sgn(diagonal).prod(-1) * (1 - 2 * (swaps % 2)).to(diagonal.dtype)
+        swapped = self.pivots != torch.arange(1, diagonal.shape[-1] + 1, device=diagonal.device)
+        sign = (torch.sgn(diagonal) * torch.where(swapped, -1.0, 1.0)).prod(-1)
         conjugate = sign if self.side == "H" else sign.conj()
         return conjugate.resolve_conj(), -diagonal.abs().log().sum(-1)
 
@@ -67,7 +67,7 @@ def written(operator: Operator) -> Tensor:
     Raises:
         OperatorError: where it would have more than `MEMORY` entries.
     """
-    *batch, m, n = operator.shape
+    m, n = operator.shape[-2:]
     if not isinstance(operator, Dense) and m * n > MEMORY:
         raise OperatorError(
             f"cannot write out {operator!r}: its {m * n:.3g} entries are more than the {MEMORY:.3g} that are allowed "

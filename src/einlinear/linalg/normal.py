@@ -75,9 +75,9 @@ def _sum(operator: Sum) -> Operator:
 def _merge(a: Operator, b: Operator) -> Operator | None:
     """a + b as one operator of the kind of either, where that is one."""
     for one, other in ((a, b), (b, a)):
-        c = _unit(other)
-        if c is not None and _unit(one) is not None:
-            return multiple(c + _unit(one), Identity(one.shape[-1], dtype=one.dtype, device=one.device))
+        c, d = _unit(other), _unit(one)
+        if c is not None and d is not None:
+            return multiple(c + d, Identity(one.shape[-1], dtype=one.dtype, device=one.device))
         if c is not None and (shifted := _shift(one, c)) is not None:
             return shifted
     x, y = _absorbed(a), _absorbed(b)

@@ -1,5 +1,6 @@
 """The public functions: each checks its input, asks the table, and gives the answer its form."""
 
+import math
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from einlinear.kernels import explain
 from einlinear.layer import Linear
+from einlinear.linalg.adapters import from_scipy
 from einlinear.linalg.rules.determinant import SLOGDET, Determinant, real_if_real
 from einlinear.linalg.rules.factors import CHOLESKY, LU, PLU
 from einlinear.linalg.rules.functions import APPLY, EXP, LOG, SQRT, Function, power
@@ -56,8 +58,6 @@ def operator(subject: Any, factors: Any = None) -> Operator:
         case Tensor():
             return lift(subject) if subject.layout == torch.strided else Sparse.of(subject)
     if type(subject).__module__.startswith(("numpy", "scipy")):
-        from einlinear.linalg.adapters import from_scipy
-
         return from_scipy(subject)
     raise OperatorError(
         f"cannot make an operator of a {type(subject).__name__}: pass an Operator, a tensor, a Structure with its "
@@ -328,7 +328,8 @@ def _finite(doing: str, A: Operator, *others: Tensor) -> None:
     if transformed(*tensors):
         return
     for tensor in tensors:
-        if not bool(tensor.isfinite().all()):
+        # The sum of finite numbers is finite or too large; only then are all of them looked at.
+        if not math.isfinite(abs(tensor.detach().sum().item())) and not bool(tensor.isfinite().all()):
             raise OperatorError(f"cannot {doing} {A!r}: there are NaN or infinite entries in its input")
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from einlinear.operator import Operator, product, transformed
+from einlinear.operator import Operator, product, remembered, transformed
 
 STEPS = 2
 
@@ -23,7 +23,7 @@ class Refined(Operator):
     of: Operator
     by: Operator
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
         return self.of.shape
 
@@ -65,8 +65,8 @@ def differentiable_logdet(operator: Operator, by: Operator, value: Tensor) -> Te
     """
     if not torch.is_grad_enabled() or not any(t.requires_grad or transformed(t) for t in operator.tensors):
         return value
-    n = operator.shape[-1]
-    both, linear, square = product(by, operator), 0.0, 0.0
+    n, both = operator.shape[-1], product(by, operator)
+    linear = square = torch.zeros((), dtype=operator.dtype, device=operator.device)
     for start in range(0, n, 1024):
         unit = torch.eye(n, min(1024, n - start), dtype=operator.dtype, device=operator.device).roll(start, 0)
         once = both.matmul(unit)

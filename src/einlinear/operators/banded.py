@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from einlinear.operator import Operator, OperatorError, inexact
+from einlinear.operator import Operator, OperatorError, inexact, remembered
 
 
 @dataclass(eq=False, repr=False)
@@ -29,7 +29,7 @@ class Banded(Operator):
                 f"it needs one band `[..., n]` for each offset, and each offset once"
             )
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
         n = self.bands.shape[-1]
         return torch.Size((*self.bands.shape[:-2], n, n))

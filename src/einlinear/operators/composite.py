@@ -8,7 +8,18 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from einlinear.operator import Operator, OperatorError, Scaled, Zero, broadcast, lift, multiple, size_text
+from einlinear.operator import (
+    Operator,
+    OperatorError,
+    Scaled,
+    Zero,
+    broadcast,
+    common,
+    lift,
+    multiple,
+    remembered,
+    size_text,
+)
 
 Side = tuple[Operator, ...]
 
@@ -19,9 +30,9 @@ class Kronecker(Operator):
 
     factors: Side
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
-        batch = torch.broadcast_shapes(*[factor.batch_shape for factor in self.factors])
+        batch = common(*[factor.batch_shape for factor in self.factors])
         m, n = [math.prod([factor.shape[side] for factor in self.factors]) for side in (-2, -1)]
         return torch.Size((*batch, m, n))
 
@@ -48,7 +59,7 @@ class Kronecker(Operator):
 
     @property
     def flops(self) -> float:
-        m, n = self.shape[-2:]
+        n = self.shape[-1]
         done, total = 1, 0.0
         for factor in reversed(self.factors):
             n //= factor.shape[-1]
@@ -71,9 +82,9 @@ class KroneckerSum(Operator):
             if not term.square:
                 raise OperatorError(f"cannot make a Kronecker sum of {term!r}: its terms are square")
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
-        batch = torch.broadcast_shapes(*[term.batch_shape for term in self.terms])
+        batch = common(*[term.batch_shape for term in self.terms])
         n = math.prod([term.shape[-1] for term in self.terms])
         return torch.Size((*batch, n, n))
 
@@ -121,7 +132,7 @@ class BlockDiagonal(Operator):
         if not self.of.batch_shape:
             raise OperatorError(f"cannot make a BlockDiagonal of {self.of!r}: it needs a batch `[..., blocks, m, n]`")
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
         *batch, b, m, n = self.of.shape
         return torch.Size((*batch, b * m, b * n))
@@ -154,9 +165,9 @@ class DirectSum(Operator):
 
     blocks: Side
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
-        batch = torch.broadcast_shapes(*[block.batch_shape for block in self.blocks])
+        batch = common(*[block.batch_shape for block in self.blocks])
         return torch.Size((*batch, *[sum([block.shape[side] for block in self.blocks]) for side in (-2, -1)]))
 
     def _facts(self) -> set[str]:
@@ -188,9 +199,9 @@ class Block(Operator):
 
     rows: tuple[Side, ...]
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
-        batch = torch.broadcast_shapes(*[part.batch_shape for row in self.rows for part in row])
+        batch = common(*[part.batch_shape for row in self.rows for part in row])
         return torch.Size(
             (*batch, sum(row[0].shape[-2] for row in self.rows), sum(part.shape[-1] for part in self.rows[0]))
         )
@@ -271,7 +282,8 @@ def _common(parts: Sequence[Operator | None], side: int, place: str) -> int:
 
 
 def _flat(kind: Callable[[Side], Operator], doing: str, parts: Sequence[Operator | Tensor]) -> Operator:
-    scales, flat = [], []
+    scales: list[Tensor] = []
+    flat: list[Operator] = []
     for part in map(lift, parts):
         if isinstance(part, Scaled):
             scales.append(part.c)
@@ -289,7 +301,7 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _stack(parts: Sequence[Tensor], dim: int) -> Tensor:
-    batch = torch.broadcast_shapes(*[part.shape[:-2] for part in parts])
+    batch = common(*[part.shape[:-2] for part in parts])
     return torch.cat([part.expand(*batch, *part.shape[-2:]) for part in parts], dim)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 
-from einlinear.operator import Dense, Operator, OperatorError, multiple, product
+from einlinear.operator import Dense, Operator, OperatorError, multiple, product, remembered
 
 Function = Callable[[Tensor], Tensor]
 
@@ -30,7 +30,7 @@ class Jacobian(Operator):
             with torch.no_grad():
                 self.outputs = self.function(self.x).numel()
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
         sides = (self.outputs, self.x.numel())
         return torch.Size(sides[::-1] if self.transposed else sides)
@@ -41,7 +41,7 @@ class Jacobian(Operator):
 
         point = self.x.reshape(-1)
         if self.transposed:
-            _, pull = vjp(flat, point)
+            pull = vjp(flat, point)[1]
             return _columns(lambda u: pull(u)[0], v)
         return _columns(lambda u: jvp(flat, (point,), (u,))[1], v)
 
@@ -56,7 +56,7 @@ class Hessian(Operator):
     function: Function
     x: Tensor
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
         return torch.Size((self.x.numel(), self.x.numel()))
 

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from einlinear.operator import Operator, inexact, known
+from einlinear.operator import Operator, inexact, known, remembered
 
 
 @dataclass(eq=False, repr=False)
@@ -15,7 +15,7 @@ class Diagonal(Operator):
     def __post_init__(self) -> None:
         self.values = inexact(self.values)
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
         return torch.Size((*self.values.shape, self.values.shape[-1]))
 

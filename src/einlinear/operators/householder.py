@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from einlinear.operator import Operator, inexact
+from einlinear.operator import Operator, inexact, remembered
 
 
 @dataclass(eq=False, repr=False)
@@ -21,7 +21,7 @@ class Householder(Operator):
     def __post_init__(self) -> None:
         self.vectors = inexact(self.vectors)
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
         n = self.vectors.shape[-2]
         return torch.Size((*self.vectors.shape[:-2], n, n))

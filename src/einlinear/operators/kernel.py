@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from einlinear.operator import Operator, OperatorError, transformed
+from einlinear.operator import Operator, OperatorError, remembered, transformed
 
 ENTRIES = 2**22
 """Of the matrix that are held at a time."""
@@ -43,7 +43,7 @@ class Kernel(Operator):
         """The points of the columns."""
         return self.x if self.z is None else self.z
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
         batch = torch.broadcast_shapes(self.x.shape[:-2], self.columns.shape[:-2])
         sides = (self.x.shape[-2], self.columns.shape[-2])

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from einlinear.operator import Dense, Operator, OperatorError, inexact, product, same
+from einlinear.operator import Dense, Operator, OperatorError, common, inexact, product, remembered, same
 
 
 @dataclass(eq=False, repr=False)
@@ -36,10 +36,10 @@ class LowRankUpdate(Operator):
         """The right factor, `[..., n, r]`."""
         return self.left if self.right is None else self.right
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
-        core = () if self.core is None else self.core.batch_shape
-        batch = torch.broadcast_shapes(self.base.batch_shape, self.left.shape[:-2], self.V.shape[:-2], core)
+        core = self.base.batch_shape if self.core is None else self.core.batch_shape
+        batch = common(self.base.batch_shape, tuple(self.left.shape[:-2]), tuple(self.V.shape[:-2]), core)
         return torch.Size((*batch, *self.base.shape[-2:]))
 
     def update(self) -> Operator:

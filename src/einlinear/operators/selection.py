@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from einlinear.operator import Fixed, Operator, OperatorError, product, transformed
+from einlinear.operator import Fixed, Operator, OperatorError, product, remembered, transformed
 
 
 @dataclass(eq=False, repr=False)
@@ -20,7 +20,7 @@ class Selection(Fixed):
         self.device = self.device or self.index.device
         super().__post_init__()
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
         *batch, rows = self.index.shape
         return torch.Size((*batch, self.n, rows) if self.back else (*batch, rows, self.n))
@@ -55,6 +55,7 @@ class Permutation(Fixed):
 
     index: Tensor
     inverse_index: Tensor = field(default=None, repr=False)  # type: ignore[assignment]
+    _sign: int | None = None
 
     def __post_init__(self) -> None:
         self.device = self.device or self.index.device
@@ -67,7 +68,7 @@ class Permutation(Fixed):
                 raise OperatorError(f"cannot make a Permutation of {n} entries: each number below {n} must occur once")
             self.inverse_index = torch.argsort(self.index)
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
         return torch.Size((len(self.index), len(self.index)))
 
@@ -78,22 +79,31 @@ class Permutation(Fixed):
         return x.index_select(-2, self.index)
 
     def _transpose(self) -> "Permutation":
-        return Permutation(self.inverse_index, self.index, dtype=self.dtype, device=self.device)
+        return Permutation(self.inverse_index, self.index, self._sign, dtype=self.dtype, device=self.device)
 
     def sign(self) -> int:
-        """+1 for an even permutation, −1 for an odd one: n minus the number of cycles decides."""
-        seen, cycles, index = set(), 0, self.index.tolist()
-        for start in range(len(index)):
-            if start not in seen:
-                cycles += 1
-                while start not in seen:
-                    seen.add(start)
-                    start = index[start]
-        return -1 if (len(index) - cycles) % 2 else 1
+        """+1 for an even permutation, −1 for an odd one."""
+        if self._sign is None:
+            self._sign = parity(self.index)
+        return self._sign
 
     @property
     def flops(self) -> float:
         return float(len(self.index))
+
+
+def parity(index: Tensor) -> int:
+    """The sign of a permutation: n minus the number of its cycles decides.
+
+    Each entry learns the smallest number of its cycle, over 1, 2, 4 … steps at once.
+    """
+    n = len(index)
+    smallest, jump = torch.arange(n, device=index.device), index
+    for _ in range(max(n - 1, 0).bit_length()):
+        smallest = torch.minimum(smallest, smallest[jump])
+        jump = jump[jump]
+    cycles = int((smallest == torch.arange(n, device=index.device)).sum())
+    return -1 if (n - cycles) % 2 else 1
 
 
 def select(operator: Operator, rows: object, columns: object) -> Operator:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from einlinear.operator import Operator, OperatorError, inexact, transformed
+from einlinear.operator import Operator, OperatorError, inexact, remembered, transformed
 
 
 @dataclass(eq=False, repr=False)
@@ -37,8 +37,8 @@ class Sparse(Operator):
                 low, high = int(places.min()), int(places.max())
                 if low < 0 or high >= limit:
                     raise OperatorError(
-                        f"cannot make a Sparse operator of shape {self.size}: it has a {name} {low if low < 0 else high}, "
-                        f"and {name}s are numbered 0 to {limit - 1}"
+                        f"cannot make a Sparse operator of shape {self.size}: it has a {name} "
+                        f"{low if low < 0 else high}, and {name}s are numbered 0 to {limit - 1}"
                     )
 
     @classmethod
@@ -56,7 +56,7 @@ class Sparse(Operator):
         rows = torch.repeat_interleave(torch.arange(size[0], device=crow.device), crow.diff())
         return cls(values, rows, columns, size)
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
         return torch.Size((*self.values.shape[:-1], *self.size))
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from einlinear.contract import equation, pad_last
 from einlinear.cost import flops
 from einlinear.kernels import Plan, plan
-from einlinear.operator import Batch, Dense, Identity, Operator, OperatorError, product
+from einlinear.operator import Batch, Dense, Identity, Operator, OperatorError, common, product, remembered
 from einlinear.operators.composite import BlockDiagonal, kron
-from einlinear.operators.selection import Permutation
+from einlinear.operators.selection import Permutation, parity
 from einlinear.structure import Axes, Structure
 
 
@@ -47,11 +47,11 @@ class Structured(Operator):
         batched = any(factor.ndim > len(axes) for factor, axes in zip(self.factors, spec.factors, strict=True))
         self._runner = plan(spec) if canonical and not batched else Einsums.of(spec)
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
         ranks = [len(axes) for axes in self.structure.factors]
         batches = [factor.shape[: factor.ndim - rank] for factor, rank in zip(self.factors, ranks, strict=True)]
-        return torch.Size((*torch.broadcast_shapes(*batches), self._runner.d_out, self._runner.d_in))  # type: ignore[union-attr]
+        return torch.Size((*common(*batches), self._runner.d_out, self._runner.d_in))  # type: ignore[union-attr]
 
     def _matmul(self, x: Tensor) -> Tensor:
         return self._runner(self.factors, x.mT).mT  # type: ignore[misc]
@@ -68,29 +68,23 @@ class Structured(Operator):
 
         None where padding, or a sum over weights alone, stands in the way.
         """
-        spec = self.structure
-        if spec.pad_in or spec.pad_out or any(step.inner for step in spec.steps):
+        recipe = _recipe(self.structure, self.device)
+        if recipe is None:
             return None
-        if (order := _kronecker_order(spec)) is not None:
-            return kron(*(Dense(self._stack(k)[..., 0, :, :]) for k in order))
+        if recipe.kronecker is not None:
+            return kron(*(Dense(recipe.stages[k].stack(self.factors[k])[..., 0, :, :]) for k in recipe.kronecker))
         factors: list[Operator] = []
-        for k, (step, (before, after)) in enumerate(zip(spec.steps, _moves(spec, self.device), strict=True)):
-            stack, passive = self._stack(k), spec.size(step.passive)
+        for stage, factor in zip(recipe.stages, self.factors, strict=True):
+            stack = stage.stack(factor)
             blocks: Operator = BlockDiagonal(Dense(stack)) if stack.shape[-3] > 1 else Dense(stack[..., 0, :, :])
-            like = {"dtype": self.dtype, "device": self.device}
-            factors += [Permutation(*before, **like)] if before else []
-            factors += [kron(blocks, Identity(passive, **like)) if passive > 1 else blocks]  # type: ignore[arg-type]
-            factors += [Permutation(*after, **like)] if after else []
+            unit = Identity(stage.passive, dtype=self.dtype, device=self.device)
+            moved = [kron(blocks, unit) if stage.passive > 1 else blocks]
+            factors += [self._permutation(stage.before), *moved] if stage.before else moved
+            factors += [self._permutation(stage.after)] if stage.after else []
         return product(*reversed(factors))
 
-    def _stack(self, k: int) -> Tensor:
-        """Factor k as `[..., slices, out, in]`."""
-        spec, step, factor = self.structure, self.structure.steps[k], self.factors[k]
-        batch = factor.shape[: factor.ndim - len(step.factor)]
-        wanted = (*step.batch, *step.new, *step.summed)
-        order = [*range(len(batch)), *(len(batch) + step.factor.index(axis) for axis in wanted)]
-        sides = (spec.size(axes) for axes in (step.batch, step.new, step.summed))
-        return factor.permute(order).reshape(*batch, *sides)
+    def _permutation(self, move: "Move") -> Permutation:
+        return Permutation(move.index, move.inverse, move.sign, dtype=self.dtype, device=self.device)
 
     def _text(self) -> str:
         sizes = " ".join(f"{axis}={size}" for axis, size in self.structure.sizes.items())
@@ -100,7 +94,7 @@ class Structured(Operator):
 
 @dataclass(frozen=True)
 class Einsums:
-    """One `torch.einsum` for each factor, which may have batch dimensions: all that the spec decides, in plain values."""
+    """One `torch.einsum` for each factor, which may have batch dimensions: what the spec decides, in plain values."""
 
     equations: tuple[str, ...]
     ranks: tuple[int, ...]
@@ -151,27 +145,68 @@ def _kronecker_order(spec: Structure) -> Sequence[int] | None:
     return order if (x, y) == (spec.x, spec.y) else None
 
 
-Move = tuple[Tensor, Tensor] | None
-"""The index of a permutation and of its inverse; None for the unit."""
+@dataclass(frozen=True)
+class Move:
+    """A permutation: its index, that of its inverse, and its sign."""
+
+    index: Tensor
+    inverse: Tensor
+    sign: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How one factor acts: moved `before` to the order batch, summed, passive; `after` from batch, new, passive."""
+
+    order: tuple[int, ...]
+    sides: tuple[int, int, int]
+    passive: int
+    before: Move | None
+    after: Move | None
+
+    def stack(self, factor: Tensor) -> Tensor:
+        """The factor as `[..., slices, out, in]`."""
+        rank = len(self.order)
+        lead = factor.ndim - rank
+        if self.order != tuple(range(rank)):
+            factor = factor.permute(*range(lead), *(lead + at for at in self.order))
+        return factor.reshape(*factor.shape[:lead], *self.sides)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a structure is composed of; `kronecker` is the order of its factors where they are a Kronecker product."""
+
+    stages: tuple[Stage, ...]
+    kronecker: tuple[int, ...] | None
 
 
 @lru_cache(maxsize=256)
-def _moves(spec: Structure, device: torch.device) -> tuple[tuple[Move, Move], ...]:
-    """For each step: into the order batch, summed, passive; and out of batch, new, passive."""
-    return tuple(
-        (
-            _move(spec, step.state, (*step.batch, *step.summed, *step.passive), device),
-            _move(spec, (*step.batch, *step.new, *step.passive), step.result, device),
+def _recipe(spec: Structure, device: torch.device) -> Recipe | None:
+    if spec.pad_in or spec.pad_out or any(step.inner for step in spec.steps):
+        return None
+    order = _kronecker_order(spec)
+    stages = []
+    for step in spec.steps:
+        parts = (step.batch, step.new, step.summed)
+        before, after = (*step.batch, *step.summed, *step.passive), (*step.batch, *step.new, *step.passive)
+        stages.append(
+            Stage(
+                order=tuple(step.factor.index(axis) for axes in parts for axis in axes),
+                sides=(spec.size(parts[0]), spec.size(parts[1]), spec.size(parts[2])),
+                passive=spec.size(step.passive),
+                before=None if order else _move(spec, step.state, before, device),
+                after=None if order else _move(spec, after, step.result, device),
+            )
         )
-        for step in spec.steps
-    )
+    return Recipe(tuple(stages), None if order is None else tuple(order))
 
 
-def _move(spec: Structure, start: Axes, end: Axes, device: torch.device) -> Move:
+def _move(spec: Structure, start: Axes, end: Axes, device: torch.device) -> Move | None:
     kept = [axis for axis in start if spec.sizes[axis] > 1]
     if kept == [axis for axis in end if spec.sizes[axis] > 1]:
         return None
     count = math.prod(spec.shape(start))
-    forward = torch.arange(count, device=device).reshape(spec.shape(start))
-    forward = forward.permute([start.index(axis) for axis in end]).reshape(-1)
-    return forward, torch.argsort(forward)
+    index = torch.arange(count, device=device).reshape(spec.shape(start))
+    index = index.permute([start.index(axis) for axis in end]).reshape(-1)
+    return Move(index, torch.argsort(index), parity(index))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from einlinear.operator import Fixed, Operator, OperatorError, inexact
+from einlinear.operator import Fixed, Operator, OperatorError, inexact, remembered
 
 
 @dataclass(eq=False, repr=False)
@@ -24,7 +24,7 @@ class Fourier(Fixed):
         self.dtype = (self.dtype or torch.get_default_dtype()).to_complex()
         super().__post_init__()
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
         return torch.Size((self.n, self.n))
 
@@ -60,7 +60,7 @@ class Circulant(Operator):
     def __post_init__(self) -> None:
         self.column = inexact(self.column)
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
         return torch.Size((*self.column.shape, self.column.shape[-1]))
 
@@ -113,7 +113,7 @@ class Toeplitz(Operator):
             return self.first_column.conj()
         return torch.cat([self.column[..., :1].expand(*self.row.shape[:-1], 1), self.row[..., 1:]], -1)
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
         row = self.column if self.row is None else self.row
         batch = torch.broadcast_shapes(self.column.shape[:-1], row.shape[:-1])
@@ -155,7 +155,7 @@ def hankel(column: Tensor, row: Tensor) -> Operator:
         raise OperatorError("cannot make a Hankel operator without entries: pass its first column and its last row")
     toeplitz = Toeplitz(entries[..., n - 1 :], entries[..., :n].flip(-1))
     reverse = Permutation(torch.arange(n - 1, -1, -1, device=column.device), dtype=toeplitz.dtype)
-    return toeplitz @ reverse  # type: ignore[no-any-return]
+    return toeplitz @ reverse
 
 
 def _convolve(column: Tensor, x: Tensor, length: int) -> Tensor:

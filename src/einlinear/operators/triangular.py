@@ -3,7 +3,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from einlinear.operator import Operator, inexact
+from einlinear.operator import Operator, inexact, remembered
 
 
 @dataclass(eq=False, repr=False)
@@ -25,7 +25,7 @@ class Triangular(Operator):
     def __post_init__(self) -> None:
         self.matrix = inexact(self.matrix)
 
-    @property
+    @remembered
     def shape(self) -> torch.Size:
         return self.matrix.shape
 

@@ -163,7 +163,7 @@ class _Spectral(torch.autograd.Function):
         ctx.f = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (matrix,) = ctx.saved_tensors
         values, vectors = torch.linalg.eigh(matrix)
         inner = vectors.mH @ gradient @ vectors
@@ -198,7 +198,7 @@ def _dense_general(operator: Operator, f: Function) -> Operator:
     if not transformed(matrix) and not _reliable(vectors):
         return Dense(_by_schur(operator, matrix, f))
     made = torch.linalg.solve(vectors, vectors * values[..., None, :], left=False)
-    real = not matrix.is_complex() and (transformed(made) or bool((made.imag.abs().amax() <= 1e-6 * made.abs().amax())))
+    real = not matrix.is_complex() and (transformed(made) or bool(made.imag.abs().amax() <= 1e-6 * made.abs().amax()))
     return Dense(made.real if real else made)
 
 
@@ -221,7 +221,7 @@ def _by_schur(operator: Operator, matrix: Tensor, f: Function) -> Tensor:
 
 
 class _Schur(torch.autograd.Function):
-    """log and powers by scipy; the derivative is a block of the function of [[Aᴴ, G], [0, Aᴴ]] (Higham, theorem 3.6)."""
+    """log and powers by scipy; their derivative is a block of f([[Aᴴ, G], [0, Aᴴ]]) (Higham, theorem 3.6)."""
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, name: str, p: float | None) -> Tensor:
@@ -230,7 +230,7 @@ class _Schur(torch.autograd.Function):
         return matrix_function(matrix, name, p)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (matrix,) = ctx.saved_tensors
         n = matrix.shape[-1]
         adjoint = matrix.mH

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from einlinear.operator import Identity, Operator, Product, Scaled, Sum, known, same
-from einlinear.operators import BlockDiagonal, DirectSum, Kronecker, KroneckerSum
 from einlinear.linalg.table import Parts
+from einlinear.operator import Identity, Operator, Product, Scaled, Sum, adjoint
+from einlinear.operators import BlockDiagonal, DirectSum, Kronecker, KroneckerSum
 
 
 def has(*names: str) -> Callable[..., bool]:
@@ -27,7 +27,7 @@ def square_blocks(operator: BlockDiagonal | DirectSum, *_: object) -> bool:
 def conjugation(operator: Product, *_: object) -> bool:
     """Whether the product is Q B Qᴴ with Q unitary."""
     first, last = operator.factors[0], operator.factors[-1]
-    return len(operator.factors) > 2 and "unitary" in first.properties and same(first.H, last)
+    return len(operator.factors) > 2 and "unitary" in first.properties and adjoint(first, last)
 
 
 def shifted(operator: Sum, *_: object) -> bool:
@@ -71,8 +71,3 @@ def middle(operator: Product) -> Parts:
     """B of Q B Qᴴ."""
     inner = operator.factors[1:-1]
     return (inner[0] if len(inner) == 1 else Product(inner),)
-
-
-def nonzero(operator: Scaled) -> bool:
-    """Whether no scale is known to be zero."""
-    return not known(operator.c == 0)
