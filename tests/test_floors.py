@@ -14,8 +14,9 @@ ROOT = Path(einlinear.__file__).parent
 FLOORS = [
     {"structure"},
     {"family", "cost", "scaling"},
-    {"taxonomy", "structures", "contract", "moments"},
-    {"kernels", "projection", "skeleton", "allocation"},
+    {"taxonomy", "structures", "contract", "moments", "network", "solving"},
+    {"kernels", "refinement", "diagonalisation", "skeleton", "allocation"},
+    {"projection"},
     {"layer", "curves"},
     {"mlp", "optim", "muon", "conversion"},
     {"transfer"},

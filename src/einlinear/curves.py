@@ -79,7 +79,9 @@ def _settings(name: str, d_in: int, d_out: int) -> list[Family]:
         except StructureError:
             continue
         top = max(1, min(small, d_in * d_out // unit))
-        found += [cls(**settings, **{"rank": r}) for r in sorted({1 + (top - 1) * k // (RANKS - 1) for k in range(RANKS)})]
+        found += [
+            cls(**settings, **{"rank": r}) for r in sorted({1 + (top - 1) * k // (RANKS - 1) for k in range(RANKS)})
+        ]
     return found
 
 

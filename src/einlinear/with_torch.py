@@ -14,7 +14,7 @@ from einlinear.muon import Muon as Muon
 from einlinear.muon import orthogonalize as orthogonalize
 from einlinear.optim import parameter_groups as parameter_groups
 from einlinear.projection import project as project
-from einlinear.projection import refine as refine
+from einlinear.refinement import refine as refine
 from einlinear.skeleton import Skeleton as Skeleton
 from einlinear.skeleton import cur as cur
 from einlinear.transfer import CheckReport as CheckReport
