@@ -14,8 +14,9 @@ ROOT = Path(einlinear.__file__).parent
 FLOORS = [
     {"structure"},
     {"family", "cost", "scaling"},
-    {"taxonomy", "structures", "contract", "moments", "operator"},
-    {"kernels", "projection", "skeleton", "allocation"},
+    {"taxonomy", "structures", "contract", "moments", "network", "solving", "operator"},
+    {"kernels", "refinement", "diagonalisation", "skeleton", "allocation"},
+    {"projection"},
     {"layer", "curves", "operators"},
     {"mlp", "side_by_side", "shared", "optim", "muon", "storage", "targeting", "linalg"},
     {"hf"},
