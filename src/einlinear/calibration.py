@@ -30,7 +30,8 @@ def output_of(model: nn.Module, batch: Batch) -> Tensor:
 def kept_tokens(batch: Batch, shape: torch.Size) -> Tensor | None:
     """Which of the leading positions of a tensor of this shape are no padding, or None where all count."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask.bool() if isinstance(mask, Tensor) and mask.shape == shape[: mask.ndim] and mask.ndim == 2 else None
+    fits = isinstance(mask, Tensor) and mask.ndim == 2 < len(shape) and mask.shape == shape[:2]
+    return mask.bool() if fits else None
 
 
 @torch.no_grad()

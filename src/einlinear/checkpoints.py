@@ -94,7 +94,7 @@ def compress_checkpoint(
         settings.structure,
         settings.budget,
         cost=settings.cost,
-        calibration=kept if batches else None,
+        calibration=kept if settings.calibration else None,
         plan=rules,
         target_modules=settings.target_modules,
         exclude_modules=settings.exclude_modules,
@@ -129,7 +129,7 @@ def plan_checkpoint(
     found = survey(
         model,
         settings.structure,
-        calibration=kept if batches else None,
+        calibration=kept if settings.calibration else None,
         target_modules=settings.target_modules,
         exclude_modules=settings.exclude_modules,
         work=work,

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -185,19 +185,20 @@ def compress(
         raise StructureError(f"cannot compress to a budget of {budget!r}: it is a share, above 0 and at most 1")
     work = work or Work(None)
     options = {"target_modules": target_modules, "exclude_modules": exclude_modules, "work": work}
-    allocation = None
+    allocation, skipped = None, {}
     if plan is None:
         found = survey(model, structure, calibration=calibration, progress=progress, **options)  # type: ignore[arg-type]
         if not found.curves:
             reasons = "; ".join(f"{name}: {why}" for name, why in found.skipped.items())
             raise StructureError(f"cannot compress the {type(model).__name__}: none of its layers can be ({reasons})")
         allocation = allocate(found.curves, budget, cost)
-        plan, moments = allocation.rules, found.moments
+        plan, moments, skipped = allocation.rules, found.moments, found.skipped
     else:
         layers, _ = _targets(model, [*plan], ())
         wanted = {name: layer for name, layer in layers.items() if plan.get(name) is not None}
         moments = {} if calibration is None else _moments(model, wanted, calibration, work, progress)
-    return allocation, apply_plan(model, plan, moments, work=work, progress=progress)
+    report = apply_plan(model, plan, moments, work=work, progress=progress)
+    return allocation, replace(report, skipped={**report.skipped, **skipped})
 
 
 def apply_plan(

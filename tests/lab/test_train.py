@@ -138,7 +138,9 @@ def test_the_schedule_keeps_the_ratios_of_the_groups(task: Sequences, monkeypatc
     seen = []
     step = run.update.optimizer.step
     monkeypatch.setattr(
-        run.update.optimizer, "step", lambda: (seen.append([g["lr"].item() for g in run.update.optimizer.param_groups]), step())
+        run.update.optimizer,
+        "step",
+        lambda: (seen.append([g["lr"].item() for g in run.update.optimizer.param_groups]), step()),
     )
     list(run.advance(40, branch=20))
     for at, rates in enumerate(seen):

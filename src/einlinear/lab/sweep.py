@@ -93,7 +93,9 @@ class Sweep:
         unfinished = [trunk for trunk in map(self._unfinished, trunks) if trunk.horizons]
         if self._pool is None:
             for trunk in unfinished:
-                train(trunk, self._task, file=self._file(trunk), tell=partial(self._told, trunk), execution=self._machine)
+                train(
+                    trunk, self._task, file=self._file(trunk), tell=partial(self._told, trunk), execution=self._machine
+                )
                 self._forget(trunk)
         elif unfinished:
             self._train_by_workers(self._pool, unfinished)

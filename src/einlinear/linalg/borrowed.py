@@ -109,7 +109,9 @@ class Factorised:
     inverse: Borrowed | None
 
 
-def _factorised(like: Operator, pivots: Any, swaps: int, substitute: Callable[[Any, str], Any], work: float) -> Factorised:
+def _factorised(
+    like: Operator, pivots: Any, swaps: int, substitute: Callable[[Any, str], Any], work: float
+) -> Factorised:
     numpy = importlib.import_module("numpy")
     size = numpy.abs(pivots)
     if not bool((size > 0).all()):

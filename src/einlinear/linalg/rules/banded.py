@@ -125,4 +125,3 @@ def banded_cost(operator: Banded) -> float:
     """The cost of a band factorisation."""
     below, above = operator.reach
     return 2.0 * operator.shape[-1] * below * (below + above)
-

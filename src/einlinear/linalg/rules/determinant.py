@@ -10,7 +10,15 @@ from torch import Tensor
 from einlinear.linalg.direct import InverseLU, affordable, cholesky, cubic, written
 from einlinear.linalg.refined import Refined
 from einlinear.linalg.rules import banded
-from einlinear.linalg.rules.inverse import INVERSE, core, eliminates, first_block, regular_base, schur, shifted_kronecker
+from einlinear.linalg.rules.inverse import (
+    INVERSE,
+    core,
+    eliminates,
+    first_block,
+    regular_base,
+    schur,
+    shifted_kronecker,
+)
 from einlinear.linalg.rules.predicates import (
     blocks,
     body,

@@ -223,7 +223,9 @@ def _densified(operator: Operator) -> Operator:
 
 def shifted_kronecker(operator: Sum, *_: object) -> bool:
     """Whether the sum is A ⊗ B + cI."""
-    return shifted(operator) and any(isinstance(part, Kronecker) and square_factors(part) for part in unshifted(operator))
+    return shifted(operator) and any(
+        isinstance(part, Kronecker) and square_factors(part) for part in unshifted(operator)
+    )
 
 
 def _spectral_cost(operator: Operator) -> float:
@@ -296,7 +298,13 @@ INVERSE = Table(
         eliminates,
         lambda A: 2.0 * A.shape[-1] * A.rows[0][1].shape[-1] ** 2,
     ),
-    Rule(Banded, "PA = LU within the band (LAPACK, by scipy)", banded.inverse, when=banded.by_band, cost=banded.banded_cost),
+    Rule(
+        Banded,
+        "PA = LU within the band (LAPACK, by scipy)",
+        banded.inverse,
+        when=banded.by_band,
+        cost=banded.banded_cost,
+    ),
     Rule(Sparse, "PAQ = LU, sparse (SuperLU, by scipy)", banded.inverse, when=banded.by_pattern),
     Rule(
         Toeplitz,
