@@ -1,6 +1,6 @@
 """What a model's layers read while it runs on examples: the second moments that activation-aware projection needs."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -11,10 +11,10 @@ from einlinear.moments import Moments
 from einlinear.structure import StructureError
 
 Batch = Tensor | Mapping[str, Any] | Sequence[Any]
-"""What a model is called with: one tensor, keywords (as tokenizers and `DataLoader`s of transformers give), or arguments."""
+"""What a model is called with: one tensor, keywords (as tokenizers give), or arguments."""
 
 
-def run(model: nn.Module, batch: Batch) -> Any:
+def run(model: nn.Module, batch: Batch) -> object:
     """The model's output for a batch."""
     if isinstance(batch, Tensor):
         return model(batch)
@@ -24,14 +24,15 @@ def run(model: nn.Module, batch: Batch) -> Any:
 def output_of(model: nn.Module, batch: Batch) -> Tensor:
     """The first tensor of the model's output for a batch: logits, or the last hidden states."""
     found = run(model, batch)
-    return cast(Tensor, found if isinstance(found, Tensor) else found[0])
+    return found if isinstance(found, Tensor) else cast(Sequence[Tensor], found)[0]
 
 
 def kept_tokens(batch: Batch, shape: torch.Size) -> Tensor | None:
     """Which of the leading positions of a tensor of this shape are no padding, or None where all count."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    fits = isinstance(mask, Tensor) and mask.ndim == 2 < len(shape) and mask.shape == shape[:2]
-    return mask.bool() if fits else None
+    if isinstance(mask, Tensor) and mask.ndim == 2 < len(shape) and mask.shape == shape[:2]:
+        return mask.bool()
+    return None
 
 
 @torch.no_grad()
@@ -92,11 +93,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _hooked(layers: Mapping[str, nn.Module], watch: Any) -> Iterator[None]:
-    def hook(name: str) -> Any:
-        return lambda module, inputs: watch(name, inputs[0])
-
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in layers.items()]
+def _hooked(layers: Mapping[str, nn.Module], watch: Callable[[str, Tensor], None]) -> Iterator[None]:
+    handles = [
+        module.register_forward_pre_hook(lambda module, inputs, name=name: watch(name, inputs[0]))
+        for name, module in layers.items()
+    ]
     try:
         yield
     finally:

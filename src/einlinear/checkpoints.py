@@ -1,23 +1,21 @@
-"""From a directory with a dense model of transformers to one with a compressed model: what `einlinear compress` does."""
+"""From a directory with a dense model of transformers to one with a compressed model: `einlinear compress`."""
 
 import copy
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from einlinear.allocation import Allocation, Cost, read_plan
+from einlinear.allocation import Allocation, Cost, allocate, read_plan
 from einlinear.calibration import Batch
-from einlinear.compression import Progress, Work, apply_plan, compress, survey
+from einlinear.compression import Progress, Work, compress, survey
 from einlinear.conversion import Report
 from einlinear.recovery import Fidelity, distil, fidelity, outputs
 
@@ -84,7 +82,7 @@ def compress_checkpoint(
         raise ValueError(f"cannot compress to {out}: it exists; remove it or choose another place")
     rules = None if plan is None else read_plan(plan)
     model, work = _opened(source, out, settings)
-    batches = list(_batches(source, settings, model)) if settings.calibration else []
+    batches = list(_batches(source, settings)) if settings.calibration else []
     held_out = batches[::HELD_OUT] if len(batches) > 1 else []
     kept = [batch for k, batch in enumerate(batches) if k % HELD_OUT or len(batches) == 1]
     expected = outputs(model, held_out)
@@ -121,10 +119,8 @@ def plan_checkpoint(
     source: Path, out: Path, settings: Settings, progress: Progress = lambda doing, done, total: None
 ) -> Allocation:
     """What `compress_checkpoint` would do; what was found out is kept for it."""
-    from einlinear.allocation import allocate
-
     model, work = _opened(source, out.absolute(), settings)
-    batches = list(_batches(source, settings, model)) if settings.calibration else []
+    batches = list(_batches(source, settings)) if settings.calibration else []
     kept = [batch for k, batch in enumerate(batches) if k % HELD_OUT or len(batches) == 1]
     found = survey(
         model,
@@ -171,7 +167,7 @@ def _files(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
-def _batches(source: Path, settings: Settings, model: nn.Module) -> Any:
+def _batches(source: Path, settings: Settings) -> Iterator[Batch]:
     """Calibration inputs: texts by the model's tokenizer, or the tensors of safetensors files by their names."""
     files = _files(settings.calibration)
     tensors = [file for file in files if file.suffix == ".safetensors"]
@@ -180,14 +176,14 @@ def _batches(source: Path, settings: Settings, model: nn.Module) -> Any:
         sizes = {len(tensor) for tensor in named.values()}
         if len(sizes) != 1:
             raise ValueError(f"cannot calibrate on {file}: its tensors have no first dimension in common")
-        for start in range(0, *sizes, settings.batch):
+        for start in range(0, max(sizes), settings.batch):
             yield {name: tensor[start : start + settings.batch] for name, tensor in named.items()}
     texts = [file for file in files if file.suffix != ".safetensors"]
     if texts:
         yield from _tokens(source, texts, settings)
 
 
-def _tokens(source: Path, files: Sequence[Path], settings: Settings) -> Any:
+def _tokens(source: Path, files: Sequence[Path], settings: Settings) -> Iterator[Batch]:
     from transformers import AutoTokenizer
 
     try:
@@ -204,10 +200,7 @@ def _tokens(source: Path, files: Sequence[Path], settings: Settings) -> Any:
     chosen = pieces[:: max(1, len(pieces) // wanted)]
     for start in range(0, min(len(chosen), wanted), settings.batch):
         few = list(islice(chosen, start, min(start + settings.batch, wanted)))
-        encoded: Mapping[str, Any] = tokenizer(
-            few, truncation=True, max_length=length, padding=True, return_tensors="pt"
-        )
-        yield dict(encoded)
+        yield dict(tokenizer(few, truncation=True, max_length=length, padding=True, return_tensors="pt"))
 
 
 def _write(model: nn.Module, source: Path, out: Path) -> None:

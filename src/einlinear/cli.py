@@ -408,7 +408,7 @@ def compress(
         finetune=finetune,
         rate=rate,
     )
-    with _bar() as progress:
+    with _stages() as progress:
         if write_plan:
             allocation = plan_checkpoint(model, out, settings, progress)
         else:
@@ -422,7 +422,7 @@ def compress(
 
 
 @contextmanager
-def _bar() -> "Iterator[Callable[[str, int, int], None]]":
+def _stages() -> "Iterator[Callable[[str, int, int], None]]":
     """A bar for what is being done, with the time left, in a terminal; elsewhere a line when something begins."""
     from rich import progress as rich
 

@@ -86,10 +86,10 @@ def distil(
             want = output_of(teacher, batch)
         loss = _loss(want, output_of(model, batch), kept_tokens(batch, want.shape))
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         schedule.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     for parameter in frozen:
         parameter.requires_grad_(True)
     model.train(training)
