@@ -1,6 +1,7 @@
 """The public names that need torch. Modules have other names than these, so that neither hides the other."""
 
 from einlinear import linalg as linalg
+from einlinear.compression import compress as compress
 from einlinear.contract import apply as apply
 from einlinear.contract import dense as dense
 from einlinear.conversion import Report as Report

@@ -91,9 +91,7 @@ def test_sizes_are_rounded_up_to_what_tiles_take() -> None:
 
 def test_decode_is_chosen_for_few_tokens_only() -> None:
     structure = el.BTT()(1024, 1024).canonical
-    costs = [
-        [kernel.cost(structure, tokens, CUDA_HALF) for kernel in (Pair(), Tiles())] for tokens in (63, 65)
-    ]
+    costs = [[kernel.cost(structure, tokens, CUDA_HALF) for kernel in (Pair(), Tiles())] for tokens in (63, 65)]
     assert costs[0][0] < costs[0][1]
     assert costs[1][0] > costs[1][1]
     assert "two block-diagonal" in str(Pair().refuses(el.BlockDiagonal(blocks=4)(256, 256).canonical, CUDA_HALF))

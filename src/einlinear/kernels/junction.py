@@ -61,9 +61,7 @@ def junction(
 
 
 @junction.register_fake
-def _(
-    zs: Sequence[Tensor], ups: Sequence[Tensor], biases: Sequence[Tensor], down: Tensor, activation: str
-) -> Tensor:
+def _(zs: Sequence[Tensor], ups: Sequence[Tensor], biases: Sequence[Tensor], down: Tensor, activation: str) -> Tensor:
     return zs[0].new_empty(*down.shape[:2], zs[0].shape[-1])
 
 

@@ -63,7 +63,9 @@ def junction_forward(
             hidden = start + tl.arange(0, BLOCK_HIDDEN)
             hs = ()
             for p in tl.static_range(len(ups)):
-                h = tl.dot(tl.trans(vs[p]), tl.trans(weights[start // BLOCK_HIDDEN * len(ups) + p]), input_precision="ieee")
+                h = tl.dot(
+                    tl.trans(vs[p]), tl.trans(weights[start // BLOCK_HIDDEN * len(ups) + p]), input_precision="ieee"
+                )
                 if len(biases):
                     added = tl.load(biases[p] + s * HIDDEN + hidden, mask=hidden < HIDDEN, other=0.0)
                     h += added.to(tl.float32)[None, :]
@@ -144,5 +146,7 @@ def junction_backward(
     for start in tl.static_range(0, HIDDEN, BLOCK_HIDDEN):
         hidden = start + tl.arange(0, BLOCK_HIDDEN)
         for p in tl.static_range(len(ups)):
-            store_matrix(ups_sums[start // BLOCK_HIDDEN * len(ups) + p], dups[p] + at * HIDDEN * IN, hidden, ins, HIDDEN, IN)
+            store_matrix(
+                ups_sums[start // BLOCK_HIDDEN * len(ups) + p], dups[p] + at * HIDDEN * IN, hidden, ins, HIDDEN, IN
+            )
         store_matrix(down_sums[start // BLOCK_HIDDEN], ddown + at * OUT * HIDDEN, outs, hidden, OUT, HIDDEN)
