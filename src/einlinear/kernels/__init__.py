@@ -11,9 +11,9 @@ from torch.autograd import forward_ad
 
 from einlinear.contract import check, pad_last
 from einlinear.kernels.chain import Chain, Tiles
-from einlinear.kernels.pair import Pair
 from einlinear.kernels.kernel import CPU, CUDA, CUDA_HALF, Runner, Target
 from einlinear.kernels.kernel import Kernel as Kernel
+from einlinear.kernels.pair import Pair
 from einlinear.kernels.reference import Materialised, Reference
 from einlinear.structure import Structure
 

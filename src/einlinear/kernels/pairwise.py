@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-
 LONG, ALIGNED, CUTS = 256, 16, ("cuda",)
 """Axes longer than the first are cut where they are no multiple of the second, on devices of these kinds."""
 
