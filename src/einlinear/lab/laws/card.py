@@ -324,7 +324,7 @@ def _checklist(table: Table, reference: Card, told: Mapping[str, str], delta: fl
     }  # fmt: skip
 
 
-def _finite(value: Any) -> Any:  # noqa: ANN401, it takes JSON apart
+def _finite(value: Any) -> Any:
     """Numbers that JSON has no word for become null."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
