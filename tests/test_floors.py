@@ -13,7 +13,8 @@ import einlinear
 ROOT = Path(einlinear.__file__).parent
 FLOORS = [
     {"structure"},
-    {"family", "cost", "scaling"},
+    {"family", "cost", "scaling", "links"},
+    {"clock"},
     {"taxonomy", "structures", "contract", "moments", "network", "solving", "operator"},
     {"kernels", "refinement", "diagonalisation", "skeleton", "allocation"},
     {"projection"},

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from einlinear.kernels import Plan, plan
-from einlinear.kernels.chain import links
 from einlinear.layer import Linear
+from einlinear.links import links
 from einlinear.structure import Axes, Structure
 
 COPY = "copy"
