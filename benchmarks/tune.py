@@ -12,12 +12,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
 
 import einlinear as el
-from einlinear.kernels import junction, pair
+from einlinear.kernels import junction
+from einlinear.kernels.product import product_of
 from einlinear.kernels.stage import Launch
 from einlinear.lab.bench import _graph_milliseconds
 
@@ -34,55 +36,39 @@ def factors(structure: el.Structure) -> list[torch.Tensor]:
     return [half(*shape) for shape in structure.canonical.matrix_shapes]
 
 
-def pairs() -> Iterator[Case]:
-    families = [
-        (256, el.BTT()), (512, el.BTT()), (512, el.Monarch(blocks=16)), (512, el.Monarch(blocks=32)),
-        (768, el.BTT()), (1024, el.BTT()), (1024, el.Monarch(blocks=16)),
-    ]  # fmt: skip
-    for width, family in families:
-        structure = family(width, width)
-        for tokens in (1024, TOKENS):
-            for size, warps, resident in (
-                (16, 4, 0), (16, 8, 0), (32, 4, 0), (32, 8, 0), (32, 16, 0), (64, 16, 0), (16, 8, 1), (32, 8, 1),
-                (32, 16, 1), (32, 8, 2),
-            ):  # fmt: skip
-                launch = Launch(tokens=size, warps=warps, stages=1 if resident != 2 else 2, resident=min(resident, 1))
+def products() -> Iterator[Case]:
+    """W of two factors, and the gradients of these."""
+    for width, family in product((512, 1024, 2048), (el.BTT(), el.BTT(rank=4), el.Monarch(blocks=16), el.Kronecker())):
+        structure = family(width, width).canonical
+        found = product_of(structure)
+        assert found is not None
+        strides = [*found.strides[0], *found.strides[1]]
 
-                def forward(structure: el.Structure, tokens: int, launch: Launch, width: int) -> Callable[[], object]:
-                    (first, second), x = factors(structure), half(tokens, width)
-                    y = torch.empty_like(x).view(tokens, second.shape[0], -1)
-                    return lambda: pair.launch_tile(x, first, second, None, y, launch)
+        def forward(structure: el.Structure, sizes: tuple[int, ...], strides: list[int]) -> Callable[[], object]:
+            first, second = factors(structure)
+            return lambda: torch.ops.einlinear.product(first, second, sizes, strides)
 
-                yield (
-                    f"pair {family} {width} x {tokens}",
-                    str(launch),
-                    partial(forward, structure, tokens, launch, width),
-                )
-            if width > 512:
-                continue
-            for size, warps, stages in ((16, 8, 1), (16, 8, 2), (32, 8, 1), (16, 16, 1), (32, 16, 1)):
-                launch = Launch(tokens=size, warps=warps, stages=stages, resident=1)
+        yield f"product {family} {width}", "", partial(forward, structure, found.sizes, strides)
+        if found.is_block:
 
-                def backward(structure: el.Structure, tokens: int, launch: Launch, width: int) -> Callable[[], object]:
-                    (first, second), x, grad = factors(structure), half(tokens, width), half(tokens, width)
-                    return lambda: pair.launch_backward(grad, x, first, second, False, launch)
+            def backward(structure: el.Structure, sizes: tuple[int, ...], width: int) -> Callable[[], object]:
+                (first, second), grad = factors(structure), half(width, width)
+                return lambda: torch.ops.einlinear.product_backward(grad, first, second, sizes)
 
-                yield (
-                    f"pair backward {family} {width} x {tokens}",
-                    str(launch),
-                    partial(backward, structure, tokens, launch, width),
-                )
+            yield f"product backward {family} {width}", "", partial(backward, structure, found.sizes, width)
 
 
 def junctions() -> Iterator[Case]:
     shapes = [
         ("4096-11008 swiglu", "silu", 2, (86, 64, 128, 64), False),
         ("4096-11008 swiglu bias", "silu", 2, (86, 64, 128, 64), True),
-        ("4096-11008 geglu", "gelu", 2, (86, 64, 128, 64), False),
         ("4096-16384 gelu bias", "gelu", 1, (64, 64, 256, 64), True),
         ("4096-16384 gelu", "gelu", 1, (64, 64, 256, 64), False),
         ("4096-16384 relu2", "relu2", 1, (64, 64, 256, 64), False),
         ("1024-4096 swiglu", "silu", 2, (32, 32, 128, 32), False),
+        ("1024-4096 gelu bias", "gelu", 1, (32, 32, 128, 32), True),
+        ("1024-4096 relu2", "relu2", 1, (32, 32, 128, 32), False),
+        ("512-2048 relu2", "relu2", 1, (16, 32, 128, 32), False),
         ("512-2048 gelu bias", "gelu", 1, (16, 32, 128, 32), True),
     ]
     for name, activation, parts, (slices, width, hidden, out), bias in shapes:
@@ -95,9 +81,7 @@ def junctions() -> Iterator[Case]:
             return zs, ups, [half(slices * hidden) for _ in range(parts if bias else 0)], half(slices, out, hidden)
 
         make = partial(inputs, parts, slices, width, hidden, out, bias)
-        for size, warps, resident, block in (
-            (64, 4, 4, 128), (128, 4, 4, 128), (128, 8, 2, 128), (128, 8, 1, 128), (64, 8, 2, 128), (64, 4, 4, 64),
-        ):  # fmt: skip
+        for size, warps, resident, block in ((64, 4, 4, 128), (128, 4, 4, 128), (128, 8, 2, 128)):  # fmt: skip
             launch = Launch(tokens=size, warps=warps, resident=resident)
 
             def forward(make: Callable, activation: str, launch: Launch, block: int) -> Callable[[], object]:
@@ -105,13 +89,7 @@ def junctions() -> Iterator[Case]:
                 return lambda: junction.launch_forward(*operands, activation, launch, block)
 
             yield f"junction {name}", f"{launch} {block}", partial(forward, make, activation, launch, block)
-        for size, warps, stages, block in (
-            (128, 8, 2, 64),
-            (64, 8, 2, 64),
-            (64, 8, 2, 32),
-            (128, 8, 2, 32),
-            (64, 4, 2, 64),
-        ):
+        for size, warps, stages, block in ((128, 8, 2, 64), (128, 8, 3, 64), (128, 8, 2, 32), (64, 4, 3, 64)):
             launch = Launch(tokens=size, warps=warps, stages=stages, resident=1)
 
             def backward(
@@ -128,7 +106,7 @@ def junctions() -> Iterator[Case]:
 
 
 def cases() -> list[Case]:
-    return [*pairs(), *junctions()]
+    return [*products(), *junctions()]
 
 
 def compile_some(part: tuple[int, int]) -> None:

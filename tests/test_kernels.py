@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import einlinear as el
 from einlinear.kernels import KERNELS, Choice, plan
-from einlinear.kernels.chain import Chain
 from einlinear.kernels import pairwise as pairwise_module
+from einlinear.kernels.chain import Chain
 from einlinear.kernels.kernel import Kernel
 from einlinear.kernels.pairwise import pairwise
 from einlinear.kernels.reference import Materialised, Reference

@@ -28,7 +28,7 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Store = Annotated[Path, typer.Option(help="The file that holds all runs (SQLite).")]
+Store = Annotated[str, typer.Option(help="Where all runs are kept: a file (SQLite), or a database's URL.")]
 Report = Annotated[Path, typer.Option(help="Where to write the report (one HTML page).")]
 
 
@@ -176,63 +176,108 @@ def compare(
     workers: Annotated[
         int | None, typer.Option(min=0, help="Training processes; by default one for each core.")
     ] = None,
-    store: Store = Path("runs/compare.sqlite"),
+    store: Store = "runs/compare.sqlite",
     report: Report = Path("runs/compare.html"),
     plan_only: Annotated[
-        bool, typer.Option("--plan", help="Only say what would be trained, and how long it takes.")
+        bool,
+        typer.Option("--plan", help="Only say what it takes; exit code 1 if the answer would be too blurred."),
+    ] = False,
+    resolve: Annotated[
+        float, typer.Option(min=1.0, help="The multiplier that a plan should tell from 1 (--plan).")
+    ] = 1.25,
+    accumulate: Annotated[int, typer.Option(min=1, help="Parts of a batch, one after the other: less memory.")] = 1,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Under torchrun: also share out parameters and optimizer state (FSDP2).")
     ] = False,
 ) -> None:
     """Which structure spends compute best: trains a grid of structures and widths, and reports with intervals.
 
     Every structure is first tuned; every finished run is stored at once, and the same command goes on where it
-    was stopped.
+    was stopped. Started by torchrun, all processes train each model together.
     """
     from einlinear.lab import compare as lab
     from einlinear.lab.data import load
+    from einlinear.lab.forecast import forecast
+    from einlinear.lab.parallel import World, joined
     from einlinear.lab.store import Store
-    from einlinear.lab.sweep import Machine
+    from einlinear.lab.sweep import Machine, follow
 
-    machine = Machine.here(device)
+    machine = replace(Machine.here(device), accumulate=accumulate, shard=shard)
     if workers is not None:
         machine = replace(machine, workers=workers)
-    data = load(task, paths=paths or ())
-    changed: dict[str, Any] = {
-        "families": tuple(structure or ()),
-        "widths": _numbers("widths", widths, int),
-        "horizons": _numbers("horizons", horizons, int),
-        "rates": _numbers("rates", rates, float),
-        "seeds": _numbers("seeds", seeds, int),
-        "depth": depth,
-    }
-    plan = replace(lab.default_plan(data, machine.device), **{name: value for name, value in changed.items() if value})
-    typer.echo(f"{data.name}: {data.description}")
-    typer.echo(lab.describe(plan, data, machine))
-    if plan_only:
-        return
-    store.parent.mkdir(parents=True, exist_ok=True)
-    with Store(store) as opened, _progress() as progress:
-        runs = lab.compare(plan, data, opened, machine=machine, folder=store.with_suffix(".parts"), progress=progress)
-    _write(runs, report, plan=plan)
+    with joined(machine.device) as own_device:
+        world = World.here()
+        if world.size > 1:
+            machine = replace(machine, device=own_device, workers=0, graphed=False)
+        data = load(task, paths=paths or ())
+        changed: dict[str, Any] = {
+            "families": tuple(structure or ()),
+            "widths": _numbers("widths", widths, int),
+            "horizons": _numbers("horizons", horizons, int),
+            "rates": _numbers("rates", rates, float),
+            "seeds": _numbers("seeds", seeds, int),
+            "depth": depth,
+        }
+        given = {name: value for name, value in changed.items() if value}
+        plan = replace(lab.default_plan(data, machine.device), **given)
+        foretold = forecast(plan, data, machine)
+        if world.rank:
+            return None if plan_only else follow(plan.cut(data), machine)
+        typer.echo(f"{data.name}: {data.description}")
+        typer.echo(str(foretold))
+        refusal = foretold.refusal(resolve)
+        if plan_only and refusal:
+            raise ValueError(refusal)
+        if plan_only:
+            return None
+        if refusal:
+            typer.echo(f"warning: {refusal}", err=True)
+        with Store(store) as opened, _progress() as progress:
+            runs = lab.compare(plan, data, opened, machine=machine, folder=_parts(store), progress=progress)
+        return _write(runs, report, plan=plan)
+
+
+def _parts(store: str) -> Path:
+    """Where runs in progress are kept: beside a file; beside where the command runs, for a database."""
+    return Path("runs/compare.parts") if "://" in store else Path(store).with_suffix(".parts")
 
 
 @app.command("report")
 def write_again(
     task: Annotated[str, typer.Option(help="The task whose runs are reported.")] = "bytes",
-    store: Store = Path("runs/compare.sqlite"),
+    store: Store = "runs/compare.sqlite",
     report: Report = Path("runs/compare.html"),
     figure: Annotated[Path | None, typer.Option(help="Also write the main figure alone: .svg or .png.")] = None,
     mixed: Annotated[
         bool, typer.Option("--allow-mixed-data", help="Put runs on different data or settings in one fit.")
     ] = False,
+    watching: Annotated[
+        bool, typer.Option("--watch", help="Write it again whenever there are new runs, until interrupted.")
+    ] = False,
+    every: Annotated[int, typer.Option(min=1, help="Seconds between looks at the store, with --watch.")] = 10,
 ) -> None:
     """The report of `compare`, written again from the stored runs."""
-    from einlinear.lab.report import save_figure
+    from einlinear.lab.report import save_figure, watch
     from einlinear.lab.store import Store
 
-    if not store.exists():
+    def there() -> bool:
+        return "://" in store or Path(store).exists()
+
+    def read() -> "Sequence[Run]":
+        if not there():
+            return ()
+        with Store(store) as opened:
+            return opened.runs(task=task)
+
+    if watching:
+        typer.echo(f"watching {store} every {every} seconds; interrupt to end")
+        told = f"report: {report}, "
+        watch(
+            read, report, every=every, allow_mixed_data=mixed, told=lambda runs: typer.echo(f"{told}{len(runs)} runs")
+        )
+    if not there():
         raise ValueError(f"cannot report on {store}: there is no such file; run 'einlinear compare' first")
-    with Store(store) as opened:
-        runs = opened.runs(task=task)
+    runs = read()
     if not runs:
         raise ValueError(
             f"cannot report on the task '{task}': {store} holds no runs of it; run 'einlinear compare {task}'"
@@ -351,6 +396,98 @@ def bench(
             writer = csv.DictWriter(opened, rows[0].keys())
             writer.writeheader()
             writer.writerows(rows)
+
+
+@app.command()
+def compress(
+    model: Annotated[Path, typer.Argument(help="Directory with a model of transformers, as save_pretrained writes.")],
+    out: Annotated[Path, typer.Option(help="Where to write the compressed model; must not exist.")],
+    budget: Annotated[
+        float, typer.Option(help="Share of what the linear layers cost dense, above 0, at most 1.")
+    ] = 0.5,
+    structure: Annotated[
+        str, typer.Option("--structure", "-s", help="A family ('btt'), one with settings ('btt(rank=4)'), or auto.")
+    ] = "auto",
+    cost: Annotated[str, typer.Option(help="What the budget counts: parameters or flops (per token).")] = "parameters",
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--calibration", "-c", help="Text files or folders, or safetensors of inputs; errors are then the outputs'."
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens of text to calibrate with, about.")] = 100_000,
+    plan: Annotated[
+        Path | None, typer.Option(help="A plan to follow in place of a budget, as --write-plan writes.")
+    ] = None,
+    write_plan: Annotated[
+        Path | None, typer.Option(help="Write the plan to this file, to edit and to follow, and stop.")
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Layers to compress: names, suffixes or patterns; all but heads if none.")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Layers to leave as they are.")] = None,
+    finetune: Annotated[
+        int, typer.Option(min=0, help="Steps of distillation from the dense model, on the calibration data.")
+    ] = 0,
+    rate: Annotated[float, typer.Option(help="Learning rate of the distillation.")] = 1e-3,
+) -> None:
+    """A dense model of transformers to a structured one within a budget, in a directory that loads like any other.
+
+    Prints the plan and how near the outputs come on held-out data. What is found on the way is kept in OUT.work, and
+    the same command goes on there after an interrupt; OUT appears when it is complete.
+    """
+    from einlinear.checkpoints import Settings, compress_checkpoint, plan_checkpoint
+
+    if cost not in ("parameters", "flops"):
+        raise ValueError(f"cannot compress to a budget of '{cost}': it counts 'parameters' or 'flops'")
+    if finetune and not calibration:
+        raise ValueError("cannot fine-tune without data: pass --calibration FILE")
+    settings = Settings(
+        structure,
+        budget,
+        "flops" if cost == "flops" else "parameters",
+        calibration or [],
+        target or None,
+        exclude or [],
+        tokens,
+        finetune=finetune,
+        rate=rate,
+    )
+    with _stages() as progress:
+        if write_plan:
+            allocation = plan_checkpoint(model, out, settings, progress)
+        else:
+            compress_checkpoint(model, out, settings, plan, progress, tell=typer.echo)
+    if write_plan:
+        typer.echo(str(allocation))
+        write_plan.write_text(allocation.plan)
+        typer.echo(f"plan: {write_plan}; edit it, then: einlinear compress {model} --plan {write_plan} --out {out}")
+    else:
+        typer.echo(f"model: {out}; load it by AutoModel.from_pretrained with einlinear imported")
+
+
+@contextmanager
+def _stages() -> "Iterator[Callable[[str, int, int], None]]":
+    """A bar for what is being done, with the time left, in a terminal; elsewhere a line when something begins."""
+    from rich import progress as rich
+
+    columns = (
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TimeRemainingColumn(),
+    )
+    with rich.Progress(*columns, disable=not sys.stdout.isatty()) as bar:
+        tasks: dict[str, rich.TaskID] = {}
+
+        def tell(doing: str, done: int, total: int) -> None:
+            if doing not in tasks:
+                tasks[doing] = bar.add_task(doing, total=total)
+                if bar.disable:
+                    typer.echo(f"{doing} ({total})", err=True)
+            bar.update(tasks[doing], completed=done, total=total)
+
+        yield tell
 
 
 def _numbers(option: str, text: str, kind: type[Number]) -> tuple[Number, ...]:

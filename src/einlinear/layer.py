@@ -31,7 +31,8 @@ class Linear(nn.Module):
         cap: whether each factor is scaled by a learned gain and, where its root mean square has
             grown beyond the initial one, back to that: a ceiling against blow-up at large rates
             (weight normalisation of docs/mathematics.md section 2; `_norm` in Searching for Efficient Linear Layers).
-        zero: whether the last factor starts at zero, as it should in the last layer of a residual branch.
+        zero: whether the layer starts at zero, as it should where it is the last of a residual branch. It is the
+            first factor that does: zero in the last one trains much worse (benchmarks/zero_init.py).
 
     Shape:
         `[..., d_in]` to `[..., d_out]`.
@@ -70,7 +71,7 @@ class Linear(nn.Module):
         for factor, std in zip(self.factors, self._ceilings, strict=True):
             nn.init.normal_(factor, std=std)
         if self.zero:
-            nn.init.zeros_(self.factors[-1])
+            nn.init.zeros_(self.factors[0])
         if self.gains is not None:
             nn.init.ones_(self.gains)
         if self.bias is not None:

@@ -104,13 +104,13 @@ def _config_class() -> type[Any]:
                 # What is not marked would be drawn anew, by code that may look for the weight of a layer within.
                 _mark(model, name)
             for factor in new.factors:
-                factor._is_hf_initialized = True  # type: ignore[attr-defined]
+                factor._is_hf_initialized = True
             return {}
 
     def _mark(model: nn.Module, name: str) -> None:
         while name := name.rpartition(".")[0]:
             module = model.get_submodule(name)
             if next(module.parameters(recurse=False), None) is None:
-                module._is_hf_initialized = True  # type: ignore[assignment]
+                setattr(module, "_is_hf_initialized", True)  # noqa: B010
 
     return CompressAtLoad

@@ -2,10 +2,9 @@
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +19,7 @@ VERSION = 1
 KEY = "einlinear"
 """What the header of a file, and the config of a transformers model, hold the specs under."""
 
-ALIGNMENT = 64
+ALIGNMENT, CHUNK = 64, 2**24
 
 LayerSpec = dict[str, Any]
 
@@ -165,8 +164,10 @@ def align(path: Path) -> None:
             with partial.open("wb") as out:
                 out.write(len(text).to_bytes(8, "little") + text)
                 for name in order:
-                    file.seek(8 + size + places[name][0])
-                    shutil.copyfileobj(_Part(file, places[name][1] - places[name][0]), out)
+                    start, end = places[name]
+                    file.seek(8 + size + start)
+                    for at in range(start, end, CHUNK):
+                        out.write(file.read(min(CHUNK, end - at)))
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -175,18 +176,6 @@ def align(path: Path) -> None:
 def aligned(tensor: Tensor) -> Tensor:
     """The tensor, copied where it does not lie at a multiple of 64 bytes in this machine's memory."""
     return tensor.clone() if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT else tensor
-
-
-class _Part:
-    """The next bytes of a file, as a file."""
-
-    def __init__(self, file: IO[bytes], left: int) -> None:
-        self.file, self.left = file, left
-
-    def read(self, size: int) -> bytes:
-        data = self.file.read(min(size, self.left))
-        self.left -= len(data)
-        return data
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """The public names that need torch. Modules have other names than these, so that neither hides the other."""
 
 from einlinear import linalg as linalg
+from einlinear.compression import compress as compress
 from einlinear.contract import apply as apply
 from einlinear.contract import dense as dense
 from einlinear.conversion import Report as Report
@@ -20,6 +21,7 @@ from einlinear.optim import TrainerOptimizer as TrainerOptimizer
 from einlinear.optim import parameter_groups as parameter_groups
 from einlinear.projection import project as project
 from einlinear.projection import refine as refine
+from einlinear.refinement import refine as refine
 from einlinear.shared import shared_input as shared_input
 from einlinear.skeleton import Skeleton as Skeleton
 from einlinear.skeleton import cur as cur

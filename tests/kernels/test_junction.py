@@ -43,9 +43,7 @@ def test_a_junction_is_a_proper_operator(parts: int) -> None:
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("family", [el.BTT(blocks=(4, 4), rank=2), el.BTT()], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-def test_nested_layers_compute_what_they_do_one_after_the_other(
-    family: el.Family, bias: bool, activation: str
-) -> None:
+def test_nested_layers_compute_what_they_do_one_after_the_other(family: el.Family, bias: bool, activation: str) -> None:
     mlp = _mlp(family, bias, activation)
     assert mlp.unfused is None
     layers = [mlp.up] if mlp.gate is None else [mlp.gate, mlp.up]
@@ -112,9 +110,7 @@ def _inputs(
     return zs, ups, biases, (torch.randn(slices, out, hidden) / hidden**0.5).requires_grad_()
 
 
-def _reference(
-    activation: str, zs: list[Tensor], ups: list[Tensor], biases: list[Tensor], down: Tensor
-) -> Tensor:
+def _reference(activation: str, zs: list[Tensor], ups: list[Tensor], biases: list[Tensor], down: Tensor) -> Tensor:
     hidden = [torch.einsum("kbm,bhk->bhm", z.double(), up.double()) for z, up in zip(zs, ups, strict=True)]
     if biases:
         hidden = [h + bias.double().view(*h.shape[:2], 1) for h, bias in zip(hidden, biases, strict=True)]

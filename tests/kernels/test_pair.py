@@ -6,7 +6,7 @@ import einlinear as el
 from einlinear.kernels import pair as module
 from einlinear.kernels.chain import Tiles
 from einlinear.kernels.kernel import CUDA_HALF
-from einlinear.kernels.pair import AGAIN, STATE, Pair, Sizes, pair
+from einlinear.kernels.pair import AGAIN, Pair, pair
 
 pytest.importorskip("triton", reason="Triton is not installed: its interpreter runs these kernels")
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -15,7 +15,7 @@ SHAPES = [(el.BTT(), (256, 256)), (el.BTT(rank=3), (240, 400)), (el.BTT(blocks=(
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("way", ["token", "tile", "stages"])
+@pytest.mark.parametrize("way", ["token", "stages"])
 @pytest.mark.parametrize(("family", "widths"), SHAPES, ids=str)
 def test_a_layer_in_one_launch_is_the_reference_forward_and_each_gradient(
     family: el.Family, widths: tuple[int, int], way: str, bias: bool, monkeypatch: pytest.MonkeyPatch
@@ -24,8 +24,6 @@ def test_a_layer_in_one_launch_is_the_reference_forward_and_each_gradient(
     assert Pair().refuses(structure, CUDA_HALF) is None
     tokens = 3 if way == "token" else 41
     monkeypatch.setattr(module, "AGAIN", AGAIN if way == "token" else 0)
-    monkeypatch.setattr(module, "STATE", STATE if way == "tile" else 0)
-    monkeypatch.setattr(module, "SUMS", module.SUMS if way == "tile" else 0)
     x = torch.randn(tokens, widths[0], requires_grad=True)
     factors = [torch.randn(shape, requires_grad=True) for shape in structure.matrix_shapes]
     added = torch.randn(widths[1], requires_grad=True) if bias else None
@@ -37,19 +35,6 @@ def test_a_layer_in_one_launch_is_the_reference_forward_and_each_gradient(
     theirs = torch.autograd.grad(expected, leaves.values(), direction)
     for name, mine, their in zip(("y", *leaves), (y, *ours), (expected, *theirs), strict=True):
         _close(name, mine, their)
-
-
-def test_a_tile_loops_over_the_tokens_of_its_program() -> None:
-    structure = el.BTT()(64, 64).canonical
-    factors = [torch.randn(shape) for shape in structure.matrix_shapes]
-    x, y = torch.randn(70, 64), torch.empty(70, 64)
-    module.launch_tile(x, *factors, None, y, module.Launch(tokens=16, resident=1))
-    _close("y", y, el.apply(structure, [f.double() for f in factors], x.double()))
-    grad = torch.randn(70, 64)
-    looped = module.launch_backward(grad, x, *factors, True, module.Launch(tokens=16, resident=1))
-    apart = module._backward_by_stages([grad], x, [factors[0]], [factors[1]], True)
-    for name, mine, their in zip(("x", "first", "second", "bias"), looped, apart, strict=True):
-        _close(name, mine, their.double())
 
 
 @pytest.mark.parametrize("tokens", [2, 300])
@@ -80,20 +65,9 @@ def test_pair_is_a_proper_operator() -> None:
     torch.library.opcheck(pair, (x, firsts, seconds, []), test_utils=("test_schema", "test_faketensor"))
 
 
-def test_sizes_are_rounded_up_to_what_tiles_take() -> None:
-    structure = el.BTT(rank=3)(240, 400).canonical
-    sizes = Sizes.of(*(torch.empty(shape) for shape in structure.matrix_shapes))
-    assert (sizes.g * sizes.a, sizes.f * sizes.e) == (240, 400)
-    for side in sizes.blocks.values():
-        assert side & (side - 1) == 0
-    assert sizes.sums >= el.parameters(structure)
-
-
 def test_decode_is_chosen_for_few_tokens_only() -> None:
     structure = el.BTT()(1024, 1024).canonical
-    costs = [
-        [kernel.cost(structure, tokens, CUDA_HALF) for kernel in (Pair(), Tiles())] for tokens in (63, 65)
-    ]
+    costs = [[kernel.cost(structure, tokens, CUDA_HALF) for kernel in (Pair(), Tiles())] for tokens in (63, 65)]
     assert costs[0][0] < costs[0][1]
     assert costs[1][0] > costs[1][1]
     assert "two block-diagonal" in str(Pair().refuses(el.BlockDiagonal(blocks=4)(256, 256).canonical, CUDA_HALF))

@@ -102,7 +102,7 @@ def _stage(x: Tensor, weight: Tensor, bias: Tensor | None, spec: str) -> Tensor:
     y = stage(x, [weight], bias, spec, tokens)[0]
     if spec[-1] == "m":
         assert y.shape[-1] == padded(tokens)
-        assert not bias is None or not y[..., tokens:].any()
+        assert bias is not None or not y[..., tokens:].any()
     return y[..., :tokens] if spec[-1] == "m" else y
 
 

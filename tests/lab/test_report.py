@@ -9,13 +9,15 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from html.parser import HTMLParser
 
 import pytest
 from rich.console import Console
 
-from einlinear.lab.report import page, print_summary, save_figure, write_report
+from einlinear.lab.report import live, page, print_summary, save_figure, watch, write_report
+from einlinear.lab.report.maps import places, router_rows
+from einlinear.lab.run import Run
 from einlinear.lab.summary import answer, summary
 
 
@@ -88,7 +90,7 @@ def test_the_answer_comes_first_and_everything_is_told(study, parsed):
 
 def test_the_charts_hold_the_runs_and_the_laws(study, parsed):
     charts = json.loads(next(script for script in parsed.scripts if script.startswith("{")))
-    assert set(charts) == {"flops", "seconds", "parameters", "multipliers", "tuning"}
+    assert set(charts) == {"flops", "seconds", "parameters", "multipliers", "tuning", "taxonomy"}
     for name in charts:
         assert f'id="{name}"' in parsed.source
     sizes = {json.dumps(row) for rows in charts["flops"]["datasets"].values() for row in rows if "seeds" in row}
@@ -106,6 +108,57 @@ def test_downloads_are_the_runs_and_the_summary(study, parsed):
         (run.family, run.flops, run.status) for run in study
     ]
     assert _json(parsed.loads[1])["families"][1]["multipliers"]["flops"]["verdict"] == "better"
+
+
+def test_structures_lie_where_their_exponents_say(study):
+    rows = {row["family"]: row for row in places(summary(study))}
+    assert set(rows) == {run.family for run in study}
+    assert (rows["btt(rank=1)"]["psi"], rows["btt(rank=1)"]["nu"], rows["btt(rank=1)"]["omega"]) == (1, 0.5, 0)
+    assert rows["dense"]["multiplier"] == 1 and rows["btt(rank=1)"]["multiplier"] > 1.2
+    heights = [row["height"] for row in rows.values()]
+    assert len(set(heights)) == len(heights)
+    foreign = [replace(run, family="my own layer") if run.family == "btt(rank=1)" else run for run in study]
+    assert "my own layer" not in {row["family"] for row in places(summary(foreign))}
+
+
+def test_router_health_is_shown_when_runs_carry_it(study, tmp_path):
+    @dataclass(frozen=True, kw_only=True)
+    class Routed(Run):
+        routers: str = ""
+
+    health = json.dumps({"blocks.0.mlp": {"load": [0.5, 0.3, 0.2, 0.0], "entropy": 0.6, "dropped": 0.02}})
+    routed = [Routed(**{f.name: getattr(run, f.name) for f in fields(run)}, routers=health) for run in study]
+    row = router_rows(routed)[0]
+    assert (row["busiest"], row["dead"], row["experts"], row["entropy"]) == (2.0, 1, 4, 0.6)
+    write_report(routed, tmp_path / "r.html")
+    parsed = Page((tmp_path / "r.html").read_text())
+    assert "Router health" in parsed.words and 'id="routers"' in parsed.source
+    assert router_rows(study) == []
+
+
+def test_the_law_card_is_on_the_page_and_below_it(study, parsed):
+    card = _json(parsed.loads[2])
+    assert card["baseline"] == "dense" and set(card["families"]) == {run.family for run in study}
+    assert card["multiplier"]["btt(rank=1)"]["verdict"] == "better"
+    assert "2 numbers of tokens" in parsed.words  # why no surface was fitted to two horizons
+
+
+def test_watching_writes_the_page_again_for_new_runs_until_interrupted(study, tmp_path, monkeypatch):
+    looks, pages = iter([study[:0], study[:12], study[:12], study]), []
+    path = tmp_path / "r.html"
+
+    def read():
+        try:
+            return next(looks)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(live.time, "sleep", lambda seconds: None)
+    with pytest.raises(KeyboardInterrupt):
+        watch(read, path, every=7, told=lambda runs: pages.append(path.read_text()))
+    assert len(pages) == 2 and all('http-equiv="refresh" content="7"' in page for page in pages)
+    assert "12 runs so far" in pages[0] and f"{len(study)} runs so far" in pages[1]
+    assert 'http-equiv="refresh"' not in path.read_text()
 
 
 def test_text_from_data_is_escaped(make_study, tmp_path):
@@ -206,10 +259,16 @@ def test_a_browser_draws_every_chart_without_complaint(written, tmp_path):
         [
             browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
             "--disable-component-update", "--disable-sync", "--no-first-run", f"--user-data-dir={tmp_path}",
+            f"--log-net-log={tmp_path / 'net.json'}",
             "--enable-logging=stderr", "--virtual-time-budget=8000", "--dump-dom", written.as_uri(),
         ],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
     drawn = re.findall(r'<div class="chart[^"]*" id="(\w+)".*?<svg', done.stdout, re.S)
-    assert drawn == ["flops", "seconds", "parameters", "multipliers", "tuning"]
+    assert drawn == ["flops", "seconds", "parameters", "multipliers", "taxonomy", "tuning"]
+    assert done.stdout.count("data of this figure (CSV)</button>") == 6
+    assert done.stdout.count("this table (CSV)</button>") == len(re.findall('<div class="scroll', done.stdout))
+    requests = json.loads((tmp_path / "net.json").read_text())
+    asked = {event["params"]["url"] for event in requests["events"] if "url" in event.get("params", {})}
+    assert not [url for url in asked if url.startswith(("http:", "https:", "ws:")) and "google" not in url]

@@ -14,7 +14,7 @@ from einlinear.lab import train as training
 from einlinear.lab.data import Sequences
 from einlinear.lab.models import counted
 from einlinear.lab.run import Run
-from einlinear.lab.step import Execution, Step
+from einlinear.lab.step import Step
 from einlinear.lab.train import CHUNK, Recipe, Training, Trunk, schedule, train
 
 RECIPE = Recipe(batch=2, base_width=16, base_depth=1, head=8, warmup=5)
@@ -136,9 +136,10 @@ def test_the_schedule_keeps_the_ratios_of_the_groups(task: Sequences, monkeypatc
     multiples = [group["lr_mult"] for group in run.update.optimizer.param_groups]
     assert len(set(multiples)) > 1  # else this test would show nothing
     seen = []
-    step = run.update.optimizer.step
+    optimizer = run.update.optimizer
+    step = optimizer.step
     monkeypatch.setattr(
-        run.update.optimizer, "step", lambda: (seen.append([g["lr"].item() for g in run.update.optimizer.param_groups]), step())
+        optimizer, "step", lambda: (seen.append([group["lr"].item() for group in optimizer.param_groups]), step())
     )
     list(run.advance(40, branch=20))
     for at, rates in enumerate(seen):

@@ -9,7 +9,7 @@ trusted, and never fills them with random weights.
 import inspect
 import json
 from dataclasses import fields
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,19 @@ from einlinear.hf.registration import PREFIX
 from einlinear.layer import Linear
 from einlinear.storage import KEY, VERSION, LayerSpec, align, aligned, layer_specs, made_layer
 
-AUTO_CLASSES: dict[str, type[_BaseAutoModelClass]] = {
+AUTO_CLASSES: dict[str, Any] = {
     name: value
     for name, value in vars(modeling_auto).items()
-    if inspect.isclass(value) and issubclass(value, _BaseAutoModelClass) and value._model_mapping is not None
+    if inspect.isclass(value)
+    and issubclass(value, _BaseAutoModelClass)
+    and getattr(value, "_model_mapping", None) is not None
 }
 
 
 class NativeModel(portable.StructuredModel):
     """As what is saved beside the weights, with einlinear's own layers."""
 
-    layer_class = Linear
+    layer_class: type[nn.Module] = Linear
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **options: Any) -> None:
         super().__init__(config, *args, **options)
@@ -54,7 +56,7 @@ class NativeModel(portable.StructuredModel):
         return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
-        setattr(self.config, KEY, described(self))
+        setattr(self.config, KEY, described(self))  # type: ignore[attr-defined,arg-type]
         super().save_pretrained(save_directory, *args, **options)
         for file in Path(save_directory).glob("model*.safetensors"):
             align(file)
@@ -68,7 +70,7 @@ def described(model: nn.Module) -> dict[str, Any]:
     return {"version": VERSION, "layers": layer_specs(model)}
 
 
-@lru_cache(maxsize=None)
+@cache
 def config_class(model_type: str) -> type[PreTrainedConfig]:
     """The config class of the structured models of a type of transformers, such as "llama"; registers all its models.
 
@@ -81,18 +83,18 @@ def config_class(model_type: str) -> type[PreTrainedConfig]:
     module = f"modeling_{structured_type.replace('-', '_')}"
     auto_map = {"AutoConfig": f"{module}.{_named(base)}"}
     auto_map |= {name: f"{module}.{_named(found)}" for name, found in counterparts.items()}
-    made: type[PreTrainedConfig] = type(
+    made: Any = type(
         _named(base),
         (portable.StructuredConfig, base),
         {"__module__": __name__, "model_type": structured_type, "AUTO_MAP": auto_map, "GUARD": _guard(base)},
     )
     for name, found in counterparts.items():
         AUTO_CLASSES[name].register(made, model_class(found, made), exist_ok=True)
-    return made
+    return made  # type: ignore[no-any-return]
 
 
-@lru_cache(maxsize=None)
-def model_class(base: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+@cache
+def model_class(base: Any, config: Any) -> type[PreTrainedModel]:
     """The structured counterpart of a model class."""
     return type(_named(base), (NativeModel, base), {"__module__": __name__, "config_class": config})
 
@@ -124,12 +126,13 @@ def _parts(root: PreTrainedModel) -> list[PreTrainedModel]:
 
 
 def _change(root: PreTrainedModel, parts: list[PreTrainedModel]) -> None:
-    config = type(root.config)
+    config: Any = type(root.config)
     if not issubclass(config, portable.StructuredConfig):
         config = root.config.__class__ = config_class(root.config.model_type)
     for part in parts:
         if not isinstance(part, NativeModel):
-            part.__class__ = model_class(type(part), config)
+            dense: Any = type(part)
+            part.__class__ = model_class(dense, config)
             # What was renamed or merged when it was loaded is saved as it stands: the new type has no such rules.
             part._weight_conversions = None
 

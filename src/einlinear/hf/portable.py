@@ -10,12 +10,12 @@ import json
 import math
 import string
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModel
-
+from transformers import AutoModel  # noqa: F401 - for what is written after this
 
 REFUSAL = "none (its layers are structured: load it by AutoModel..., with einlinear imported or trust_remote_code=True)"
 
@@ -79,8 +79,8 @@ class StructuredLinear(nn.Module):
 class StructuredConfig:
     """What the config of a structured model adds to that of its dense one: `einlinear`, the layers' specs by name."""
 
-    AUTO_MAP: dict[str, str] = {}
-    GUARD = ""
+    AUTO_MAP: ClassVar = {}
+    GUARD: ClassVar = ""
 
     def to_dict(self):
         # transformers would write the auto class in use alone; vLLM asks for AutoModel.
@@ -107,7 +107,7 @@ class StructuredConfig:
 class StructuredModel:
     """What a structured model adds to its dense one: its layers as they are made, saved and loaded."""
 
-    layer_class = StructuredLinear
+    layer_class: type[nn.Module] = StructuredLinear
 
     @classmethod
     def make_layer(cls, spec, device=None, dtype=None):

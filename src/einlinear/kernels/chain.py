@@ -144,7 +144,6 @@ class ChainRunner:
             state = link(state, factor, len(x), bias if position == last else None, position in self.tiled)
         return state.reshape(-1, self.width)
 
-
     def _widened(self, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
         """Links that are plain matrices, with zeros around them."""
         state, before = x, 0

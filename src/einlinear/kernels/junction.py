@@ -61,9 +61,7 @@ def junction(
 
 
 @junction.register_fake
-def _(
-    zs: Sequence[Tensor], ups: Sequence[Tensor], biases: Sequence[Tensor], down: Tensor, activation: str
-) -> Tensor:
+def _(zs: Sequence[Tensor], ups: Sequence[Tensor], biases: Sequence[Tensor], down: Tensor, activation: str) -> Tensor:
     return zs[0].new_empty(*down.shape[:2], zs[0].shape[-1])
 
 
@@ -233,15 +231,15 @@ def fits(hidden: int, width: int, out: int) -> bool:
 
 def forward_launch(ups: Sequence[Tensor], down: Tensor) -> Launch:
     """The fastest of those measured (benchmarks/NOTES.md)."""
-    return Launch(tokens=64 if _size(ups, down) > 128 * 128 else 128, resident=4)
+    return Launch(tokens=64 if len(ups) == 2 or _size(ups, down) > 128 * 128 else 128, resident=4)
 
 
 def backward_launch(ups: Sequence[Tensor], down: Tensor) -> Launch:
     """The fastest of those measured (benchmarks/NOTES.md)."""
     size = _size(ups, down)
-    if size <= 128 * 64:
+    if len(ups) == 1 and size <= 128 * 64:
         return Launch(tokens=64)
-    return Launch(tokens=128, warps=8, stages=3 if size <= 128 * 128 else 2, resident=1)
+    return Launch(tokens=128, warps=8, stages=3 if len(ups) == 1 and size <= 128 * 128 else 2, resident=1)
 
 
 def _size(ups: Sequence[Tensor], down: Tensor) -> int:

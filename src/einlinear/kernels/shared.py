@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from torch import Tensor
 
 from einlinear.kernels.chain import Link, links, through
-from einlinear.kernels.pair import AGAIN, INTO, OUT_OF, STATE, Sizes, pair
+from einlinear.kernels.pair import AGAIN, INTO, OUT_OF, pair
 from einlinear.structure import Structure
 
 
@@ -23,8 +23,7 @@ class Shared:
         rows = x.reshape(-1, x.shape[-1])
         first = [each[0].reshape(link.weight) for each, link in zip(factors, self.firsts, strict=True)]
         second = [each[1].reshape(link.weight) for each, link in zip(factors, self.seconds, strict=True)]
-        small = Sizes.of(first[0], second[0]).state <= STATE
-        if rows.numel() <= AGAIN or (small and not (rows.requires_grad or first[0].requires_grad)):
+        if rows.numel() <= AGAIN:
             ys = pair(rows, first, second, list(biases))
         else:
             states = through(self.firsts, rows, first)

@@ -5,14 +5,12 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
-import torch
-
 import einlinear as el
 from einlinear.lab.data import Sequences, Task
 from einlinear.lab.run import Run
 from einlinear.lab.store import Store
 from einlinear.lab.sweep import Event, Machine, Sweep
-from einlinear.lab.train import CHUNK, Recipe, Training, Trunk
+from einlinear.lab.train import Recipe, Trunk
 
 OVERHEAD = 500_000  # FLOPs in whose time a CPU does what a token costs besides; it only serves to predict times
 
@@ -22,7 +20,8 @@ class Plan:
     """What a comparison trains.
 
     Every family is first tuned: each of `rates` is tried at the recipe's base width, up to `tuning` tokens; where
-    the best one lies on the edge of the grid, the grid grows by one in its direction, up to `extensions` times.
+    the best one lies on the edge of the grid, the grid grows by one in its direction, up to `extensions` times. A
+    single rate is taken as it is, without a trial.
     muP takes the best rate to every other width, but nothing takes it to other lengths: after a much shorter
     training the best rate is too high. Then each family is measured at each width, seed and horizon.
 
@@ -42,7 +41,7 @@ class Plan:
     recipe: Recipe
     context: int | None = None
     seeds: tuple[int, ...] = (0,)
-    extensions: int = 2
+    extensions: int = 3
 
     def __post_init__(self) -> None:
         """Checks the numbers, and writes each family as the store does."""
@@ -62,7 +61,9 @@ class Plan:
         return max(1, round(tokens / self.recipe.tokens(task)))
 
     def trials(self, task: Task) -> list[Trunk]:
-        """The trials of the grid as it is at first."""
+        """The trials of the grid as it is at first; none for a single rate."""
+        if len(self.rates) == 1:
+            return []
         return [self.trial(task, family, rate) for family in self.families for rate in self.rates]
 
     def trial(self, task: Task, family: str, rate: float) -> Trunk:
@@ -135,6 +136,8 @@ def compare(
 
 def _tune(plan: Plan, task: Task, sweep: Sweep, meter: "_Meter") -> tuple[list[Run], dict[str, float]]:
     """The trials, and the best rate of each family that has one at which it does not diverge."""
+    if not plan.trials(task):
+        return [], dict.fromkeys(plan.families, plan.rates[0])
     grids = dict.fromkeys(plan.families, plan.rates)
     for _ in range(plan.extensions + 1):
         trials = [plan.trial(task, family, rate) for family, rates in grids.items() for rate in rates]
@@ -154,8 +157,6 @@ def _best(trials: Sequence[Run]) -> float | None:
 
 def _grown(rates: tuple[float, ...], best: float | None) -> tuple[float, ...]:
     """The grid, with one more rate where the best lies on its edge; where all diverged, a smaller one."""
-    if len(rates) < 2:  # a rate that was given, not looked for
-        return rates
     ratio = rates[1] / rates[0]
     if best is None or best == rates[0]:
         return (rates[0] / ratio, *rates)
@@ -214,7 +215,7 @@ class _Meter:
     def _all_of(self, trunks: Sequence[Trunk]) -> dict[Trunk, _Ahead]:
         found = {}
         for trunk in trunks:
-            step, runs = _work(trunk.run(self._task, 1)), len(trunk.horizons)
+            step, runs = work(trunk.run(self._task, 1)), len(trunk.horizons)
             found[_slot(trunk)] = _Ahead(step, trunk.steps * step, trunk.steps * step, runs, runs)
         return found
 
@@ -225,7 +226,7 @@ class _Meter:
         for trunk, ahead in self._ahead.items():
             own = [run for run in self._runs.values() if run.family == trunk.family]
             known = own or list(self._runs.values())
-            seconds += ahead.left * sum(run.seconds for run in known) / sum(map(_work, known))
+            seconds += ahead.left * sum(run.seconds for run in known) / sum(map(work, known))
         return seconds / self._workers
 
 
@@ -234,38 +235,9 @@ def _slot(trunk: Trunk) -> Trunk:
     return replace(trunk, rate=trunk.rate if trunk.purpose == "tune" else 0.0, horizons=())
 
 
-def _work(run: Run) -> float:
-    """What a run takes, in FLOPs of large matmuls; the rest of a token's cost is of their order in small models."""
+def work(run: Run) -> float:
+    """What a run takes, as FLOPs of large matmuls, to predict times; in small models the rest is of their order."""
     return run.flops + OVERHEAD * run.tokens
-
-
-def describe(plan: Plan, task: Task, machine: Machine | None = None) -> str:
-    """What a plan will train, and how long that takes here, going by ten steps of each family."""
-    task, machine = plan.cut(task), machine or Machine.here()
-    trials, trunks = plan.trials(task), plan.trunks(task, dict.fromkeys(plan.families, 0.0))
-    seconds = flops = 0.0
-    threads = torch.get_num_threads()
-    torch.set_num_threads(machine.threads)
-    try:
-        for family in plan.families:
-            training = Training(plan.trial(task, family, plan.rates[0]), task, machine)
-            steps = sum(training.advance(CHUNK))
-            speed = _work(training.trunk.run(task, steps)) / training.seconds
-            for trunk in (trunk for trunk in [*trials, *trunks] if trunk.family == family):
-                run = trunk.run(task, trunk.steps)
-                flops += run.flops
-                seconds += _work(run) / speed
-    finally:
-        torch.set_num_threads(threads)
-    runs = sum(len(trunk.horizons) for trunk in trunks)
-    widths = ", ".join(map(str, plan.widths))
-    minutes = seconds / max(1, machine.workers) / 60
-    return (
-        f"{len(plan.families)} structures ({', '.join(plan.families)}), each tuned at width {plan.recipe.base_width} "
-        f"over {len(plan.rates)} rates ({len(trials)} short runs), then measured at widths {widths} and "
-        f"{len(plan.horizons)} horizons ({runs} runs): {flops:.2g} training FLOPs, about {minutes:.1f} minutes "
-        f"by {machine.workers} process(es) on {machine.device}, more where a grid of rates has to grow"
-    )
 
 
 def default_plan(task: Task, device: str = "cpu") -> Plan:

@@ -45,6 +45,10 @@ class Execution:
             raise ValueError("Training a sharded model compiled or by CUDA graphs is not supported; leave one out.")
 
 
+PLAIN = Execution()
+"""On the CPU, as it stands."""
+
+
 class Step:
     """Trains a model by one batch at a time; returns the batch's loss before the update, without waiting for it.
 
@@ -72,6 +76,8 @@ class Step:
         execution: Execution,
         world: World,
     ) -> None:
+        if world.size > 1 and execution.graphed:
+            raise ValueError("Training by several processes by CUDA graphs is not supported; leave graphed out.")
         self.optimizer, self._loss, self._clip, self._execution = optimizer, loss, clip, execution
         self._parameters: list[Tensor] = list(model.parameters())
         self.working = _halved(model) if half else model

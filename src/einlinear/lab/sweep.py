@@ -22,6 +22,7 @@ import torch
 
 from einlinear.lab import checkpoint
 from einlinear.lab.data import Task
+from einlinear.lab.parallel import World
 from einlinear.lab.run import Run
 from einlinear.lab.step import Execution
 from einlinear.lab.store import Store
@@ -61,6 +62,9 @@ class Sweep:
         with Sweep(task, store, Machine.here(), folder) as sweep:
             runs = sweep.train(trunks)
 
+    Without workers the calling process trains, or under torchrun all processes together: the first one has the
+    sweep, the others `follow`.
+
     Args:
         task: what to train on.
         store: where runs are looked up and stored, by the calling process alone.
@@ -78,6 +82,7 @@ class Sweep:
         observe: Callable[[Trunk, Event], object] = lambda trunk, event: None,
     ) -> None:
         self._task, self._store, self._machine, self._folder, self._observe = task, store, machine, folder, observe
+        self._world = World.here()
         self._pool: ProcessPoolExecutor | None = None
         if machine.workers:
             spawned = multiprocessing.get_context("spawn")  # neither CUDA nor threads survive a fork
@@ -93,7 +98,9 @@ class Sweep:
         unfinished = [trunk for trunk in map(self._unfinished, trunks) if trunk.horizons]
         if self._pool is None:
             for trunk in unfinished:
-                train(trunk, self._task, file=self._file(trunk), tell=partial(self._told, trunk), execution=self._machine)
+                self._world.agreed(trunk)  # `follow` waits for it
+                file, tell = self._file(trunk), partial(self._told, trunk)
+                train(trunk, self._task, execution=self._machine, file=file, tell=tell)
                 self._forget(trunk)
         elif unfinished:
             self._train_by_workers(self._pool, unfinished)
@@ -165,11 +172,20 @@ class Sweep:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if error[0] is None:
+            self._world.agreed(None)
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
         if self._folder:
             with suppress(OSError):  # it still holds something, or is not there
                 self._folder.rmdir()
+
+
+def follow(task: Task, machine: Machine) -> None:
+    """Trains every trunk that the first process's `Sweep` trains, together with it; for all others under torchrun."""
+    nothing: Trunk | None = None
+    while (trunk := World.here().agreed(nothing)) is not None:
+        train(trunk, task, execution=machine)
 
 
 @contextmanager

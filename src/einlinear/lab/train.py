@@ -27,7 +27,7 @@ from einlinear.lab.data import Sequences, Task
 from einlinear.lab.models import Architecture, counted
 from einlinear.lab.parallel import World, put, shard, whole
 from einlinear.lab.run import Run
-from einlinear.lab.step import Execution, Step
+from einlinear.lab.step import PLAIN, Execution, Step
 from einlinear.optim import parameter_groups
 
 CHUNK = 10  # steps between two looks at the loss, the clock and whether to stop
@@ -120,7 +120,7 @@ def train(
     trunk: Trunk,
     task: Task,
     *,
-    execution: Execution = Execution(),
+    execution: Execution = PLAIN,
     file: Path | None = None,
     tell: Callable[[int | Run], object] = lambda event: None,
     stop: Callable[[], bool] = lambda: False,
@@ -207,7 +207,7 @@ def train(
 class Training:
     """A model on its way through a task: where it stands, and how it goes on."""
 
-    def __init__(self, trunk: Trunk, task: Task, execution: Execution = Execution()) -> None:
+    def __init__(self, trunk: Trunk, task: Task, execution: Execution = PLAIN) -> None:
         recipe, architecture = trunk.recipe, trunk.architecture
         self.trunk, self.task, self.world = trunk, task, World.here()
         self.device = torch.device(execution.device)

@@ -25,6 +25,7 @@ from einlinear.lab.laws.parametric import Parametric as Parametric
 from einlinear.lab.laws.parametric import bootstrap as bootstrap
 from einlinear.lab.laws.parametric import fit_surface as fit_surface
 from einlinear.lab.laws.printed import print_card as print_card
+from einlinear.lab.laws.rows import from_runs as from_runs
 from einlinear.lab.laws.scaled import scaled_surface as scaled_surface
 from einlinear.lab.laws.separable import variable_projection as variable_projection
 from einlinear.lab.laws.surface import Surface as Surface

@@ -65,13 +65,17 @@ def law_card(
     blocks: dict[str, Card] = {}
     chosen: dict[str, list[Cell] | None] = {}
     families = table.families
-    for number, family in enumerate(families):
+    with np.errstate(all="ignore"):  # a refit of odd draws may leave all numbers; it ends as a null
+        for number, family in enumerate(families):
 
-        def tell(share: float, family: str = family, number: int = number) -> None:
-            progress(family, (number + share) / len(families))
+            def tell(share: float, family: str = family, number: int = number) -> None:
+                progress(family, (number + share) / len(families))
 
-        blocks[family], chosen[family] = _family(table.of(family), family, delta, draws, tell)
+            blocks[family], chosen[family] = _family(table.of(family), family, delta, draws, tell)
+        multipliers = {f: _multiplier(table, f, name, chosen) for f in families if f != name}
     reference = blocks[name]
+    if not any(_anything(block) for block in blocks.values()):
+        raise NoFit(f"Fitting {table.source or 'the runs'}: no law can be had. {_why_nothing(reference)}")
     card: Card = _finite({
         "einlinear": einlinear.__version__,
         "schema": SCHEMA,
@@ -85,12 +89,20 @@ def law_card(
         "baseline": name,
         **{key: reference[key] for key in BLOCKS},
         "families": blocks,
-        "multiplier": {
-            family: _multiplier(table, family, name, chosen) for family in families if family != name
-        },
+        "multiplier": multipliers,
         "checklist": _checklist(table, reference, told, delta),
     })  # fmt: skip
     return card
+
+
+def _anything(block: Card) -> bool:
+    return any("reason" not in block[name] for name in ("parametric", "frontier", "envelope")) or any(
+        "reason" not in part for part in block["isoflop"].values()
+    )
+
+
+def _why_nothing(block: Card) -> str:
+    return " ".join(dict.fromkeys([block["parametric"]["reason"], f"Its frontier: {block['frontier']['reason']}."]))
 
 
 BLOCKS = (
@@ -312,7 +324,7 @@ def _checklist(table: Table, reference: Card, told: Mapping[str, str], delta: fl
     }  # fmt: skip
 
 
-def _finite(value: Any) -> Any:  # noqa: ANN401, it takes JSON apart
+def _finite(value: Any) -> Any:
     """Numbers that JSON has no word for become null."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}

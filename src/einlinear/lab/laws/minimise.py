@@ -19,21 +19,23 @@ Objective = Callable[[Floats, Integers], tuple[Floats, Floats]]
 STEPS = 400
 GRADIENT = 1e-7  # largest entry at which a problem counts as solved
 ARMIJO = 1e-4  # share of the linear decrease that a step has to reach
-CHUNK = 192  # problems solved together: their arrays then stay in a core's cache
+CACHED = 2**16  # numbers in an array of the problems solved together: it then stays in a core's cache
 
 
-def minimise(objective: Objective, starts: Floats, inverse: Floats) -> tuple[Floats, Floats]:
+def minimise(objective: Objective, starts: Floats, inverse: Floats, *, data: int) -> tuple[Floats, Floats]:
     """Minimises one problem per row.
 
     Args:
         objective: values and gradients; called with those rows that still move.
         starts: `[m, p]`.
         inverse: `[m, p, p]`, positive definite first guesses of the inverse Hessians.
+        data: numbers that one problem is about, to choose how many problems to solve together.
 
     Returns:
         The points found `[m, p]` and their values `[m]`.
     """
-    chunks = [slice(first, first + CHUNK) for first in range(0, len(starts), CHUNK)]
+    size = max(1, min(256, CACHED // data))
+    chunks = [slice(first, first + size) for first in range(0, len(starts), size)]
     numbers = np.arange(len(starts))
     with ThreadPoolExecutor(max(1, min(len(chunks), cpu_count() or 1))) as pool:  # numpy lets go of the lock
         found = list(pool.map(lambda s: _chunk(objective, starts[s].copy(), inverse[s].copy(), numbers[s]), chunks))

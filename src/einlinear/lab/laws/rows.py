@@ -1,13 +1,16 @@
 """Runs of a table as the laws of cost see them: rows, cells, and the optima of IsoFLOP curves as cells."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from einlinear.lab.laws.cells import Cell
+from einlinear.lab.laws.cells import Cell, measured
 from einlinear.lab.laws.isoflop import Allocation
+from einlinear.lab.laws.parametric import NoFit
 from einlinear.lab.laws.table import Table
+from einlinear.lab.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,30 @@ class Row:
     def size(self) -> tuple[float, ...]:
         """Runs of one size and length differ in their seed."""
         return (self.parameters,)
+
+
+def from_runs(runs: Sequence[Run]) -> Table:
+    """A store's finished measurement runs as a table, for a law card.
+
+    Raises ValueError where there is none, and where they do not compare (see `cells.measured`).
+    """
+    chosen = measured(runs)
+    if not chosen:
+        raise NoFit("Fitting laws: no measurement run has finished.")
+    family, seed, device = (
+        np.array([str(getattr(run, name)) for run in chosen]) for name in ("family", "seed", "device")
+    )
+    numbers = ("parameters", "tokens", "flops", "loss", "seconds")
+    parameters, tokens, flops, loss, seconds = (
+        np.array([float(getattr(run, name)) for run in chosen]) for name in numbers
+    )
+    trunk = np.array([run.trunk or "/".join(map(str, run.key)) for run in chosen])
+    return Table(
+        family=family, seed=seed, device=device, trunk=trunk, parameters=parameters, tokens=tokens, flops=flops,
+        loss=loss, seconds=seconds, source="the store", rows=len(runs),
+        columns={name: name for name in numbers},
+        dropped={"no finished measurements": len(runs) - len(chosen)} if len(runs) > len(chosen) else {},
+    )  # fmt: skip
 
 
 def rows_of(table: Table) -> list[Row]:

@@ -42,7 +42,8 @@ def scaled_surface(family: Table, baseline: Table) -> Scaled:
     """
     if len(set(zip(family.parameters.tolist(), family.tokens.tolist(), strict=True))) < FEWEST:
         raise NoFit(f"Fitting one surface to two families: {len(family)} runs are too few; it takes {FEWEST} sizes.")
-    own = fit_surface(baseline.parameters, baseline.tokens, baseline.loss).surface
+    fitted = fit_surface(baseline.parameters, baseline.tokens, baseline.loss)
+    own = fitted.surface
     x, y, loss = (np.log(np.append(getattr(baseline, n), getattr(family, n))) for n in ("parameters", "tokens", "loss"))
     other = np.repeat([0.0, 1.0], [len(baseline), len(family)])
     x, y, middle = x - x.mean(), y - y.mean(), (x.mean(), y.mean())
@@ -64,8 +65,7 @@ def scaled_surface(family: Table, baseline: Table) -> Scaled:
         return np.asarray(np.stack(columns, axis=1) / total[:, None])
 
     start = [
-        np.log(max(own.E, 1e-12)), np.log(own.A) - own.alpha * middle[0], np.log(own.B) - own.beta * middle[1],
-        own.alpha, own.beta, 0.0, 0.0,
+        np.log(max(own.E, 1e-12)), *fitted.terms(*np.exp(middle)), own.alpha, own.beta, 0.0, 0.0,
     ]  # fmt: skip
     found = optimize.least_squares(residual, start, jac=lambda p: -jacobian(p), x_scale="jac", max_nfev=500)
     names = [_labels(table, number) for number, table in enumerate((baseline, family))]

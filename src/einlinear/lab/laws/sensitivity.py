@@ -12,6 +12,7 @@ from einlinear.lab.laws.table import Table
 DROPPED = (0, 1, 2, 3, 4, 5, 10, 20)
 DELTAS = (0.1, 0.01, 0.001)
 WINDOWS = (np.inf, 8.0, 4.0, 2.5)  # times N*
+STARTS = 40  # of each refit: the main fit has shown how many agree
 HELD_OUT = 0.2  # share of the runs, the most expensive ones
 
 
@@ -72,7 +73,7 @@ def held_out(table: Table, delta: float = DELTA, share: float = HELD_OUT) -> Hel
 
 def _refit(table: Table, choice: float, delta: float) -> Variant:
     try:
-        fit = fit_surface(table.parameters, table.tokens, table.loss, delta=delta)
+        fit = fit_surface(table.parameters, table.tokens, table.loss, delta=delta, starts=STARTS)
     except NoFit as error:
         return Variant(choice=choice, runs=len(table), reason=str(error))
     median = float(np.median(np.abs(fit.residuals)))

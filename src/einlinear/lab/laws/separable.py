@@ -57,7 +57,7 @@ def variable_projection(parameters: Floats, tokens: Floats, loss: Floats) -> Sep
         return best, least
 
     alpha, beta = (v.ravel() for v in np.meshgrid(GRID, GRID, indexing="ij"))
-    _, squares = inner(alpha, beta)
+    squares = np.concatenate([inner(np.full(len(GRID), one), GRID)[1] for one in GRID])
     found = optimize.minimize(
         lambda p: float(inner(np.exp(p[:1]), np.exp(p[1:]))[1][0]),
         np.log([alpha[squares.argmin()], beta[squares.argmin()]]),

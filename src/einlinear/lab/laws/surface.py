@@ -25,18 +25,19 @@ class Surface:
     @property
     def a(self) -> float:
         """N* grows as C^a."""
-        return self.beta / (self.alpha + self.beta)
+        return float(np.divide(self.beta, self.alpha + self.beta))
 
     @property
     def gamma(self) -> float:
         """L* - E falls as C^-gamma."""
-        return self.alpha * self.beta / (self.alpha + self.beta)
+        return float(np.divide(self.alpha * self.beta, self.alpha + self.beta))
 
     @property
     def G(self) -> float:
         """N* = G (C/k)^a."""
-        ratio: float = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
-        return ratio
+        with np.errstate(all="ignore"):  # out of range or undefined where the loss does not fall with N or D
+            ratio = np.float64(self.alpha * self.A) / np.float64(self.beta * self.B)
+            return float(ratio ** (1 / np.float64(self.alpha + self.beta)))
 
     def optimum(self, flops: Floats, k: float = 6.0) -> tuple[Floats, Floats, Floats]:
         """Parameters, tokens and loss `[n]` where compute C = k N D `[n]` is spent best."""

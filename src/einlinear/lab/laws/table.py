@@ -7,6 +7,7 @@ Nothing is guessed in silence: each column that was taken, each that could have 
 was left out and each number that was made from others is in `columns`, `dropped` and `notes`.
 """
 
+import csv
 import os
 import re
 from collections.abc import Mapping
@@ -158,8 +159,8 @@ def _frame(path: Path) -> "pd.DataFrame":
             return pd.read_parquet(path)
         if path.read_bytes()[:4] == b"PAR1":
             return pd.read_parquet(path)
-        return pd.read_csv(path, sep=None, engine="python", skipinitialspace=True, comment="#", encoding="utf-8-sig")
-    except (ValueError, OSError, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeError, ImportError) as error:
+        return pd.read_csv(path, sep=None, engine="python", skipinitialspace=True, encoding="utf-8-sig")
+    except (ValueError, OSError, csv.Error, ImportError) as error:  # pandas' own errors are ValueErrors
         cause = " ".join(str(error).split())
         raise TableError(
             f"Reading runs from {path}: it is not a table that can be read ({cause}); give a CSV with a line of "
@@ -192,6 +193,8 @@ class _Reader:
                 )
 
     def table(self, bits: bool) -> Table:
+        if not self.rows:
+            raise TableError(f"Reading runs{self._of()}: it has column names and no rows.")
         self._keep_finished()
         parameters, flops = self._numbers("parameters"), self._numbers("flops")
         tokens, seconds = self._numbers("tokens"), self._numbers("seconds")
@@ -225,7 +228,9 @@ class _Reader:
             unit=unit, source=self.source, rows=self.rows,
         )  # fmt: skip
         table = self._clean(table)
-        used = set(self.columns.values())
+        used = {name.removeprefix("= ln(").removesuffix(")") for name in self.columns.values()} | {
+            *self.columns.values()
+        }
         unused = [str(name) for name in self.frame.columns if str(name) not in used]
         if unused:
             self.notes.append(f"Columns not used: {', '.join(unused)}.")

@@ -59,19 +59,19 @@ def loss_chart(summary: Summary, axis: Axis, height: int = 400) -> Specification
     losses, costs = [point["loss"] for point in points], [point["cost"] for point in points]
     x = _logarithmic(alt.X, "cost", AXES[axis], costs, "~s")
     y = _logarithmic(alt.Y, "loss", "validation loss (nats)", losses, "~g")
-    colour = alt.Color("family:N", scale=_scale(summary, "colour"), title=None)
-    shape = alt.Shape("family:N", scale=_scale(summary, "shape"), title=None)
+    colour = coloured(summary)
+    shape = shaped(summary)
     chosen = alt.selection_point(name="chosen", fields=["family"], bind="legend")
     band = (
-        _chart(laws)
+        plotted(laws)
         .mark_area(clip=True)
         .encode(x=x, y=_logarithmic(alt.Y, "low", "", losses, "~g"), y2="high:Q", color=colour)
         .encode(opacity=alt.condition(chosen, alt.value(0.1), alt.value(0.02)))
     )
-    law = _chart(laws).mark_line(clip=True, strokeDash=[5, 4], strokeWidth=1.5)
-    hull = _chart(hulls).mark_line(strokeWidth=2)
+    law = plotted(laws).mark_line(clip=True, strokeDash=[5, 4], strokeWidth=1.5)
+    hull = plotted(hulls).mark_line(strokeWidth=2)
     dots = (
-        _chart(points)
+        plotted(points)
         .mark_point(size=70, filled=True)
         .encode(
             x=x, y=y, color=colour, shape=shape,
@@ -87,7 +87,7 @@ def loss_chart(summary: Summary, axis: Axis, height: int = 400) -> Specification
     )  # fmt: skip
     dim = alt.condition(chosen, alt.value(1), alt.value(0.08))
     lines = [layer.encode(x=x, y=y, color=colour, opacity=dim) for layer in (law, hull)]
-    return _finished(alt.layer(band, *lines, dots), height, f"Validation loss against {AXES[axis]}")
+    return finished(alt.layer(band, *lines, dots), height, f"Validation loss against {AXES[axis]}")
 
 
 def multiplier_chart(summary: Summary) -> Specification:
@@ -100,12 +100,12 @@ def multiplier_chart(summary: Summary) -> Specification:
     ]
     values = [row[name] for row in rows for name in ("low", "high")] + [0.8, 1.25]
     x = _logarithmic(alt.X, "low", f"times its own cost that {summary.baseline} costs at equal loss", values, "~g")
-    base = _chart(rows).encode(
+    base = plotted(rows).encode(
         y=alt.Y("family:N", sort=[family.family for family in summary.families], title=None),
         yOffset=alt.YOffset("kind:N", sort=list(kinds.values())),
         color=alt.Color("family:N", scale=_scale(summary, "colour"), legend=None),
     )
-    one = _chart([{"low": 1}]).mark_rule(color=INK, strokeDash=[2, 3], opacity=0.7).encode(x=x)
+    one = plotted([{"low": 1}]).mark_rule(color=INK, strokeDash=[2, 3], opacity=0.7).encode(x=x)
     interval = base.mark_rule(strokeWidth=2, clip=True).encode(x=x, x2="high:Q")
     value = base.mark_point(size=75, filled=True, opacity=1, clip=True).encode(
         x=_logarithmic(alt.X, "value", "", values, "~g"),
@@ -114,7 +114,7 @@ def multiplier_chart(summary: Summary) -> Specification:
         tooltip=["family:N", "kind:N", *(alt.Tooltip(f"{name}:Q", format=".3f") for name in ("value", "low", "high"))],
     )  # fmt: skip
     height = 40 * max(1, len({row["family"] for row in rows}))
-    return _finished(alt.layer(one, interval, value), height, "Compute multipliers")
+    return finished(alt.layer(one, interval, value), height, "Compute multipliers")
 
 
 def tuning_chart(summary: Summary) -> Specification:
@@ -130,17 +130,18 @@ def tuning_chart(summary: Summary) -> Specification:
     ]  # fmt: skip
     x = _logarithmic(alt.X, "rate", "base learning rate", [row["rate"] for row in rows], "~g")
     y = _logarithmic(alt.Y, "loss", "validation loss (nats)", [row["loss"] for row in rows], "~g")
-    colour = alt.Color("family:N", scale=_scale(summary, "colour"), title=None)
-    shape = alt.Shape("family:N", scale=_scale(summary, "shape"), title=None)
-    base = _chart(rows).encode(x=x, y=y, color=colour, detail="size:N")
+    colour = coloured(summary)
+    shape = shaped(summary)
+    base = plotted(rows).encode(x=x, y=y, color=colour, detail="size:N")
     dots = base.mark_point(size=55, filled=True, opacity=1).encode(
         shape=shape, tooltip=["family:N", "width:Q", alt.Tooltip("rate:Q", format=".3g"), "loss:Q"]
     )
     used = base.transform_filter("datum.used").mark_point(size=260, strokeWidth=1.5, shape="circle", opacity=1)
-    return _finished(alt.layer(base.mark_line(strokeWidth=1.5), dots, used), 280, "Loss against base rate")
+    return finished(alt.layer(base.mark_line(strokeWidth=1.5), dots, used), 280, "Loss against base rate")
 
 
-def _chart(rows: Rows) -> alt.Chart:
+def plotted(rows: Rows) -> alt.Chart:
+    """A chart of these rows."""
     return alt.Chart({"values": rows})
 
 
@@ -184,7 +185,18 @@ def _ticks(low: float, high: float) -> list[float]:
     return [float(f"{k * step:.12g}") for k in range(first, math.floor(high / step) + 1)]
 
 
-def _finished(chart: alt.LayerChart | alt.FacetChart, height: int, description: str) -> Specification:
+def coloured(summary: Summary) -> alt.Color:
+    """Each family in its own colour."""
+    return alt.Color("family:N", scale=_scale(summary, "colour"), title=None)
+
+
+def shaped(summary: Summary) -> alt.Shape:
+    """Each family with its own mark."""
+    return alt.Shape("family:N", scale=_scale(summary, "shape"), title=None)
+
+
+def finished(chart: alt.LayerChart | alt.FacetChart, height: int, description: str) -> Specification:
+    """A chart as the page shows it: as wide as its place, in the page's ink."""
     plain = {
         "font": "system-ui, sans-serif",
         "view": {"stroke": None},
@@ -195,7 +207,7 @@ def _finished(chart: alt.LayerChart | alt.FacetChart, height: int, description: 
         },
         "legend": {
             "orient": "top", "columns": 2, "columnPadding": 18, "symbolSize": 80, "symbolOpacity": 1,
-            "symbolBaseFillColor": INK, "labelColor": INK, "labelFontSize": 12.5, "labelLimit": 240,
+            "symbolBaseFillColor": INK, "labelColor": INK, "titleColor": INK, "labelFontSize": 12.5, "labelLimit": 240,
         },
     }  # fmt: skip
     specification: Specification = chart.properties(width="container", height=height, description=description).to_dict()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from einlinear.lab.extras import extra
-from einlinear.lab.laws import AXES, Multiplier
+from einlinear.lab.laws import AXES, Multiplier, from_runs, law_card
 from einlinear.lab.report.charts import (
     COLOURS,
     VEGA_LITE,
@@ -24,6 +24,7 @@ from einlinear.lab.report.charts import (
     multiplier_chart,
     tuning_chart,
 )
+from einlinear.lab.report.maps import places, router_chart, router_rows, taxonomy_chart
 from einlinear.lab.run import Run
 from einlinear.lab.summary import Summary, answer, sentences, summary
 
@@ -34,6 +35,7 @@ with extra("lab"):
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+DRAWS = 200  # of the law card's bootstrap; `einlinear fit` takes more
 LAW = ("E", "C0", "c", "c_low", "c_high", "agreement", "reason")
 PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 SPACE = "\u202f"  # narrow, and no line breaks at it
@@ -47,10 +49,12 @@ def write_report(
     plan: "DataclassInstance | None" = None,
     baseline: str = "dense",
     allow_mixed_data: bool = False,
+    refresh: int | None = None,
 ) -> None:
     """Write a study as one HTML page that needs nothing else: no network, and for its text and tables no JavaScript.
 
     `command` is what reproduces the study and `plan` what it set out to do (any dataclass); both are only shown.
+    With `refresh` the page reads itself again every so many seconds, for a study that is still running.
     The file appears complete or not at all.
 
     Raises ValueError where the runs do not compare, and OSError where the page cannot be written.
@@ -63,6 +67,11 @@ def write_report(
         "multipliers": multiplier_chart(found),
         "tuning": tuning_chart(found),
     }
+    if places(found):
+        charts["taxonomy"] = taxonomy_chart(found)
+    if router_rows(runs):
+        charts["routers"] = router_chart(found)
+    card = _card(runs, baseline)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("einlinear.lab.report", "."),
         autoescape=True,
@@ -83,7 +92,13 @@ def write_report(
         provenance=_provenance(runs),
         plan=_flat(asdict(plan)) if plan is not None else {},
         command=command,
-        downloads={"runs.csv": _data("text/csv", _csv(runs)), "summary.json": _data("application/json", _json(found))},
+        card=card,
+        refresh=refresh,
+        downloads={
+            "runs.csv": _data("text/csv", _csv(runs)),
+            "summary.json": _data("application/json", _json(found)),
+            "law_card.json": _data("application/json", json.dumps(card, indent=1)),
+        },
     )
     _replace(Path(path), page.encode(), "report")
 
@@ -120,6 +135,15 @@ def number(value: float | None, digits: int = 3) -> str:
 def _vega() -> str:
     """Vega, Vega-Lite and Vega-Embed in one script; bundling them takes seconds."""
     return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VEGA_LITE))
+
+
+def _card(runs: Sequence[Run], baseline: str) -> dict[str, Any]:
+    """The law card of the runs, or why there is none."""
+    try:
+        table = from_runs(runs)
+        return law_card(table, baseline=baseline if baseline in table.families else None, draws=DRAWS)
+    except ValueError as error:  # NoFit, or runs that do not compare
+        return {"reason": str(error), "families": {}}
 
 
 def _svg(chart: Specification, width: int) -> str:

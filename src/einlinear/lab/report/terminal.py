@@ -21,7 +21,7 @@ def print_summary(summary: Summary, console: Console) -> None:
         title_style="",
     )
     table.add_column("family", no_wrap=True)
-    for name in ("training FLOPs", "seconds", "best loss", "base rate", "runs"):
+    for name in ("training FLOPs", "seconds", "parameters", "best loss", "base rate", "runs"):
         table.add_column(name, justify="right")
     for family in summary.families:
         done = f"{family.runs}" + (f" ({len(family.failed)} failed)" if family.failed else "")
@@ -29,6 +29,7 @@ def print_summary(summary: Summary, console: Console) -> None:
             Text(family.family),
             _multiplier(family, "flops", summary.baseline),
             _multiplier(family, "seconds", summary.baseline),
+            _multiplier(family, "parameters", summary.baseline),
             "–" if math.isnan(family.best_loss) else f"{family.best_loss:.4f}",
             ", ".join(f"{rate:.3g}" for rate in family.rates) + (" at edge" if family.rate_at_edge else ""),
             done,

@@ -1,0 +1,191 @@
+"""How often 95 % intervals of laws hold the truth, on synthetic surfaces: rows of benchmarks/results/law_coverage.csv.
+
+    python benchmarks/law_coverage.py                      # 300 draws of each case, some 20 CPU-minutes
+    python benchmarks/law_coverage.py --draws 60 --case surface
+
+Each draw adds fresh noise to a known law, fits it as `einlinear fit` does, and asks whether the interval holds the
+truth. With 300 draws the share is known to about ±2.5 points.
+"""
+
+import argparse
+import csv
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+import einlinear
+from einlinear.lab.laws import (
+    NoFit,
+    Surface,
+    bootstrap,
+    compare_cells,
+    fit_surface,
+    from_frame,
+    isoflop,
+    scaled_surface,
+    variable_projection,
+)
+from einlinear.lab.laws.cells import cells_of
+from einlinear.lab.laws.parametric import NAMES
+from einlinear.lab.laws.rows import optima, rows_of
+
+TRUTH = Surface(E=1.8, A=400.0, B=2000.0, alpha=0.34, beta=0.37)
+RHO = 1.5
+RESULTS = Path(__file__).parent / "results" / "law_coverage.csv"
+
+Hits = dict[str, bool]
+
+
+def rectangle(sizes: int, lengths: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every size at every length."""
+    N, D = np.meshgrid(np.geomspace(1e7, 1e9, sizes), np.geomspace(2e8, 2e10, lengths))
+    return N.ravel(), D.ravel()
+
+
+def equal_compute(budgets: int, sizes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sizes within 4 times of N* at each budget."""
+    cost = np.repeat(np.geomspace(1e17, 1e19, budgets), sizes)
+    N = TRUTH.optimum(cost)[0] * np.tile(np.geomspace(1 / 4, 4, sizes), budgets)
+    return N, cost / 6 / N
+
+
+def within(interval: tuple[float, float], truth: float) -> bool:
+    return interval[0] <= truth <= interval[1]
+
+
+def surface_case(points: tuple[np.ndarray, np.ndarray], noise: float, delta: float) -> Callable[[int], Hits]:
+    truth = {name: getattr(TRUTH, name) for name in NAMES}
+
+    def draw(seed: int) -> Hits:
+        N, D = points
+        loss = TRUTH.loss(N, D) * np.exp(noise * np.random.default_rng(seed).normal(size=len(N)))
+        draws = bootstrap(fit_surface(N, D, loss, delta=delta, starts=40), 300, seed=10_000 + seed)
+        return {name: within(draws.interval(name), truth[name]) for name in NAMES}
+
+    return draw
+
+
+def least_squares_case(points: tuple[np.ndarray, np.ndarray], noise: float) -> Callable[[int], Hits]:
+    def draw(seed: int) -> Hits:
+        N, D = points
+        loss = TRUTH.loss(N, D) + noise * np.random.default_rng(seed).normal(size=len(N))
+        found = variable_projection(N, D, loss)
+        return {name: within(found.intervals[name], getattr(TRUTH, name)) for name in NAMES}
+
+    return draw
+
+
+def allocation_case(points: tuple[np.ndarray, np.ndarray], noise: float) -> Callable[[int], Hits]:
+    def draw(seed: int) -> Hits:
+        N, D = points
+        loss = TRUTH.loss(N, D) * np.exp(noise * np.random.default_rng(seed).normal(size=len(N)))
+        hits = {}
+        for method in ("parabola", "akima"):
+            found = isoflop(N, 6 * N * D, loss, method)
+            hits[f"a, {method}"] = within((found.a_low, found.a_high), TRUTH.a)
+        return hits
+
+    return draw
+
+
+def multiplier_case(points: tuple[np.ndarray, np.ndarray], noise: float) -> Callable[[int], Hits]:
+    import pandas as pd
+
+    def draw(seed: int) -> Hits:
+        generator = np.random.default_rng(seed)
+        N, D = points
+        frames = []
+        for family, ratio in (("dense", 1.0), ("other", RHO)):
+            loss = TRUTH.loss(N * ratio**0.5, D * ratio**0.5) * np.exp(noise * generator.normal(size=len(N)))
+            frames.append(pd.DataFrame({"family": family, "params": N, "tokens": D, "loss": loss}))
+        table = from_frame(pd.concat(frames))
+        parts = {name: table.of(name) for name in table.families}
+        chosen = {name: optima(name, isoflop(p.parameters, p.flops, p.loss, "parabola")) for name, p in parts.items()}
+        found = compare_cells(
+            cells_of(rows_of(parts["other"]))["other"], cells_of(rows_of(parts["dense"]))["dense"],
+            names=("other", "dense"), chosen=(chosen["other"], chosen["dense"]),
+        )  # fmt: skip
+        return {
+            "multiplier, shared law": within((found.low, found.high), RHO),
+            "multiplier, one surface": within(scaled_surface(parts["other"], parts["dense"]).multiplier_interval, RHO),
+        }
+
+    return draw
+
+
+def trunk_case(noise: float, shared: float, widths: int = 4, horizons: int = 2) -> Callable[[int], Hits]:
+    """Two families on their frontiers; `shared` is the share of the noise's variance that a trunk's horizons share."""
+    import pandas as pd
+
+    def draw(seed: int) -> Hits:
+        generator = np.random.default_rng(seed)
+        rows = []
+        for family, ratio in (("dense", 1.0), ("other", RHO)):
+            for width in range(widths):
+                common = generator.normal() * shared**0.5
+                for horizon in range(horizons):
+                    cost = 1e12 * 2.25 ** (2 * width) * 2**horizon
+                    own = generator.normal() * (1 - shared) ** 0.5
+                    loss = (1.0 + (cost * ratio / 1e12) ** -0.1) * np.exp(noise * (common + own))
+                    rows.append({
+                        "family": family, "params": 1e6 * 2.25**width, "tokens": 1e6 * 2**horizon, "flops": cost,
+                        "loss": loss, "trunk": str(width) if shared else f"{width}/{horizon}",
+                    })  # fmt: skip
+        table = from_frame(pd.DataFrame(rows))
+        cells = cells_of(rows_of(table))
+        found = compare_cells(cells["other"], cells["dense"], names=("other", "dense"))
+        return {"multiplier, shared law": within((found.low, found.high), RHO)}
+
+    return draw
+
+
+CASES: dict[str, Callable[[int], Hits]] = {
+    "surface, 8 × 8 grid, noise .005": surface_case(rectangle(8, 8), 0.005, 1e-3),
+    "surface, 15 × 16 grid, noise .005": surface_case(rectangle(15, 16), 0.005, 1e-3),
+    "surface, 6 budgets × 7 sizes, noise .003": surface_case(equal_compute(6, 7), 0.003, 1e-3),
+    "surface, 8 × 8 grid, noise .005, delta .1": surface_case(rectangle(8, 8), 0.005, 0.1),
+    "least squares, 8 × 8 grid, noise .01 nats": least_squares_case(rectangle(8, 8), 0.01),
+    "allocation, 6 budgets × 7 sizes, noise .003": allocation_case(equal_compute(6, 7), 0.003),
+    "optima, 6 budgets × 7 sizes, noise .003": multiplier_case(equal_compute(6, 7), 0.003),
+    "frontier, 4 widths × 2 horizons, noise .005": trunk_case(0.005, 0.0),
+    "frontier, 4 widths × 2 horizons, noise .005, trunks share .8": trunk_case(0.005, 0.8),
+    "frontier, 6 widths × 3 horizons, noise .01, trunks share .5": trunk_case(0.01, 0.5, 6, 3),
+}
+
+
+def measure(draw: Callable[[int], Hits], draws: int) -> Iterator[tuple[str, float, int]]:
+    """Quantity, share of the draws whose interval held it, and draws; refused fits are counted out."""
+    hits: dict[str, list[bool]] = {}
+    for seed in range(draws):
+        try:
+            for name, hit in draw(seed).items():
+                hits.setdefault(name, []).append(hit)
+        except NoFit:
+            continue
+    for name, found in hits.items():
+        yield name, float(np.mean(found)), len(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--draws", type=int, default=300)
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    versions = f"einlinear {einlinear.__version__}, numpy {np.__version__}"
+    with options.out.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["case", "quantity", "coverage", "draws", "versions", "commit"])
+        for case, draw in CASES.items():
+            if options.case in case:
+                for quantity, share, draws in measure(draw, options.draws):
+                    writer.writerow([case, quantity, f"{share:.3f}", draws, versions, commit])
+                    print(f"{case:62} {quantity:26} {share:.3f} of {draws}", flush=True)
+                file.flush()
+
+
+if __name__ == "__main__":
+    main()

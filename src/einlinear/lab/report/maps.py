@@ -1,0 +1,100 @@
+"""Two further figures: families in the space of structures, and how mixtures spread their tokens."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import einlinear as el
+from einlinear.lab.extras import extra
+from einlinear.lab.report.charts import INK, Rows, Specification, coloured, finished, plotted, shaped
+from einlinear.lab.run import Run
+from einlinear.lab.summary import Summary
+
+with extra("lab"):
+    import altair as alt
+
+APART = 0.055  # between families of equal exponents, which would hide each other
+
+
+def places(summary: Summary) -> Rows:
+    """The families with a place in the taxonomy: their exponents ψ, ν, ω and what they were measured to be worth."""
+    rows: Rows = []
+    seen: Counter[tuple[float, float]] = Counter()
+    for family in summary.families:
+        try:
+            psi, nu, omega = (float(exponent) for exponent in el.taxonomy(el.structure(family.family)))
+        except el.StructureError:
+            continue
+        found = family.multipliers.get("flops")
+        measured = found is not None and not found.reason
+        value = found.value if measured and found else 1.0 if family.family == summary.baseline else None
+        rows.append({
+            "family": family.family, "psi": psi, "nu": nu, "omega": omega, "multiplier": value,
+            "low": found.low if measured and found else None, "high": found.high if measured and found else None,
+            "height": psi - APART * seen[omega, psi],
+        })  # fmt: skip
+        seen[omega, psi] += 1
+    return rows
+
+
+def taxonomy_chart(summary: Summary) -> Specification:
+    """ψ over ω, ν as size, the multiplier as colour; families of equal exponents are drawn below each other."""
+    rows = places(summary)
+    values = [abs(math.log2(row["multiplier"])) for row in rows if row["multiplier"]]
+    reach = max([0.5, *values])
+    rows = [row | {"value": math.log2(row["multiplier"]) if row["multiplier"] else None} for row in rows]
+    axis: dict[str, Any] = {"grid": True, "tickCount": 5, "format": ".2~f"}
+    base = plotted(rows).encode(
+        x=alt.X("omega:Q", scale=alt.Scale(domain=[-0.08, 1.6 * max([0.3, *(row["omega"] for row in rows)]) + 0.1]),
+                axis=alt.Axis(title="ω: FLOPs per parameter grow as width^ω (weight sharing)", **axis)),
+        y=alt.Y("height:Q", scale=alt.Scale(domain=[min([0.4, *(row["height"] for row in rows)]) - 0.1, 1.1]),
+                axis=alt.Axis(title="ψ: rank grows as width^ψ", **axis)),
+    )  # fmt: skip
+    # Blue and orange are told apart with every kind of colour blindness; blue is better than the baseline.
+    dots = base.mark_circle(opacity=1, stroke=INK, strokeWidth=1).encode(
+        size=alt.Size("nu:Q", scale=alt.Scale(domain=[0, 1], range=[60, 420]), title="ν (FLOPs: width^(1+ν))",
+                      legend=alt.Legend(values=[0, 0.5, 1], symbolFillColor="transparent", symbolStrokeColor=INK)),
+        color=alt.Color("value:Q", scale=alt.Scale(range=["#d55e00", "#f4f4f4", "#0072b2"], domain=[-reach, 0, reach]),
+                        legend=alt.Legend(title="multiplier", labelExpr="format(pow(2, datum.value), '.2~f') + '×'",
+                                          tickCount=5, gradientLength=130)),
+        tooltip=["family:N", "psi:Q", "nu:Q", "omega:Q",
+                 *(alt.Tooltip(f"{name}:Q", format=".3f") for name in ("multiplier", "low", "high"))],
+    )  # fmt: skip
+    names = base.mark_text(align="left", dx=14, color=INK, fontSize=12).encode(text="family:N")
+    return finished(alt.layer(dots, names), 320, "Families by their exponents")
+
+
+def router_rows(runs: Sequence[Run]) -> Rows:
+    """One row per run and routed layer, from what the run says of its routers.
+
+    `routers` is JSON: {layer: {"load": [share of each expert], "entropy": 0 to 1, "dropped": share}}, as
+    `einlinear.router_statistics` counts them; runs without it have no row.
+    """
+    rows: Rows = []
+    for run in runs:
+        layers = json.loads(getattr(run, "routers", "") or "{}")
+        for layer, found in layers.items():
+            load = [float(share) for share in found["load"]]
+            rows.append({
+                "family": run.family, "width": run.width, "tokens": run.tokens, "seed": run.seed, "layer": layer,
+                "busiest": max(load) * len(load), "dead": sum(share == 0 for share in load), "experts": len(load),
+                "entropy": float(found["entropy"]), "dropped": float(found["dropped"]),
+            })  # fmt: skip
+    return rows
+
+
+def router_chart(summary: Summary) -> Specification:
+    """Each routed layer's busiest expert against an even share, over how undecided its router is."""
+    rows = router_rows([run for run in summary.runs if run.purpose == "measure"])
+    base = plotted(rows).mark_point(size=70, filled=True, opacity=0.8)
+    chart = base.encode(
+        x=alt.X("entropy:Q", scale=alt.Scale(domain=[0, 1]),
+                axis=alt.Axis(title="entropy of the router (1: undecided)")),
+        y=alt.Y("busiest:Q", axis=alt.Axis(title="load of the busiest expert, in even shares")),
+        color=coloured(summary), shape=shaped(summary),
+        tooltip=["family:N", "layer:N", "width:Q", "tokens:Q", alt.Tooltip("busiest:Q", format=".2f"), "dead:Q",
+                 "experts:Q", alt.Tooltip("dropped:Q", format=".1%")],
+    )  # fmt: skip
+    return finished(alt.layer(chart), 280, "Router health")

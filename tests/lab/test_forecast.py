@@ -1,0 +1,95 @@
+"""What is foreseen of a comparison: exact runs and FLOPs, the interval of simulated studies, refusals."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from einlinear.lab.compare import Plan, default_plan
+from einlinear.lab.data import Sequences, load
+from einlinear.lab.forecast import NOISE, RESOLVED, SLOPE, Forecast, forecast, interval
+from einlinear.lab.models import counted
+from einlinear.lab.sweep import Machine
+from einlinear.lab.train import Recipe
+
+HERE = Machine(workers=0)
+PLAN = Plan(
+    families=("dense", "low_rank(rank=2)"),
+    widths=(24, 16),
+    depth=1,
+    horizons=(1600, 640),
+    rates=(0.01, 0.02, 0.04),
+    tuning=320,
+    recipe=Recipe(batch=2, base_width=16, base_depth=1, head=8, warmup=5),
+)
+
+
+@pytest.fixture(scope="module")
+def task() -> Sequences:
+    tokens = torch.arange(3000) * 5 % 13
+    return Sequences("s", "", "f", 13, 8, tokens[:2000], tokens[2000:], limit=400)
+
+
+def test_runs_and_flops_are_those_that_will_be_trained(task: Sequences) -> None:
+    found = forecast(PLAN, task, HERE)
+    assert [(part.family, part.trials, part.runs) for part in found.parts] == [
+        ("dense", 3, 4),
+        ("low_rank(rank=2)", 3, 4),
+    ]
+    steps = {"tune": 20, "measure": 80 + 8 + 20}
+    for part in found.parts:
+        flops = 0
+        for trunk in [*PLAN.trials(task), *PLAN.trunks(task, dict.fromkeys(PLAN.families, 1.0))]:
+            assert trunk.steps == steps[trunk.purpose]
+            if trunk.family == part.family:
+                flops += 3 * counted(task, trunk.architecture)[1].total * steps[trunk.purpose] * 16
+        assert part.flops == flops
+        assert part.seconds > 0
+    text = str(found)
+    assert f"in all {sum(part.flops for part in found.parts):.2g} training FLOPs" in text
+    assert "each tuned at width 16 over 3 rates (6 runs)" in text and "(8 runs)" in text and "minutes" in text
+    assert f"over and times {interval(2):.2f}" in text
+
+
+def test_a_given_rate_needs_no_tuning(task: Sequences) -> None:
+    found = forecast(replace(PLAN, rates=(0.01,)), task, HERE)
+    assert [part.trials for part in found.parts] == [0, 0]
+    assert "tuned" not in str(found) and "grid" not in str(found)
+
+
+def test_the_interval_is_that_of_simulated_studies() -> None:
+    """Two parallel lines of so many trunks each: the shift's error is the planning formula's, within 20 %."""
+    random = np.random.default_rng(0)
+    for trunks in (4, 12):
+        cost = np.tile(np.linspace(-2, 2, trunks), 2)
+        group = np.repeat([0.0, 1.0], trunks)
+        design = np.stack([np.ones(2 * trunks), cost, group], axis=1)
+        noise = NOISE * random.normal(size=(2 * trunks, 4000))
+        shift = np.linalg.lstsq(design, -SLOPE * (cost + 0.4 * group)[:, None] + noise)[0][2] / -SLOPE
+        assert shift.std() == pytest.approx(NOISE * math.sqrt(2 / trunks) / SLOPE, rel=0.2)
+    factors = [interval(trunks) for trunks in (2, 4, 8, 16, 64)]
+    assert factors == sorted(factors, reverse=True) and factors[-1] == pytest.approx(1.025, abs=0.005)
+
+
+def blurred(**changes: object) -> str | None:
+    return Forecast(replace(PLAN, **changes), HERE, ()).refusal()
+
+
+def test_plans_that_cannot_answer_are_refused_with_a_remedy() -> None:
+    assert "nothing to compare it with" in (blurred(families=("dense",)) or "")
+    assert "4 sizes together, at 1 width(s)" in (blurred(widths=(16,)) or "")
+    refusal = blurred() or ""
+    assert "cannot tell a multiplier of 1.25 from 1" in refusal
+    seeds = int(refusal.split("take ")[1].split()[0])
+    assert blurred(seeds=tuple(range(seeds))) is None
+    assert blurred(seeds=tuple(range(seeds - 1)))
+    factor = float(refusal.split("--resolve ")[1].rstrip("."))
+    assert Forecast(PLAN, HERE, ()).refusal(factor + 0.01) is None
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_default_plans_can_answer(device: str) -> None:
+    plan = default_plan(load("teacher"), device)
+    assert Forecast(plan, HERE, ()).refusal(RESOLVED) is None
