@@ -55,8 +55,10 @@ def _keeping(old: Operator, new: Operator) -> Operator:
 def _sum(operator: Sum) -> Operator:
     terms = [normal(term) for term in operator.terms]
     terms = [term for term in terms if not isinstance(_body(term), Zero)] or terms[:1]
-    if len(terms) > 1 and operator.square and (joined := _kronecker_sum(terms)) is not None:
-        return joined
+    others = [term for term in terms if _unit(term) is None]
+    if len(others) > 1 and operator.square and (joined := _kronecker_sum(others)) is not None:
+        units = [term for term in terms if _unit(term) is not None]
+        return normal(total(joined, *units)) if units else joined
     merged: list[Operator] = []
     for term in terms:
         for place, other in enumerate(merged):

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from einlinear.kernels import explain
 from einlinear.layer import Linear
 from einlinear.linalg.adapters import from_scipy
+from einlinear.linalg.iterative import extreme
 from einlinear.linalg.rules.determinant import SLOGDET, Determinant, real_if_real
 from einlinear.linalg.rules.factors import CHOLESKY, LU, PLU
-from einlinear.linalg.rules.functions import APPLY, EXP, LOG, SQRT, Function, power
+from einlinear.linalg.rules.functions import APPLY, EXP, LOG, SQRT, TRACE_OF, Function, power
 from einlinear.linalg.rules.inverse import INVERSE
 from einlinear.linalg.rules.norm import FROBENIUS, ONE
 from einlinear.linalg.rules.singular import PINV, SINGULAR, SVD, SVDVALS
@@ -146,10 +147,21 @@ def logdet(A: Subject) -> Tensor:
 
 
 @asks(TRACE)
-def trace(A: Subject) -> Tensor:
-    """The sum of the diagonal, `[...]`."""
+def trace(A: Subject, f: Callable[..., Any] | None = None) -> Tensor:
+    """The sum of the diagonal, `[...]`, of A or of f(A).
+
+    `trace(A, exp)` is `trace(exp(A))` without f(A) ever being formed where eigenvalues are enough.
+
+    Args:
+        A: square.
+        f: `exp`, `log`, `sqrt` of this module, or a function of a tensor of eigenvalues, entry by entry.
+    """
     A = _ready(A, "take the trace of", square=True)
-    result: Tensor = TRACE(A)
+    if f is not None:
+        function = _FUNCTIONS.get(f) or Function(getattr(f, "__name__", "function"), f)
+        result: Tensor = TRACE_OF(A, function)
+    else:
+        result = TRACE(A)
     return result.expand(A.batch_shape)
 
 
@@ -171,6 +183,9 @@ def eigh(A: Subject, k: int | None = None, which: str = "LA") -> Spectrum:
         which: "LA" or "SA" for the largest or smallest values, "LM" or "SM" by magnitude.
     """
     A = _hermitian(A, "find the eigenvalues of")
+    if k is not None and few(A, k, which):
+        values, found = extreme(A, k, which)
+        return _chosen(values, Dense(found), None if k == 0 else k, which, "ascending")
     values, vectors = EIGH(A)
     values = (values.real if values.is_complex() else values).expand(*A.batch_shape, -1)
     return _chosen(values, vectors, k, which, "ascending")
@@ -308,6 +323,9 @@ def cond(A: Subject, p: float | str = 2) -> Tensor:
     return norm(A, p) * norm(inverse(A), p)
 
 
+_FUNCTIONS: dict[Any, Function] = {exp: EXP, log: LOG, sqrt: SQRT}
+
+
 def _function(A: Subject, f: Function) -> Operator:
     result: Operator = APPLY(_ready(A, f"take the {f.name} of", square=True), f)
     return result
@@ -343,6 +361,15 @@ def _hermitian(subject: Subject, doing: str) -> Operator:
         except OperatorError:
             raise OperatorError(f"cannot {doing} {A!r}: it is not Hermitian; use eig, svd or lu") from None
     return A.claim("hermitian")
+
+
+def few(A: Operator, k: int, which: str) -> bool:
+    """Whether k eigenpairs come cheaper from products than all of them from the matrix."""
+    if which not in ("LA", "SA", "LM") or not 0 < k < A.shape[-1] or transformed(*A.tensors):
+        return False
+    *_, (_, whole, rule, cost) = EIGH.plan(A)
+    structured = rule.kind is not Operator or whole.shape[-1] < A.shape[-1]
+    return not structured and A.shape[-1] > 512 and cost > 60 * (2 * k + 30) * A.flops
 
 
 def _matching(A: Subject, b: Tensor) -> Tensor:
@@ -398,5 +425,5 @@ def _explain(question: Any, A: Subject, *arguments: Any) -> str:
     lines = [f"{question.__name__} of {subject!r}: {table.question}"]
     for depth, part, rule, cost in table.plan(subject, *given):
         what = f"{cost:.3g} flops, " if cost else ""
-        lines.append(f"{'  ' * (depth + 1)}{part!r}: {rule.law} ({what}{'exact' if rule.exact else 'stochastic'})")
+        lines.append(f"{'  ' * (depth + 1)}{part!r}: {rule.law} ({what}{rule.answer})")
     return "\n".join(lines)

@@ -25,7 +25,8 @@ class Rule:
     """One law, for operators of `kind` (a class, or a union of classes) of which `when` holds.
 
     `run(A, *answers, *arguments)` gets the answers to the same question about `parts(A)`. `cost` is
-    the modelled number of floating-point operations of the rule itself, without its parts.
+    the modelled number of floating-point operations of the rule itself, without its parts. `answer` is "exact",
+    "to a tolerance" or "stochastic".
     """
 
     kind: Any
@@ -34,7 +35,7 @@ class Rule:
     parts: Callable[[Any], Parts] = no_parts
     when: Callable[..., bool] | None = None
     cost: Callable[[Any], float] = free
-    exact: bool = True
+    answer: str = "exact"
 
 
 class Table:

@@ -42,6 +42,8 @@ class Kronecker(Operator):
     def _matmul(self, x: Tensor) -> Tensor:
         # Each factor reads its index as columns and leaves it in front: no copy but the first, and k ends last.
         k = x.shape[-1]
+        if 0 in x.shape or 0 in self.shape:  # a size of which nothing follows for the others
+            return x.new_zeros(*common(tuple(x.shape[:-2]), self.batch_shape), self.shape[-2], k)
         x = x.mT
         for factor in reversed(self.factors):
             batch = x.shape[:-2]
@@ -62,7 +64,7 @@ class Kronecker(Operator):
         n = self.shape[-1]
         done, total = 1, 0.0
         for factor in reversed(self.factors):
-            n //= factor.shape[-1]
+            n //= max(factor.shape[-1], 1)
             total += factor.flops * n * done
             done *= factor.shape[-2]
         return total
@@ -93,6 +95,8 @@ class KroneckerSum(Operator):
 
     def _matmul(self, x: Tensor) -> Tensor:
         *batch, n, k = x.shape
+        if 0 in x.shape:
+            return x.new_zeros(*common(tuple(batch), self.batch_shape), n, k)
         before, parts = 1, []
         for term in self.terms:
             size = term.shape[-1]
@@ -112,7 +116,7 @@ class KroneckerSum(Operator):
     @property
     def flops(self) -> float:
         n = self.shape[-1]
-        return sum((term.flops + term.shape[-1]) * n / term.shape[-1] for term in self.terms)
+        return sum((term.flops + term.shape[-1]) * n / max(term.shape[-1], 1) for term in self.terms)
 
     def _text(self) -> str:
         return " ⊕ ".join(_inside(term) for term in self.terms)

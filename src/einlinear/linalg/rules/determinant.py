@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from einlinear.linalg import iterative
 from einlinear.linalg.direct import InverseLU, affordable, cholesky, cubic, written
 from einlinear.linalg.refined import Refined
 from einlinear.linalg.rules import banded
@@ -83,7 +84,7 @@ def _number(operator: Operator, sign: complex) -> Determinant:
 
 def _kronecker(A: Kronecker, *parts: Determinant) -> Determinant:
     n = A.shape[-1]
-    return times(*(power(part, n // factor.shape[-1]) for part, factor in zip(parts, A.factors, strict=True)))
+    return times(*(power(part, n // max(factor.shape[-1], 1)) for part, factor in zip(parts, A.factors, strict=True)))
 
 
 def _by_values(A: Operator) -> Determinant:
@@ -134,6 +135,10 @@ def _psd(operator: Operator) -> Determinant:
     except OperatorError:
         return Determinant(*torch.linalg.slogdet(written(operator)))
     return Determinant(torch.ones(diagonal.shape[:-1], dtype=diagonal.dtype), 2 * diagonal.real.log().sum(-1))
+
+
+def _estimate(A: Operator) -> Determinant:
+    return Determinant(torch.ones((), dtype=A.dtype, device=A.device), iterative.logdet(A))
 
 
 def _definite(A: Operator) -> bool:
@@ -203,4 +208,5 @@ SLOGDET = Table(
         when=affordable,
         cost=cubic,
     ),
+    Rule(Operator, "Lanczos quadrature", _estimate, answer="stochastic"),
 )

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from einlinear.linalg.borrowed import matrix_function
-from einlinear.linalg.direct import cubic, written
-from einlinear.linalg.rules.inverse import INVERSE, nonzero
+from einlinear.linalg.direct import affordable, cubic, written
+from einlinear.linalg.iterative import IterativeFunction, trace_of
+from einlinear.linalg.rules.inverse import INVERSE, RealPart, nonzero
 from einlinear.linalg.rules.predicates import (
     blocks,
     body,
@@ -23,7 +25,8 @@ from einlinear.linalg.rules.predicates import (
     square_blocks,
     square_factors,
 )
-from einlinear.linalg.rules.spectral import EIG, EIGH
+from einlinear.linalg.rules.spectral import EIG, EIGH, EIGVALSH
+from einlinear.linalg.rules.trace import TRACE
 from einlinear.linalg.table import Rule, Table
 from einlinear.operator import (
     Dense,
@@ -128,7 +131,16 @@ def by_eigh(operator: Operator, f: Function) -> Operator:
 
 def _by_eig(operator: Operator, f: Function) -> Operator:
     values, vectors = EIG(operator)
-    return product(vectors, Diagonal(f(values)), INVERSE(vectors))
+    made = product(vectors, Diagonal(f(values)), INVERSE(vectors))
+    return RealPart(made) if not operator.dtype.is_complex and _is_real(made, operator, f) else made
+
+
+def _is_real(made: Operator, of: Operator, f: Function) -> bool:
+    """Whether f(A) of a real A is real: always for exp and whole powers, else as two random probes say."""
+    if f is EXP or _whole(of, f) or transformed(*of.tensors):
+        return True
+    image = made.matmul(torch.randn(of.shape[-1], 2, dtype=of.dtype, device=of.device))
+    return bool(image.imag.norm() <= 1e-6 * image.norm())
 
 
 def _dense_hermitian(operator: Operator, f: Function) -> Operator:
@@ -259,6 +271,13 @@ APPLY = Table(
     Rule(Product, "f(Q B Qᴴ) = Q f(B) Qᴴ", _conjugated, middle, conjugation),
     Rule(Kronecker | KroneckerSum, "f(A) = (V⊗W) f(Λ) (V⊗W)ᴴ", by_eigh, when=has("hermitian")),
     Rule(Kronecker | KroneckerSum, "f(A) = (V⊗W) f(Λ) (V⊗W)⁻¹", _by_eig, when=lambda A, f: A.square),
+    Rule(
+        Operator,
+        "f(A) b from the Krylov space of b (Lanczos)",
+        lambda A, f: IterativeFunction(A, f.of),
+        when=lambda A, f: "hermitian" in A.properties and not affordable(A),
+        answer="to a tolerance",
+    ),
     Rule(Operator, "V f(Λ) Vᴴ, written out", _dense_hermitian, when=has("hermitian"), cost=lambda A: 9 * cubic(A)),
     Rule(
         Operator,
@@ -274,4 +293,44 @@ APPLY = Table(
         _dense_general,
         cost=lambda A: 30 * cubic(A),
     ),
+)
+
+
+def _by_values(A: Operator, f: Function) -> Tensor:
+    values: Tensor = EIGVALSH(A)
+    return f(values).sum(-1)
+
+
+def _by_diagonal(A: Operator, f: Function) -> Tensor:
+    found: Tensor = TRACE(APPLY(A, f))
+    return found
+
+
+TRACE_OF = Table(
+    "trace of a function",
+    Rule(
+        KroneckerSum,
+        "tr exp(A ⊕ B) = tr exp A tr exp B",
+        lambda _, *parts: reduce(torch.mul, parts[:-1]),
+        lambda A: A.terms,
+        is_exp,
+    ),
+    Rule(BlockDiagonal, "tr f(diag(A₁, A₂, …)) = Σ tr f(Aᵢ)", lambda _, of, f: of.sum(-1), body, square_blocks),
+    Rule(
+        DirectSum,
+        "tr f(A ⊞ B) = tr f(A) + tr f(B)",
+        lambda _, *parts: reduce(torch.add, parts[:-1]),
+        blocks,
+        square_blocks,
+    ),
+    Rule(Kronecker | KroneckerSum | Circulant | Diagonal, "Σ f(λ)", _by_values, when=has("hermitian")),
+    Rule(
+        Operator,
+        "Lanczos quadrature",
+        lambda A, f: trace_of(A, f.of),
+        when=lambda A, f: "hermitian" in A.properties and not affordable(A),
+        answer="stochastic",
+    ),
+    Rule(Operator, "Σ f(λ), written out", _by_values, when=has("hermitian"), cost=lambda A: 2 * cubic(A)),
+    Rule(Operator, "the diagonal of f(A)", _by_diagonal, cost=lambda A: 30 * cubic(A)),
 )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from einlinear.linalg import iterative
 from einlinear.linalg.direct import InverseLU, affordable, cholesky, cubic, lu_inverse
 from einlinear.linalg.refined import Refined, detached
 from einlinear.linalg.rules import banded
@@ -322,4 +323,10 @@ INVERSE = Table(
         cost=lambda A: cubic(A) / 2,
     ),
     Rule(Operator, "PA = LU, written out", _densified, when=affordable, cost=cubic),
+    Rule(
+        Operator,
+        "A x = b by conjugate gradients (definite), MINRES (Hermitian) or GMRES",
+        iterative.inverse,
+        answer="to a tolerance",
+    ),
 )

@@ -19,7 +19,7 @@ def _square(values: Tensor) -> Tensor:
 def _toeplitz(T: Toeplitz) -> Tensor:
     """Each entry of the ring as often as its diagonal is long."""
     m, n = T.shape[-2:]
-    offset = torch.cat([torch.arange(m, device=T.device), torch.arange(1 - n, 0, device=T.device)])
+    offset = torch.cat([torch.arange(m, device=T.device), torch.arange(min(1 - n, 0), 0, device=T.device)])
     length = torch.minimum(m - offset.clamp(min=0), n + offset.clamp(max=0))
     return (T.ring().abs().square() * length).sum(-1)
 

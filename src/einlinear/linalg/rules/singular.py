@@ -5,11 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from einlinear.linalg.direct import cubic, written
+from einlinear.linalg import iterative
+from einlinear.linalg.direct import affordable, cubic, written
 from einlinear.linalg.rules.predicates import blocks, body, factors, has
 from einlinear.linalg.rules.spectral import EIGH, outer
 from einlinear.linalg.table import Rule, Table
-from einlinear.operator import Dense, Identity, Operator, Product, Scaled, Zero, multiple, product
+from einlinear.operator import Dense, Identity, Operator, Scaled, Zero, multiple, product
 from einlinear.operators import BlockDiagonal, Circulant, Diagonal, DirectSum, Fourier, Kronecker, KroneckerSum, kron
 
 
@@ -147,7 +148,12 @@ PINV = Table(
     Rule(KroneckerSum, "(V⊗W) diag(λ+μ)⁺ (V⊗W)ᴴ", _pinv_spectral, when=has("hermitian")),
     Rule(BlockDiagonal, "diag(A₁⁺, A₂⁺, …)", lambda _, of: BlockDiagonal(of), body),
     Rule(DirectSum, "A⁺ ⊞ B⁺", lambda _, *parts: DirectSum(parts), blocks),
+    Rule(
+        Operator,
+        "min ‖A x − b‖ by LSMR",
+        iterative.IterativePseudoInverse,
+        when=lambda A: not affordable(A),
+        answer="to a tolerance",
+    ),
     Rule(Operator, "written out, by LAPACK's SVD", _pinv_dense, cost=lambda A: 20 * cubic(A)),
 )
-
-__all__ = ["PINV", "SINGULAR", "SVD", "SVDVALS", "Product", "pseudo_reciprocal"]

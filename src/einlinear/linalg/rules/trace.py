@@ -134,7 +134,9 @@ DIAGONAL = Table(
 
 def _kronecker_sum(A: KroneckerSum, *traces: Tensor) -> Tensor:
     n = A.shape[-1]
-    return reduce(torch.add, (trace * (n // part.shape[-1]) for trace, part in zip(traces, A.terms, strict=True)))
+    return reduce(
+        torch.add, (trace * (n // max(part.shape[-1], 1)) for trace, part in zip(traces, A.terms, strict=True))
+    )
 
 
 TRACE = Table(
