@@ -17,7 +17,7 @@ FLOORS = [
     {"taxonomy", "structures", "contract", "moments", "operator"},
     {"kernels", "projection", "skeleton", "allocation"},
     {"layer", "curves", "operators"},
-    {"mlp", "side_by_side", "shared", "optim", "muon", "storage", "targeting", "linalg"},
+    {"mlp", "shared", "optim", "muon", "storage", "targeting", "linalg"},
     {"hf"},
     {"conversion"},
     {"loading"},
