@@ -64,7 +64,9 @@ class Plan:
             check(self.structure, factors, x)
         tokens = pad_last(x, self.pad_in).reshape(-1, self.d_in + self.pad_in)
         choice = (self.cuda_half if x.element_size() == 2 else self.cuda) if x.is_cuda else self.cpu
-        if torch.compiler.is_exporting() or transformed(x, *factors):
+        # Of torch.compile too, torch says that it is exporting.
+        exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+        if exporting or transformed(x, *factors):
             run = self.plain
         else:
             records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *factors))
