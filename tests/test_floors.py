@@ -14,9 +14,9 @@ ROOT = Path(einlinear.__file__).parent
 FLOORS = [
     {"structure"},
     {"family", "cost", "scaling"},
-    {"taxonomy", "structures", "contract", "moments", "operator"},
-    {"kernels", "projection", "refinement", "network", "skeleton", "allocation"},
-    {"routing"},
+    {"taxonomy", "structures", "contract", "moments", "operator", "network", "solving"},
+    {"kernels", "refinement", "diagonalisation", "skeleton", "allocation"},
+    {"routing", "projection"},
     {"layer", "calibration", "curves", "operators"},
     {"mlp", "side_by_side", "shared", "optim", "muon", "storage", "targeting", "linalg"},
     {"hf"},

@@ -1,42 +1,171 @@
 """The factors whose structure lies nearest to a given dense weight.
 
-docs/mathematics.md section 3. Splitting by singular value decomposition is exact for nested structures, all
-two-factor ones among them; alternating least squares lowers the error of every other.
+docs/mathematics.md section 3. Splitting by singular value decomposition is the global optimum for nested structures,
+all two-factor ones among them; alternating least squares, from the best of several starts, lowers the error of every
+other, of those that padding or the moments of inputs take out of the closed form.
 """
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from einlinear.contract import Factors, dense, einsum, shaped
+from einlinear.diagonalisation import diagonalised
 from einlinear.moments import Moments
-from einlinear.structure import Axes, Structure, StructureError
+from einlinear.network import contract
+from einlinear.refinement import Target, balanced, descend
+from einlinear.structure import Axes, Structure
+
+RACE = (6, 24)
+"""Sweeps after which half of the starts drop out, each time."""
+TIE = 1e-6
+"""Relative error at which a start has arrived: among several such, the first has the better conditioned factors."""
 
 
-def project(weight: Tensor, structure: Structure, moments: Tensor | Moments | None = None) -> list[Tensor]:
-    """Splits off one factor at a time by a batched truncated SVD.
+def project(
+    weight: Tensor,
+    structure: Structure,
+    moments: Tensor | Moments | None = None,
+    *,
+    sweeps: int = 100,
+    tolerance: float | None = None,
+) -> list[Tensor]:
+    """The nearest matrix of a structure.
 
-    With two factors this minimises the Frobenius error exactly, and specialises to the methods
-    known by other names: truncated SVD (low rank), Van Loan and Pitsianis (Kronecker), the
-    Monarch projection (BTT of rank 1). With more it is TT-SVD (Oseledets 2011), which recovers
-    chains such as a tensor train or a butterfly; `refine` lowers its error elsewhere.
+    Two factors: the global optimum, by batched truncated SVDs. It specialises to the methods known by other
+    names: truncated SVD (low rank), Van Loan and Pitsianis (Kronecker and sums of such), the Monarch
+    projection (BTT of rank 1), with any widths and block counts. With more factors, one is split off at a time: TT-SVD
+    (Oseledets 2011), which recovers chains such as a tensor train or a butterfly, and whose error is at most
+    √(factors − 1) times the least; alternating least squares (`refine`) lower it from there.
 
-    Padding is filled with zeros. That costs nothing where a padded side gives each factor a
-    rectangle of every block (low rank, BTT and Monarch with two cores, block-diagonal). Elsewhere
-    (Kronecker, tensor train) the result is optimal for the matrix with its padding, not for the
-    part that is used, and even a member of the family is missed; `refine` does not count padding.
+    Anything else (BLAST, user-made einsums, a padded Kronecker product) goes from the best of several starts (splits
+    from either end, simultaneous diagonalisation, a random one) by alternating least squares.
+
+    With `moments`, what is minimised is √E‖(W − Ŵ) x‖² over inputs x: exactly for low rank, whatever the rank of the
+    moments; elsewhere by alternating least squares, never worse than without.
 
     Args:
-        weight: `[d_out, d_in]`, real or complex; computed in float32 at least.
+        weight: `[d_out, d_in]`, real or complex. The computation is in double precision.
         structure: an unrouted structure of these widths.
+        moments: second moments of inputs, `[d_in, d_in]` or `Moments`; None for the Frobenius norm.
+        sweeps: rounds of alternating least squares at most, where they are needed.
+        tolerance: the round after which the error falls by less than this share per round is the last;
+            None for 1e-4, or 1e-3 with moments.
 
     Returns:
         A tensor for each factor, shaped `structure.factor_shapes`, in the weight's dtype.
 
     Raises:
         StructureError: if the widths differ, the structure is routed, or the weight is not finite
-            or not of floating point.
+            or not of floating point; for moments that do not fit or are none.
     """
-    axes, rest = _blocks(_checked(weight, structure), structure)
+    target = Target(weight, structure)
+    short = torch.finfo(weight.dtype).bits < 64
+    if moments is None:
+        found = _nearest(target, sweeps, tolerance, short)
+    else:
+        found = _weighted(target, Target(weight, structure, moments), sweeps, tolerance, short)
+    return [factor.to(weight.dtype) for factor in found]
+
+
+def _nearest(target: Target, sweeps: int, tolerance: float | None, short: bool) -> list[Tensor]:
+    """Without moments."""
+    axes, blocks = target.blocks()
+    first = split(target.structure, axes, blocks, short)
+    if closed_form(target.structure):
+        return first
+    starts = [balanced(target.structure, first), *_other_starts(target, axes, blocks, short)]
+    return _race(target, starts, sweeps, tolerance)
+
+
+def _weighted(plain: Target, target: Target, sweeps: int, tolerance: float | None, short: bool) -> list[Tensor]:
+    """With moments: from the better of two starts, one of them what there is without."""
+    s = target.structure
+    starts = [_nearest(plain, sweeps, tolerance, short)]
+    white = target.whitened()
+    if white is not None:
+        reader, weight = white
+        guess = _nearest(Target(weight, s), sweeps, tolerance, short)
+        # The other factors are right for moments within blocks; the one that reads the inputs then follows from the
+        # weight itself, with no root to be inverted: W ≈ U (Uᴴ W), U orthonormal, where W S ≈ U (Uᴴ W S) is best.
+        guess[reader] = torch.zeros_like(guess[reader])
+        for _ in range(2):  # the second takes back the first one's ridge
+            guess[reader] = plain.improved(guess, reader)
+        if closed_form(s) and not any({*s.x} & {*factor} for k, factor in enumerate(s.factors) if k != reader):
+            return balanced(s, guess)
+        starts.append(guess)
+    start = min(starts, key=target.error)
+    return descend(target, start, sweeps, tolerance)[0]
+
+
+def _other_starts(target: Target, axes: Axes, blocks: Tensor, short: bool) -> Iterator[list[Tensor]]:
+    """Where descent may start, besides a split from the first factor on."""
+    s = target.structure
+    if len(s.factors) > 2:
+        yield split(s.T, axes, blocks, short)[::-1]
+    if nested(s):
+        return
+    for position, factor in enumerate(s.factors):
+        # A factor without an axis of its own, such as BLAST's weights of blocks, may be all ones.
+        rest = s.factors[:position] + s.factors[position + 1 :]
+        if all(any(axis in other for other in rest) for axis in factor):
+            found = split(replace(s, factors=rest), axes, blocks, short)
+            yield [*found[:position], blocks.new_ones(s.shape(factor)), *found[position:]]
+    if (guess := diagonalised(s, axes, blocks)) is not None:
+        yield guess
+    generator = torch.Generator().manual_seed(7919)
+    drawn = [torch.randn(shape, generator=generator, dtype=blocks.dtype).to(blocks.device) for shape in s.factor_shapes]
+    aim = float(target.weight.norm() / target.dense(drawn).norm())
+    yield [factor * aim ** (1 / len(drawn)) for factor in drawn]
+
+
+def _race(target: Target, starts: Sequence[list[Tensor]], sweeps: int, tolerance: float | None) -> list[Tensor]:
+    """The best that descent makes of `starts`: all go a few sweeps, the better half some more, one to the end."""
+    tie = TIE * target.norm(target.weight)
+
+    def error(runner: tuple[list[Tensor], float]) -> float:
+        return max(runner[1], tie)
+
+    field = [descend(target, start, 0, tolerance) for start in starts]
+    for leg in RACE:
+        if len(field) == 1 or min(map(error, field)) <= tie:
+            break
+        field = [descend(target, factors, min(leg, sweeps), tolerance) for factors, _ in field]
+        field = sorted(field, key=error)[: (len(field) + 1) // 2]
+    return descend(target, min(field, key=error)[0], sweeps, tolerance)[0]
+
+
+def closed_form(structure: Structure) -> bool:
+    """Whether splitting is the global optimum: one factor, or two whose every block padding leaves a rectangle."""
+    if len(structure.factors) > 2:
+        return False
+    for axes, pad in ((structure.x, structure.pad_in), (structure.y, structure.pad_out)):
+        owners = [[k for k, factor in enumerate(structure.factors) if axis in factor] for axis in axes]
+        if pad and len({k for (k, *more) in owners if not more}) > 1:
+            return False
+    return True
+
+
+def nested(structure: Structure) -> bool:
+    """Whether splitting recovers members: each factor's bonds lead to one later factor."""
+    ends = {*structure.x, *structure.y}
+    for position, factor in enumerate(structure.factors):
+        later = structure.factors[position + 1 :]
+        bonds = {axis for axis in factor if axis not in ends and any(axis in other for other in later)}
+        if len({k for k, other in enumerate(later) if bonds & {*other}}) > 1:
+            return False
+    return True
+
+
+def split(structure: Structure, axes: Axes, rest: Tensor, short: bool = False) -> list[Tensor]:
+    """Splits off one factor at a time by a batched truncated SVD.
+
+    Args:
+        structure: the structure.
+        axes, rest: the matrix with an axis for each end of the structure, those at both ends once.
+        short: whether half of double precision will do, which is cheaper.
+    """
     factors: list[Tensor] = []
     for position, factor in enumerate(structure.factors[:-1]):
         later = {axis for other in structure.factors[position + 1 :] for axis in other}
@@ -45,111 +174,44 @@ def project(weight: Tensor, structure: Structure, moments: Tensor | Moments | No
         bond = tuple(axis for axis in shared if axis not in axes)
         rows = tuple(axis for axis in factor if axis not in later and axis in axes)
         columns = tuple(axis for axis in axes if axis not in factor)
-        matrix = einsum(structure, [axes], batch + rows + columns, [rest])
-        left, right = _truncate(_grouped(structure, matrix, batch, rows, columns), structure.size(bond))
+        matrix = contract([axes], [rest], batch + rows + columns)
+        matrix = matrix.reshape([structure.size(group) for group in (batch, rows, columns)])
+        left, right = _truncate(matrix, structure.size(bond), short)
         factors.append(_spread(structure, left, batch + rows + bond, factor))
         axes = batch + bond + columns
         rest = right.reshape(structure.shape(axes))
     factors.append(_spread(structure, rest, axes, structure.factors[-1]))
-    return [factor.to(weight.dtype) for factor in factors]
+    return factors
 
 
-def refine(
-    weight: Tensor,
-    structure: Structure,
-    factors: Factors,
-    sweeps: int = 1,
-    tolerance: float = 0.0,
-    moments: Tensor | Moments | None = None,
-) -> list[Tensor]:
-    """Lowers the Frobenius error by solving for one factor at a time with the others held.
-
-    The matrix is linear in each factor, so each solve is a batched linear least-squares problem
-    and the error never rises, but for rounding to the weight's dtype. Entries that only padding
-    has are asked to stay as they are: the error of the others still falls, in smaller steps.
-    Arguments and errors as in `project`; `factors` is where to start, and `sweeps` counts rounds
-    over all factors.
-
-    A solve holds the product of the other factors: as many entries as the weight, times the sizes
-    of the axes that bind its factor to the others.
-    """
-    target = _checked(weight, structure)
-    found = [_exact(factor) for factor in factors]
-    for position in list(range(len(found))) * sweeps:
-        # A correction, not a new factor: what the weight cannot determine, padding above all, then stays as it is.
-        axes, residual = _blocks(target - dense(structure, found), structure)
-        found = shaped(structure, found)
-        factor = structure.factors[position]
-        others = [other for k, other in enumerate(structure.factors) if k != position]
-        around = {axis for other in others for axis in other}
-        batch = tuple(axis for axis in factor if axis in axes and axis in around)
-        rows = tuple(axis for axis in factor if axis in axes and axis not in around)
-        bond = tuple(axis for axis in factor if axis not in axes and axis in around)
-        columns = tuple(axis for axis in axes if axis not in factor)
-        environment = target.new_ones(())
-        if others:
-            tensors = [tensor for k, tensor in enumerate(found) if k != position]
-            environment = einsum(structure, others, batch + bond + columns, tensors)
-        known = _grouped(structure, environment, batch, bond, columns)
-        wanted = einsum(structure, [axes], batch + rows + columns, [residual])
-        correction = _grouped(structure, wanted, batch, rows, columns) @ torch.linalg.pinv(known)
-        found[position] = found[position] + _spread(structure, correction, batch + rows + bond, factor)
-    return [factor.to(weight.dtype) for factor in found]
-
-
-def _checked(weight: Tensor, structure: Structure) -> Tensor:
-    """The weight in the precision of the computation."""
-    if weight.shape != (structure.d_out, structure.d_in):
-        raise StructureError(
-            f"cannot project a weight of shape {tuple(weight.shape)} onto {structure!r}: "
-            f"it needs [d_out, d_in] = [{structure.d_out}, {structure.d_in}]"
-        )
-    if structure.routed:
-        raise StructureError(f"cannot project onto {structure!r}: a routed structure has no single matrix; unroute it")
-    if weight.is_meta or not (weight.is_floating_point() or weight.is_complex()):
-        raise StructureError(
-            f"cannot project a weight of {weight.dtype} on the device '{weight.device}': "
-            f"it needs entries of floating point; load or dequantise the weight first"
-        )
-    if not torch.isfinite(weight).all():
-        raise StructureError("cannot project a weight with entries that are not finite; mend NaN or infinity first")
-    return _exact(weight)
-
-
-def _exact(tensor: Tensor) -> Tensor:
-    """`tensor` without its history, in float32 at least."""
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _blocks(matrix: Tensor, structure: Structure) -> tuple[Axes, Tensor]:
-    """A matrix with an axis for each of the structure's ends, axes common to both taken once.
-
-    Entries off the diagonal of a common axis are no matter of the structure: it has zeros there.
-    """
-    padded = torch.nn.functional.pad(matrix, (0, structure.pad_in, 0, structure.pad_out))
-    ends = structure.y + structure.x
-    axes = tuple(dict.fromkeys(ends))
-    return axes, einsum(structure, [ends], axes, [padded.reshape(structure.shape(ends))])
-
-
-def _truncate(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _truncate(matrix: Tensor, rank: int, short: bool) -> tuple[Tensor, Tensor]:
     """Balanced factors of the best approximation of rank `rank`, filled up with zeros beyond full rank."""
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    keep = min(rank, s.shape[-1])
-    root = s[..., :keep].sqrt().to(u.dtype)
-    left, right = u[..., :keep] * root[..., None, :], root[..., None] * vh[..., :keep, :]
+    keep = min(rank, *matrix.shape[-2:])
+    if short:
+        left, right = _leading(matrix, keep)
+    else:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        root = s[..., :keep].sqrt()
+        left, right = u[..., :keep] * root[..., None, :], root[..., None] * vh[..., :keep, :]
     missing = rank - keep
     return torch.nn.functional.pad(left, (0, missing)), torch.nn.functional.pad(right, (0, 0, 0, missing))
 
 
-def _grouped(structure: Structure, tensor: Tensor, *groups: Axes) -> Tensor:
-    """`tensor`, whose axes are those of `groups` in order, with one dimension for each group."""
-    return tensor.reshape([structure.size(group) for group in groups])
+def _leading(matrix: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """As `_truncate`, from the eigenvectors of the Gram matrix: to half the digits, several times as fast."""
+    if matrix.shape[-2] > matrix.shape[-1]:
+        left, right = _leading(matrix.mT, keep)
+        return right.mT, left.mT
+    _, vectors = torch.linalg.eigh(matrix @ matrix.mH)
+    basis = vectors[..., -keep:].flip(-1)
+    right = basis.mH @ matrix
+    root = right.norm(dim=-1).sqrt()
+    return basis * root[..., None, :], right / root.clamp_min(torch.finfo(root.dtype).tiny)[..., None]
 
 
 def _spread(structure: Structure, tensor: Tensor, have: Axes, want: Axes) -> Tensor:
     """`tensor` with one dimension for each axis, in the order `want`; an axis it lacks is a sum of equal parts."""
-    spread = einsum(structure, [have], tuple(a for a in want if a in have), [tensor.reshape(structure.shape(have))])
+    spread = contract([have], [tensor.reshape(structure.shape(have))], tuple(axis for axis in want if axis in have))
     for position, axis in enumerate(want):
         if axis not in have:
             size = structure.sizes[axis]

@@ -20,7 +20,7 @@ from einlinear.operator import OperatorError as OperatorError
 from einlinear.optim import TrainerOptimizer as TrainerOptimizer
 from einlinear.optim import parameter_groups as parameter_groups
 from einlinear.projection import project as project
-from einlinear.projection import refine as refine
+from einlinear.refinement import refine as refine
 from einlinear.shared import shared_input as shared_input
 from einlinear.skeleton import Skeleton as Skeleton
 from einlinear.skeleton import cur as cur
