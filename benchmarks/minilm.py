@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 import einlinear as el
-from einlinear.compression import Survey, Work, apply_plan, survey
 from einlinear.allocation import allocate
+from einlinear.compression import Survey, Work, apply_plan, survey
 from einlinear.recovery import distil
 
 RESULTS = Path(__file__).parent / "results" / "minilm.csv"

@@ -19,7 +19,20 @@ from einlinear.lab.train import Recipe, Trunk
 RESULTS = Path(__file__).parent / "results" / "search_runs.csv"
 WIDTH, DEPTH, RATE = 64, 1, 2**-6
 HORIZONS = (50, 100, 200)  # steps of 256 tokens
-COLUMNS = ("family", "width", "depth", "tokens", "rate", "seed", "status", "loss", "parameters", "flops", "seconds", "trunk")
+COLUMNS = (
+    "family",
+    "width",
+    "depth",
+    "tokens",
+    "rate",
+    "seed",
+    "status",
+    "loss",
+    "parameters",
+    "flops",
+    "seconds",
+    "trunk",
+)
 
 
 def main() -> None:

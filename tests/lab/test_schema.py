@@ -197,7 +197,9 @@ def test_a_server_s_table_is_migrated_refused_or_left_alone(url: str) -> None:
 
 def test_a_server_that_is_not_there_is_one_sentence() -> None:
     pytest.importorskip("psycopg")
-    with pytest.raises(StoreError, match=r"Opening the store postgresql\+psycopg://me:\*\*\*@/runs.* failed: ") as error:
+    with pytest.raises(
+        StoreError, match=r"Opening the store postgresql\+psycopg://me:\*\*\*@/runs.* failed: "
+    ) as error:
         Store("postgresql://me:secret@/runs?host=/nowhere")
     assert "\n" not in str(error.value) and "secret" not in str(error.value)
     assert "Make sure that the database is running" in str(error.value)

@@ -166,5 +166,7 @@ def _(
 
 
 def _units(seconds: float) -> str:
-    scale, unit = next(pair for pair in ((1, "s"), (1e3, "ms"), (1e6, "µs")) if seconds * pair[0] >= 1 or pair[0] == 1e6)
+    scale, unit = next(
+        pair for pair in ((1, "s"), (1e3, "ms"), (1e6, "µs")) if seconds * pair[0] >= 1 or pair[0] == 1e6
+    )
     return f"{seconds * scale:.3g} {unit}"

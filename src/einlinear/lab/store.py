@@ -20,7 +20,13 @@ from typing import Self
 from einlinear.lab.extras import extra
 from einlinear.lab.run import Run
 from einlinear.lab.schema import (
-    DAMAGED, PATIENCE, RUNS, StoreError, prepare_database, prepare_file, refuse_other_fields,
+    DAMAGED,
+    PATIENCE,
+    RUNS,
+    StoreError,
+    prepare_database,
+    prepare_file,
+    refuse_other_fields,
 )  # fmt: skip
 
 with extra("lab"):

@@ -5,7 +5,6 @@ from typing import ClassVar
 from einlinear.family import Family
 from einlinear.structure import Structure
 
-
 ALIGNED = 8
 """Numbers of 16 bits in 16 bytes."""
 
