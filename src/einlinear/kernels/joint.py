@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from einlinear.kernels import Plan, plan
-from einlinear.kernels.chain import links
+from einlinear.links import links
 from einlinear.structure import Axes, Structure
 
 COPY = "copy"
