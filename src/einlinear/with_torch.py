@@ -22,7 +22,6 @@ from einlinear.operator import OperatorError as OperatorError
 from einlinear.optim import TrainerOptimizer as TrainerOptimizer
 from einlinear.optim import parameter_groups as parameter_groups
 from einlinear.projection import project as project
-from einlinear.projection import refine as refine
 from einlinear.refinement import refine as refine
 from einlinear.routing import Router as Router
 from einlinear.routing import RouterStatistics as RouterStatistics
