@@ -13,12 +13,13 @@ import einlinear
 ROOT = Path(einlinear.__file__).parent
 FLOORS = [
     {"structure"},
-    {"family", "cost", "scaling"},
-    {"taxonomy", "structures", "contract", "moments", "network", "solving", "operator"},
+    {"family", "cost", "scaling", "links"},
+    {"clock"},
+    {"taxonomy", "equivalence", "structures", "contract", "moments", "network", "solving", "operator"},
     {"kernels", "refinement", "diagonalisation", "skeleton", "allocation"},
     {"projection"},
     {"layer", "calibration", "curves", "operators"},
-    {"mlp", "side_by_side", "shared", "optim", "muon", "storage", "targeting", "linalg"},
+    {"mlp", "shared", "optim", "muon", "storage", "targeting", "linalg"},
     {"hf"},
     {"conversion"},
     {"loading", "compression", "recovery"},

@@ -12,6 +12,7 @@ from einlinear.allocation import Curve as Curve
 from einlinear.allocation import Point as Point
 from einlinear.allocation import allocate as allocate
 from einlinear.allocation import read_plan as read_plan
+from einlinear.clock import seconds as seconds
 from einlinear.cost import cheapest as cheapest
 from einlinear.cost import flops as flops
 from einlinear.cost import generic_rank as generic_rank

@@ -308,6 +308,7 @@ def fit(
         list[str] | None, typer.Option(help="What the runs do not tell, as in data=C4; repeatable.")
     ] = None,
     card: Annotated[Path | None, typer.Option(help="Also write the card to this JSON file.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Also draw loss over size: .svg or .png.")] = None,
 ) -> None:
     """Scaling laws of anybody's finished runs, with intervals, warnings and the compute multiplier."""
     from rich.console import Console
@@ -323,6 +324,10 @@ def fit(
     text = json.dumps(found, indent=1, allow_nan=False)
     if card:
         card.write_text(text + "\n")
+    if figure:
+        from einlinear.lab.report import save_law_figure
+
+        save_law_figure(found, table, figure)
     if as_json:
         typer.echo(text)
     else:

@@ -9,7 +9,7 @@ from einlinear.kernels.junction import ACTIVATIONS, nest
 from einlinear.layer import Linear
 
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu", "bilinear": "identity"}
-"""Gated forms, `down(activation(gate(x)) * up(x))`, by the activation of their gate (Shazeer 2020, arXiv 2002.05202)."""
+"""Gated forms, `down(activation(gate(x)) * up(x))`, by their gate's activation (Shazeer 2020, arXiv 2002.05202)."""
 
 
 class StructuredMLP(nn.Module):

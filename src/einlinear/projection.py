@@ -92,7 +92,8 @@ def _weighted(plain: Target, target: Target, sweeps: int, tolerance: float | Non
         guess[reader] = torch.zeros_like(guess[reader])
         for _ in range(2):  # the second takes back the first one's ridge
             guess[reader] = plain.improved(guess, reader)
-        if closed_form(s) and not any({*s.x} & {*factor} for k, factor in enumerate(s.factors) if k != reader):
+        elsewhere = {axis for axes in (s.y, *s.factors[:reader], *s.factors[reader + 1 :]) for axis in axes}
+        if closed_form(s) and not elsewhere & {*s.x}:
             return balanced(s, guess)
         starts.append(guess)
     start = min(starts, key=target.error)

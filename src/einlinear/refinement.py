@@ -154,6 +154,8 @@ class Target:
         if weighed:
             network.append(twin(s.x) + s.x)
             parts.append(self._gram)
+        if not network:
+            network, parts = [()], [gradient.new_ones(())]
         present = tuple(axis for axis in outer if axis not in solved and any(axis in axes for axes in network))
         rows = tuple(axis for axis in outer if axis not in solved and axis not in present)
         ordered = present + solved + rows
@@ -230,8 +232,12 @@ class Target:
         return [residual] if self.gram is None else [residual, self._gram]
 
 
-def descend(target: Target, factors: Sequence[Tensor], sweeps: int, tolerance: float) -> tuple[list[Tensor], float]:
-    """Balanced factors of less error than `factors`, and that error."""
+def descend(
+    target: Target, factors: Sequence[Tensor], sweeps: int, tolerance: float | None = None
+) -> tuple[list[Tensor], float]:
+    """Balanced factors of less error than `factors`, and that error. Arguments as in `refine`."""
+    if tolerance is None:
+        tolerance = 1e-4 if target.gram is None else 1e-3
     best = balanced(target.structure, factors)
     error = target.error(best)
     # Rounding of the weight itself: nothing to gain below.

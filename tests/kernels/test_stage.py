@@ -5,7 +5,8 @@ from torch import Tensor
 import einlinear as el
 from einlinear.kernels.chain import Tiles
 from einlinear.kernels.kernel import CUDA_HALF
-from einlinear.kernels.stage import SPECS, Launch, padded, stage
+from einlinear.kernels.stage import Launch, padded, stage
+from einlinear.links import STAGES as SPECS
 
 pytest.importorskip("triton", reason="Triton is not installed: its interpreter runs these kernels")
 pytestmark = pytest.mark.usefixtures("poisoned")

@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -130,3 +132,21 @@ def test_the_command_prints_the_card(tmp_path):
 
 def test_the_planning_formula():
     assert expected_error(0.01, -0.08, 12, 12) == pytest.approx(0.051, abs=1e-3)
+
+
+def test_the_guide_runs_and_says_what_it_shows(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    guide = (Path(__file__).parents[2] / "docs" / "laws.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", guide, re.S):
+        exec(compile(block, "docs/laws.md", "exec"), {})
+    value, interval = capsys.readouterr().out.splitlines()[1].split(" ", 1)
+    low, high = json.loads(interval)
+    assert low < 1.5 < high and float(value) == pytest.approx(1.5, rel=0.06)
+    done = CliRunner().invoke(app, ["fit", "runs.csv", "--draws", "50", "--figure", "law.svg"])
+    assert done.exit_code == 0 and (tmp_path / "law.svg").read_text().startswith("<svg")
+
+
+def test_every_field_of_the_card_is_in_the_guide(card):
+    guide = (Path(__file__).parents[2] / "docs" / "laws.md").read_text().partition("## 5. The card")[2]
+    for field in {*card, *card["multiplier"]["btt"], *card["isoflop"]["akima"]} - {"frontier"}:
+        assert f"`{field}`" in guide or field in guide, field

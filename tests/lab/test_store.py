@@ -311,7 +311,7 @@ def other_fields(path: Path) -> None:
         (foreign, "the file is of another kind, or damaged, and stays as it is"),
         (lambda path: path.write_bytes(b"task,loss\nbytes,2.5\n"), "the file is of another kind"),
         (lambda path: path.write_bytes(b"SQLite format 3\0" + b"?" * 50), "the file is of another kind"),
-        (newer, "has version 99 of the schema, and this einlinear knows 1. Upgrade einlinear"),
+        (newer, "has version 99 of the schema, and this einlinear knows 2. Upgrade einlinear"),
         (truncated, "The file is damaged: restore a copy"),
         (overwritten, "The file is damaged: restore a copy"),
         (other_fields, "differ in mood. Use the einlinear that wrote it"),

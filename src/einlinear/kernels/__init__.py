@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from einlinear.clock import dense_seconds
 from einlinear.contract import check, pad_last
 from einlinear.kernels.chain import Chain, Tiles
 from einlinear.kernels.kernel import CPU, CUDA, CUDA_HALF, Runner, Target
@@ -22,16 +23,22 @@ KERNELS: tuple[Kernel, ...] = (Pair(), Tiles(), Chain(), Reference(), Materialis
 
 @dataclass(frozen=True)
 class Choice:
-    """By `few` up to `threshold` tokens, by `many` beyond."""
+    """Up to each number of tokens, in rising order, the runner that is modelled fastest; the last has no limit."""
 
-    few: Runner
-    many: Runner
-    threshold: float
+    forward: tuple[tuple[float, Runner], ...]
+    training: tuple[tuple[float, Runner], ...]
+
+    def __call__(self, tokens: int, training: bool) -> Runner:
+        *limited, (_, last) = self.training if training else self.forward
+        for limit, run in limited:
+            if tokens <= limit:
+                return run
+        return last
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one structure is run on each kind of machine, as modelled costs say.
+    """How one structure is run on each kind of machine, as modelled times say.
 
     `plain` is made of torch's own operators, for any number of tokens; it serves where custom ones cannot: under
     `torch.func`, and in what is exported for other runtimes.
@@ -57,12 +64,13 @@ class Plan:
             check(self.structure, factors, x)
         tokens = pad_last(x, self.pad_in).reshape(-1, self.d_in + self.pad_in)
         choice = (self.cuda_half if x.element_size() == 2 else self.cuda) if x.is_cuda else self.cpu
-        if torch.compiler.is_exporting() or transformed(x, *factors):
+        # Of torch.compile too, torch says that it is exporting.
+        exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+        if exporting or transformed(x, *factors):
             run = self.plain
-        elif choice.few is choice.many or tokens.shape[0] <= choice.threshold:
-            run = choice.few
         else:
-            run = choice.many
+            records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *factors))
+            run = choice(tokens.shape[0], records)
         y = run(factors, tokens, None if bias is None else pad_last(bias, self.pad_out))
         return y[:, : self.d_out].reshape(*x.shape[:-1], self.d_out)
 
@@ -84,24 +92,31 @@ def plan(structure: Structure) -> Plan:
     )
 
 
+LIMITS = tuple(2**k for k in range(22))
+"""Numbers of tokens between which the choice may change."""
+
+
 def _choice(structure: Structure, target: Target) -> Choice:
     fitting = [kernel for kernel in KERNELS if kernel.refuses(structure, target) is None]
-    few, many = (_cheapest(fitting, structure, tokens, target) for tokens in (1, 10**12))
-    threshold = math.inf
-    if few is not many:
-        # Costs are affine in the number of tokens: a gentler slope pays off from one number on.
-        fixed = many.cost(structure, 0, target) - few.cost(structure, 0, target)
-        threshold = fixed / (_slope(few, structure, target) - _slope(many, structure, target))
-    runners = {kernel: kernel.prepare(structure) for kernel in (few, many)}
-    return Choice(runners[few], runners[many], threshold)
+    runners: dict[Kernel, Runner] = {}
+    choices: list[tuple[tuple[float, Runner], ...]] = []
+    for training in (False, True):
+        limits: list[tuple[float, Runner]] = []
+        for limit in (*LIMITS, math.inf):
+            tokens = round(0.75 * limit) or 1 if limit < math.inf else 2 * LIMITS[-1]
+            kernel = _fastest(fitting, structure, tokens, target, training)
+            run = runners.setdefault(kernel, kernel.prepare(structure))
+            if limits and limits[-1][1] is run:
+                limits.pop()
+            limits.append((limit, run))
+        choices.append(tuple(limits))
+    return Choice(*choices)
 
 
-def _cheapest(kernels: Sequence[Kernel], structure: Structure, tokens: int, target: Target) -> Kernel:
-    return min(kernels, key=lambda kernel: kernel.cost(structure, tokens, target))
-
-
-def _slope(kernel: Kernel, structure: Structure, target: Target) -> float:
-    return kernel.cost(structure, 1, target) - kernel.cost(structure, 0, target)
+def _fastest(
+    kernels: Sequence[Kernel], structure: Structure, tokens: int, target: Target, training: bool = False
+) -> Kernel:
+    return min(kernels, key=lambda kernel: kernel.seconds(structure, tokens, target, training))
 
 
 def transformed(*tensors: Tensor) -> bool:
@@ -116,23 +131,42 @@ def transformed(*tensors: Tensor) -> bool:
 def explain(subject: object, *args: object, **options: object) -> str:
     """Says what will be done with `subject` and why, as text to print.
 
-    * `explain(structure, tokens=1024, device="cpu", dtype=torch.float32)`: the kernel that runs it,
-      and each kernel's modelled cost or refusal.
+    * `explain(structure, tokens=1024, device="cpu", dtype=torch.float32, training=False)`: the kernel that
+      runs it, and each kernel's modelled time (`einlinear.seconds`) or refusal.
     * `explain(model, groups)`: initialisation, learning rate and decay of every parameter.
     """
     raise TypeError(f"cannot explain a {type(subject).__name__}: pass a Structure, or a model and its parameter groups")
 
 
 @explain.register
-def _(structure: Structure, tokens: int = 1024, device: str = "cpu", dtype: torch.dtype = torch.float32) -> str:
+def _(
+    structure: Structure,
+    tokens: int = 1024,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    training: bool = False,
+) -> str:
     if structure.routed:
         return f"{structure!r}\nruns by the reference contraction, einlinear.apply: no kernel takes a gate"
-    canonical, dense, target = structure.canonical, 2 * structure.d_in * structure.d_out, Target.of(device, dtype)
+    canonical, target = structure.canonical, Target.of(device, dtype)
     refusals = {kernel: kernel.refuses(canonical, target) for kernel in KERNELS}
     fitting = [kernel for kernel in KERNELS if refusals[kernel] is None]
-    chosen = _cheapest(fitting, canonical, tokens, target)
-    lines = [f"{structure!r}", f"runs {tokens} tokens by '{chosen.name}' on {device} in {dtype}"]
+    chosen = _fastest(fitting, canonical, tokens, target, training)
+    dense = dense_seconds(structure.d_in, structure.d_out, tokens, target.machine, training)
+    mode = "forward and backward" if training else "forward"
+    lines = [
+        f"{structure!r}",
+        f"runs {tokens} tokens by '{chosen.name}' on {device} in {dtype}, {mode}; modelled: {target.machine.name}",
+    ]
     for kernel, refusal in refusals.items():
-        cost = kernel.cost(canonical, tokens, target) / (tokens * dense)
-        lines.append(f"  {kernel.name:13} {refusal or f'fits, modelled cost {cost:.4g} of dense'}")
+        time = kernel.seconds(canonical, tokens, target, training)
+        fits = f"fits, modelled {_units(time)}, {time / dense:.3g} of dense"
+        lines.append(f"  {kernel.name:13} {refusal or fits}")
     return "\n".join(lines)
+
+
+def _units(seconds: float) -> str:
+    scale, unit = next(
+        pair for pair in ((1, "s"), (1e3, "ms"), (1e6, "µs")) if seconds * pair[0] >= 1 or pair[0] == 1e6
+    )
+    return f"{seconds * scale:.3g} {unit}"

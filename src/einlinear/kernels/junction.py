@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
-from einlinear.kernels.chain import Link, links, through
-from einlinear.kernels.pair import INTO, OUT_OF
-from einlinear.kernels.stage import Launch, add_partials, tile
+from einlinear.kernels.chain import follow, through
+from einlinear.kernels.stage import Launch, add_partials, empty_partials, tile
+from einlinear.links import INTO, OUT_OF, Link, links
 from einlinear.structure import Structure
 
 
@@ -70,7 +70,10 @@ def junction_backward(
     grad: Tensor, zs: Sequence[Tensor], ups: Sequence[Tensor], biases: Sequence[Tensor], down: Tensor, activation: str
 ) -> list[Tensor]:
     """The gradients of every z, up and bias, and of `down`."""
-    return launch_backward(grad, zs, ups, biases, down, activation, backward_launch(ups, down))
+    # Half as many hidden features at a time where the compiler else runs out of registers (benchmarks/NOTES.md).
+    crowded = activation.startswith("gelu") and len(ups) == 1 and not biases and _size(ups, down) > 128 * 128
+    launch = backward_launch(ups, down)
+    return launch_backward(grad, zs, ups, biases, down, activation, launch, 32 if crowded else 64)
 
 
 @junction_backward.register_fake
@@ -141,7 +144,7 @@ class Nested:
         seconds = [factors[1].reshape(hidden.weight) for factors, (_, hidden) in zip(ups, self.up, strict=True)]
         states = [state.reshape(hidden.view) for state, (_, hidden) in zip(states, self.up, strict=True)]
         state = junction(states, seconds, list(hidden_biases), down[0].reshape(onward.weight), self.activation)
-        return out(state, down[1], tokens, bias, tiled=out.tiled).reshape(*x.shape[:-1], -1)
+        return follow(out, state, down[1], tokens, bias, out.tiled).reshape(*x.shape[:-1], -1)
 
 
 def nest(ups: Sequence[Structure], down: Structure, activation: str) -> Nested | str:
@@ -204,8 +207,8 @@ def launch_backward(
     dzs = [z.new_empty(z.shape) for z in zs]
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     splits, share = launch.splits(tokens, len(down), down.device)
-    dups = [up.new_empty(splits, up.numel(), dtype=torch.float32) for up in ups]
-    ddown = down.new_empty(splits, down.numel(), dtype=torch.float32)
+    dups = [empty_partials(splits, up, up.numel()) for up in ups]
+    ddown = empty_partials(splits, down, down.numel())
     dbiases = [bias.new_zeros(splits, len(bias), dtype=torch.float32) for bias in biases]
     with torch.cuda.device_of(down):
         tiles_junction.junction_backward[(len(down), splits)](
@@ -231,15 +234,13 @@ def fits(hidden: int, width: int, out: int) -> bool:
 
 def forward_launch(ups: Sequence[Tensor], down: Tensor) -> Launch:
     """The fastest of those measured (benchmarks/NOTES.md)."""
-    return Launch(tokens=64 if len(ups) == 2 or _size(ups, down) > 128 * 128 else 128, resident=4)
+    return Launch(tokens=64, resident=4)
 
 
 def backward_launch(ups: Sequence[Tensor], down: Tensor) -> Launch:
     """The fastest of those measured (benchmarks/NOTES.md)."""
-    size = _size(ups, down)
-    if len(ups) == 1 and size <= 128 * 64:
-        return Launch(tokens=64)
-    return Launch(tokens=128, warps=8, stages=3 if len(ups) == 1 and size <= 128 * 128 else 2, resident=1)
+    small = len(ups) == 1 and _size(ups, down) <= 128 * 128
+    return Launch(tokens=128, warps=8, stages=3 if small else 2, resident=1)
 
 
 def _size(ups: Sequence[Tensor], down: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""What a kernel is: one way to apply a structure, which says what it cannot do and what it would cost."""
+"""What a kernel is: one way to apply a structure, which says what it cannot do and how long it would take."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from einlinear.clock import WAYS, Machine, machine
 from einlinear.structure import Structure
 
 
@@ -21,8 +22,6 @@ class Target:
     """FLOPs of a large matmul in the time that memory takes to move a byte."""
     launch: float = 0.0
     """FLOPs of a large matmul in the time that it takes to start one."""
-    tiny: float = 0.0
-    """FLOPs of a large matmul in the time of one small matmul in a batch of them, at the least."""
 
     @classmethod
     def of(cls, device: str, dtype: torch.dtype) -> "Target":
@@ -30,13 +29,16 @@ class Target:
             return CPU
         return CUDA_HALF if dtype.itemsize == 2 else CUDA
 
+    @property
+    def machine(self) -> Machine:
+        """What times are modelled by."""
+        return machine(self.device, "bfloat16" if self.half else "float32")
 
-# On a CPU the ratio of FLOPs alone has predicted the faster kernel. The numbers for CUDA are an
-# H200's: 728 TFLOP/s in 16 bits (about 50 in 32), 4.27 TB/s, 2.5 microseconds for each kernel, 5 ns for
-# each matmul of a batch.
+
+# The numbers for CUDA are an H200's: 728 TFLOP/s in 16 bits (about 50 in 32), 4.27 TB/s, 2.5 microseconds a kernel.
 CPU = Target()
-CUDA = Target("cuda", ridge=12.0, launch=1.2e8, tiny=2.5e5)
-CUDA_HALF = Target("cuda", half=True, ridge=170.0, launch=1.8e9, tiny=3.6e6)
+CUDA = Target("cuda", ridge=12.0, launch=1.2e8)
+CUDA_HALF = Target("cuda", half=True, ridge=170.0, launch=1.8e9)
 
 
 class Runner(Protocol):
@@ -57,13 +59,13 @@ class Kernel(ABC):
 
     name: ClassVar[str]
 
-    @abstractmethod
     def refuses(self, structure: Structure, target: Target = CPU) -> str | None:
         """Why this kernel cannot run the structure, or None where it can."""
+        return WAYS[self.name][0](structure, target.machine)
 
-    @abstractmethod
-    def cost(self, structure: Structure, tokens: int, target: Target = CPU) -> float:
-        """Modelled time for `tokens` vectors, as the FLOPs of a large matmul that takes as long; affine in `tokens`."""
+    def seconds(self, structure: Structure, tokens: int, target: Target = CPU, training: bool = False) -> float:
+        """Modelled time for `tokens` vectors, forward alone or with all gradients (`einlinear.clock`)."""
+        return WAYS[self.name][1](structure, tokens, target.machine, training)
 
     @abstractmethod
     def prepare(self, structure: Structure) -> Runner:

@@ -13,36 +13,18 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from einlinear.kernels.chain import Tiles, chain_of
-from einlinear.kernels.kernel import CPU, Runner, Target
+from einlinear.clock import AGAIN
+from einlinear.kernels.chain import Tiles
+from einlinear.kernels.kernel import Runner
 from einlinear.kernels.stage import Launch, gradients, launch_forward, padded, stage, tile
+from einlinear.links import INTO, OUT_OF
 from einlinear.structure import Structure
-
-INTO, OUT_OF = "mbk,bnk->bnm", "kbm,bnk->mbn"
-"""The two stages, as contractions (`einlinear.kernels.stage.SPECS`)."""
-
-FEW = 64
-"""Tokens beyond which two ordinary launches are faster."""
-
-AGAIN = 32768
-"""Up to so many numbers of input each program makes all of the state that it reads."""
 
 
 class Pair(Tiles):
     """Two block-diagonal factors of small blocks, for a few tokens."""
 
     name: ClassVar = "pair"
-
-    def refuses(self, structure: Structure, target: Target = CPU) -> str | None:
-        if refusal := super().refuses(structure, target):
-            return refusal
-        if [(link.spec, link.tiled) for link in chain_of(structure)] != [(INTO, True), (OUT_OF, True)]:
-            return "it takes two block-diagonal factors with a transposition between, both of small blocks"
-        return None
-
-    def cost(self, structure: Structure, tokens: int, target: Target = CPU) -> float:
-        # Affine like all costs, one launch cheaper than Tiles and equal to it at FEW tokens.
-        return super().cost(structure, tokens, target) + target.launch * (tokens / FEW - 1)
 
     def prepare(self, structure: Structure) -> Runner:
         return PairRunner(structure.matrix_shapes[0], structure.matrix_shapes[1])
@@ -142,7 +124,7 @@ def _by_stages(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None, y:
 def _gradients(
     grads: Sequence[Tensor], x: Tensor, firsts: Sequence[Tensor], seconds: Sequence[Tensor], has_bias: bool
 ) -> list[Tensor]:
-    """Of `x`, then of each layer's factors and, where there is one, bias. The state is made again by the first stage."""
+    """Of `x`, then of each layer's factors and bias, if any. The state is made again by the first stage."""
     tokens, blocks = len(x), _blocks(x, firsts[0])
     dzs, rest = [], []
     for grad, z, second in zip(grads, stage(blocks, firsts, None, INTO, tokens), seconds, strict=True):

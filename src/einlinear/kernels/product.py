@@ -19,7 +19,7 @@ LARGEST_RANK = 16
 class Product:
     """W `[(f e), (g a)]` as a sum over r: the sizes of f, e, g, a and r, and each factor's strides along them."""
 
-    sizes: tuple[int, int, int, int, int]
+    sizes: tuple[int, ...]
     strides: tuple[tuple[int, ...], tuple[int, ...]]
 
     @property
@@ -57,6 +57,13 @@ def product(left: Tensor, right: Tensor, sizes: Sequence[int], strides: Sequence
 
     f, e, g, a, r = sizes
     weight = left.new_empty(f * e, g * a)
+    if Product(tuple(sizes), (tuple(strides[:5]), tuple(strides[5:]))).is_block:
+        with torch.cuda.device_of(left):
+            tiles_product.product_blocks[(g, f)](
+                left.contiguous(), right.contiguous(), weight, g, a, r, f, e,
+                BLOCK_A=tile(a), BLOCK_E=tile(e), num_warps=4 if a * e > 2048 else 1,
+            )  # fmt: skip
+        return weight
     columns = min(128, tile(g * a))
     grid = (-(-(g * a) // columns), -(-(f * e) // 16))
     with torch.cuda.device_of(left):

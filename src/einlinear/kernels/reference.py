@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from einlinear.contract import equation
-from einlinear.kernels.chain import TOKENS, Chain
-from einlinear.kernels.kernel import CPU, Kernel, Target
+from einlinear.kernels.kernel import Kernel
 from einlinear.kernels.product import Product, product, product_of
+from einlinear.links import TOKENS
 from einlinear.structure import Axes, Structure
 
 
@@ -19,13 +19,6 @@ class Reference(Kernel):
     """One `torch.einsum` for each factor. It copies where the next factor needs another order."""
 
     name: ClassVar = "reference"
-
-    def refuses(self, structure: Structure, target: Target = CPU) -> str | None:
-        return None
-
-    def cost(self, structure: Structure, tokens: int, target: Target = CPU) -> float:
-        # Measured against Chain on 2 CPU cores: BTT 2.2-3.6, Kronecker 1.4-1.9 times slower.
-        return 2.0 * Chain().cost(structure, tokens, target)
 
     def prepare(self, structure: Structure) -> "EinsumRunner":
         equations = tuple(
@@ -87,20 +80,6 @@ class Materialised(Kernel):
     """
 
     name: ClassVar = "materialised"
-
-    def refuses(self, structure: Structure, target: Target = CPU) -> str | None:
-        return None
-
-    def cost(self, structure: Structure, tokens: int, target: Target = CPU) -> float:
-        rows, columns = structure.size(structure.x), structure.size(structure.y)
-        width = 2 if target.half else 4
-        moved = width * target.ridge
-        each = max(2.0 * rows * columns, moved * (rows + columns))
-        if _product(structure) is None:
-            making = Reference().cost(structure, rows, target)
-        else:
-            making = 2.0 * structure.size(structure.sizes) + 3 * (target.launch + rows * columns * moved)
-        return making + target.launch + rows * columns * moved + tokens * each
 
     def prepare(self, structure: Structure) -> "MaterialisedRunner":
         rows, columns = structure.size(structure.x), structure.size(structure.y)

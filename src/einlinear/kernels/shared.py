@@ -6,8 +6,10 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
-from einlinear.kernels.chain import Link, links, through
-from einlinear.kernels.pair import AGAIN, INTO, OUT_OF, pair
+from einlinear.clock import AGAIN
+from einlinear.kernels.chain import follow, through
+from einlinear.kernels.pair import pair
+from einlinear.links import INTO, OUT_OF, Link, links
 from einlinear.structure import Structure
 
 
@@ -27,9 +29,9 @@ class Shared:
             ys = pair(rows, first, second, list(biases))
         else:
             states = through(self.firsts, rows, first)
-            added = biases or [None] * len(first)
+            added: Sequence[Tensor | None] = biases or [None] * len(first)
             ends = zip(self.seconds, states, second, added, strict=True)
-            ys = [link(state, factor, len(rows), bias, tiled=True) for link, state, factor, bias in ends]
+            ys = [follow(link, state, factor, len(rows), bias, True) for link, state, factor, bias in ends]
         return [y.reshape(*x.shape[:-1], -1) for y in ys]
 
 

@@ -14,12 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-SPECS = ("mbk,bnk->bnm", "kbm,bnk->mbn", "kbm,bnk->bnm", "mbk,bnk->mbn")
-"""The contractions that are stages: of tokens m, slices b, summed features k and new ones n."""
-
-LARGEST = 128
-"""The side of the largest block: its gradient is summed in the registers of one program."""
-
 
 @dataclass(frozen=True)
 class Launch:
@@ -44,16 +38,16 @@ class Launch:
 
 @torch.library.custom_op("einlinear::stage", mutates_args=())
 def stage(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, spec: str, tokens: int) -> list[Tensor]:
-    """`torch.einsum(spec, x, weight)`, plus `bias`, for one of `SPECS` and each weight; `x` is read once.
+    """`torch.einsum(spec, x, weight)`, plus `bias`, for each weight; `x` is read once.
 
     A state with tokens innermost has `padded(tokens)` of them, so that its rows are aligned; the
     surplus ones are zero.
 
     Args:
         x: the state, `[tokens, slices, in]` or `[in, slices, padded tokens]` as `spec` says, any strides.
-        weights: each `[slices, out, in]`, `out` and `in` at most `LARGEST`.
+        weights: each `[slices, out, in]`, `out` and `in` at most `einlinear.links.LARGEST`.
         bias: `[slices * out]`; only with a single weight.
-        spec: one of `SPECS`.
+        spec: one of `STAGES`.
         tokens: how many there are.
 
     Returns:
@@ -160,8 +154,8 @@ def launch_backward(
     outs, (slices, _, width) = [weight.shape[1] for weight in weights], weights[0].shape
     dx = x.new_empty(x.shape)
     splits, share = launch.splits(tokens, slices, x.device)
-    dweights = [weight.new_empty(splits, weight.numel(), dtype=torch.float32) for weight in weights]
-    dbias = x.new_empty(splits, slices * outs[0] if has_bias else 0, dtype=torch.float32)
+    dweights = [empty_partials(splits, weight, weight.numel()) for weight in weights]
+    dbias = empty_partials(splits, x, slices * outs[0] if has_bias else 0)
     strides = [_strides(grad, spec[-3:]) for grad in grads]
     with torch.cuda.device_of(x):
         tiles.stage_backward[(slices, splits)](
@@ -176,11 +170,18 @@ def launch_backward(
     return [dx, *sums, *([add_partials(dbias, x)] if has_bias else [])]
 
 
+def empty_partials(splits: int, like: Tensor, count: int) -> Tensor:
+    """Memory for so many partial sums; a single one is the sum, in `like`'s type."""
+    return like.new_empty(splits, count, dtype=like.dtype if splits == 1 else torch.float32)
+
+
 def add_partials(partials: Tensor, like: Tensor) -> Tensor:
     """The sum over the first dimension, in `like`'s type."""
     from einlinear.kernels import tiles
 
     splits, count = partials.shape
+    if splits == 1:
+        return partials[0].to(like.dtype)
     result = like.new_empty(count)
     with torch.cuda.device_of(like):
         tiles.add_partials[(-(-count // 1024),)](partials, result, count, SPLITS=splits, BLOCK=1024, num_warps=8)
@@ -215,11 +216,6 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def fits(out: int, width: int) -> bool:
-    """Whether a stage takes blocks of this size. Below 8 a tile would be mostly padding."""
-    return min(out, width) >= 8 and max(out, width) <= LARGEST
-
-
 def shares(weights: Sequence[Tensor]) -> bool:
     """Whether one stage may apply all of them: their gradients are summed in the registers of one program."""
     (slices, _, width), outs = weights[0].shape, [weight.shape[1] for weight in weights]
@@ -230,7 +226,7 @@ def shares(weights: Sequence[Tensor]) -> bool:
 
 def forward_launch(weights: Sequence[Tensor]) -> Launch:
     """The fastest of those measured (benchmarks/NOTES.md)."""
-    return Launch(tokens=64 if min(weights[0].shape[1:]) > 64 else 128)
+    return Launch(tokens=64 if max(weight.shape[1] for weight in weights) > 64 else 128)
 
 
 def backward_launch(weights: Sequence[Tensor]) -> Launch:

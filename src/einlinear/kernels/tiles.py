@@ -150,7 +150,8 @@ def stage_backward(
         outs = tl.arange(0, BLOCK_OUTS[p])
         store_matrix(dws[p], dweights[p] + at * OUTS[p] * IN, outs, ins, OUTS[p], IN)
         if HAS_BIAS:
-            tl.store(dbias + at * OUTS[p] + outs, dbs[p], mask=outs < OUTS[p])
+            total = dbs[p].to(dbias.dtype.element_ty)
+            tl.store(dbias + at * OUTS[p] + outs, total, mask=outs < OUTS[p])
 
 
 @triton.jit

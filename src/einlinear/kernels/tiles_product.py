@@ -29,6 +29,24 @@ def product_forward(
 
 
 @triton.jit
+def product_blocks(
+    first, second, weight,
+    G: tl.constexpr, A: tl.constexpr, R: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Of factors `[g, (r f), a]` and `[f, e, (g r)]`: one program a block (f, g) of the matrix."""
+    g, f = tl.program_id(0), tl.program_id(1)
+    e, a = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_A)
+    total = tl.zeros((BLOCK_E, BLOCK_A), tl.float32)
+    for r in tl.static_range(R):
+        u = tl.load(first + ((g * R + r) * F + f) * A + a, mask=a < A, other=0.0).to(tl.float32)
+        v = tl.load(second + (f * E + e) * (G * R) + g * R + r, mask=e < E, other=0.0).to(tl.float32)
+        total += v[:, None] * u[None, :]
+    at = (f * E + e).to(tl.int64)[:, None] * (G * A) + g * A + a[None, :]
+    tl.store(weight + at, total.to(weight.dtype.element_ty), mask=(e < E)[:, None] & (a < A)[None, :])
+
+
+@triton.jit
 def product_backward(
     grad, first, second, dfirst, dsecond,
     G: tl.constexpr, A: tl.constexpr, R: tl.constexpr, F: tl.constexpr, E: tl.constexpr,

@@ -18,7 +18,7 @@ from einlinear.layer import Linear
 from einlinear.mlp import StructuredMLP
 from einlinear.optim import Role
 from einlinear.scaling import residual_scale
-from einlinear.side_by_side import SideBySide
+from einlinear.shared import Together
 
 EXPANSION = 4  # hidden features of a feed-forward block, in widths
 SHARPNESS = 8.0  # largest attention logit: queries and keys have norm √K, and muP divides their product by K
@@ -152,7 +152,7 @@ class Attention(nn.Module):
         self.key = Linear(width, width, family, bias=False)
         self.value = Linear(width, width, family, bias=False)
         self.output = Linear(width, width, family, bias=False, zero=True)
-        self._side_by_side = SideBySide.of(self.query.structure, 3)
+        self._together = Together.of(self.query, self.key, self.value)
         half = self.head // 2
         angle_TK = torch.arange(context)[:, None] * context ** (-torch.arange(half) / half).repeat(2)
         sign_K = torch.tensor([-1.0, 1.0]).repeat_interleave(half)
@@ -160,7 +160,7 @@ class Attention(nn.Module):
         self.register_buffer("sin_TK", sign_K * angle_TK.sin(), persistent=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        three = self._side_by_side((self.query, self.key, self.value), x_BTD)
+        three = self._together(x_BTD, self.query, self.key, self.value)
         q_BHTK, k_BHTK, v_BHTK = (self._heads(y_BTD) for y_BTD in three)
         q_BHTK, k_BHTK = (self._turned(_normed(x_BHTK)) for x_BHTK in (q_BHTK, k_BHTK))
         mixed_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True, scale=SHARPNESS / self.head)

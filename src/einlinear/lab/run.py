@@ -27,6 +27,7 @@ class Run:
     status: str = "done"  # "done", "diverged", "out of memory"; all of them are results
     reason: str = ""  # why it is not "done"
     loss: float | None = None  # validation loss in nats per token (per example), None when not done
+    spec: str = ""  # the structure of its square layers, as a Structure's repr
     parameters: int = 0
     flops: int = 0  # training FLOPs of the whole model: forward and backward, attention and head included
     linear_flops: int = 0  # the part of `flops` spent in the replaceable linear layers

@@ -10,111 +10,67 @@ the run in progress, and several processes of one machine may add runs at once (
 """
 
 import csv
-import time
-import typing
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import Field, asdict, astuple, fields
-from decimal import Decimal
+from dataclasses import asdict, astuple, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from einlinear.lab.extras import extra
 from einlinear.lab.run import Run
+from einlinear.lab.schema import (
+    DAMAGED,
+    PATIENCE,
+    RUNS,
+    StoreError,
+    prepare_database,
+    prepare_file,
+    refuse_other_fields,
+)  # fmt: skip
 
 with extra("lab"):
     import sqlalchemy as sa
-
-# SQLite's header has room for the application that owns a file and for its schema's version.
-# https://www.sqlite.org/fileformat2.html, sections 1.3.15 and 1.3.17
-APPLICATION = int.from_bytes(b"einl", "big")
-SCHEMA = 1
-PATIENCE = 60  # seconds to wait for another process that is writing
 
 REMEDIES = {  # by words of the database's own message
     "full": "Free some space and give the same command again; all runs stored before are intact.",
     "readonly": "Make the file and its folder writable, or name another file.",
     "unable to open": "Make the file and its folder writable, or name another file.",
     "locked": "Another program keeps the file locked: close it and give the same command again.",
-    "malformed": "The file is damaged: restore a copy, or move it away and give the same command again.",
+    "malformed": DAMAGED,
+    "connection": "Make sure that the database is running and the URL is right; all runs stored before are intact.",
 }
-
-
-class StoreError(ValueError):
-    """A store that cannot be opened, read or written, in one sentence with the remedy."""
-
-
-class Count(sa.TypeDecorator[int]):
-    """An exact count of any size.
-
-    SQLite's integers end at 2^63, which training FLOPs can pass, and beyond it would round them to a float.
-    Those few are kept as text with `_` between the thousands: Python's int() reads it, SQLite lets it be.
-    """
-
-    impl = sa.BigInteger
-    cache_ok = True
-
-    def load_dialect_impl(self, dialect: sa.Dialect) -> sa.types.TypeEngine[Any]:
-        """Elsewhere decimals of 38 digits are exact, and enough."""
-        return sa.BigInteger() if dialect.name == "sqlite" else sa.Numeric(38, 0)
-
-    def process_bind_param(self, value: int | None, dialect: sa.Dialect) -> int | str | None:
-        """The count as the database takes it."""
-        if value is None:
-            return None
-        return f"{value:_}" if dialect.name == "sqlite" and abs(value) >= 2**63 else int(value)
-
-    def process_result_value(self, value: int | str | Decimal | None, dialect: sa.Dialect) -> int | None:
-        """The count as Python's int."""
-        return None if value is None else int(value)
-
-
-def _column(field: Field[Any]) -> sa.Column[Any]:
-    """The column of a field of `Run`, from the field's own type."""
-    kinds = typing.get_args(field.type) or (field.type,)
-    types: dict[Any, sa.types.TypeEngine[Any]] = {str: sa.Text(), int: Count(), float: sa.Double()}
-    return sa.Column(field.name, types[kinds[0]], nullable=type(None) in kinds)
-
-
-RUNS = sa.Table(
-    "runs",
-    sa.MetaData(),
-    sa.Column("id", sa.Integer, primary_key=True),  # the order of arrival
-    *map(_column, fields(Run)),
-    sa.UniqueConstraint(*Run.identity),
-)
+UNREACHED = 10  # seconds after which a server that does not answer is given up
 
 
 class Store:
     """Finished runs on disk, each experiment once.
 
-    `location` is a file, created with its folders if there is none, or a database URL that SQLAlchemy knows
-    ("postgresql://..."; only SQLite is tested).
+    `location` is a file, created with its folders if there is none, or a database's URL, as in
+    "postgresql://user@host/name" (`pip install "einlinear[postgres]"`), where it makes the tables `runs` and
+    `einlinear_store`. Stores of older versions are migrated when opened.
 
-    Raises StoreError, and leaves the file as it is, where it is not a store, is damaged, or was written by a
-    newer version; and where the location cannot be written.
+    Raises StoreError, and leaves the place as it is, where it is not a store, is damaged, or was written by a
+    newer version; and where the location cannot be reached or written.
     """
 
     def __init__(self, location: str | Path) -> None:
         is_url = "://" in str(location)
         url = sa.make_url(str(location)) if is_url else sa.URL.create("sqlite", database=str(location))
         is_file = url.drivername.startswith("sqlite")
+        if url.drivername == "postgresql":
+            url = url.set(drivername="postgresql+psycopg")
         self._place = f"the store {url.database if is_file else url}"
-        waiting = {"timeout": PATIENCE} if is_file else {}
-        with self._explained("Opening"):
+        waiting = {"timeout": PATIENCE} if is_file else {"connect_timeout": UNREACHED}
+        with self._explained("Opening"), extra("postgres"):
             # No pool: the last connection to close folds the write-ahead log into the file, so that between
             # two calls the store truly is one file, safe to copy.
             self._engine = sa.create_engine(url, poolclass=sa.NullPool, connect_args=waiting)
             if is_file:
-                self._open_file(Path(url.database or ""))
+                prepare_file(self._engine, Path(url.database or ""), self._place)
             else:
-                RUNS.metadata.create_all(self._engine)
-            found = {column["name"] for column in sa.inspect(self._engine).get_columns(RUNS.name)}
-        if differing := sorted(found ^ set(RUNS.c.keys())):
-            raise StoreError(
-                f"Opening {self._place}: its runs do not have the fields of this einlinear's, they differ in "
-                f"{', '.join(differing)}. Use the einlinear that wrote it, or name another store."
-            )
+                prepare_database(self._engine, self._place)
+            refuse_other_fields(self._engine, self._place)
 
     def add(self, run: Run) -> bool:
         """Store a finished run, at once and for good; True if it is new.
@@ -125,7 +81,7 @@ class Store:
         with self._explained("Storing a run in"):
             try:
                 with self._engine.begin() as connection:
-                    connection.execute(sa.insert(RUNS).values(asdict(run)))
+                    connection.execute(sa.insert(RUNS).values(asdict(run) | {"loss": _number(run.loss)}))
             except sa.exc.IntegrityError:
                 if run.key in self:
                     return False
@@ -175,62 +131,17 @@ class Store:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _open_file(self, path: Path) -> None:
-        """Make sure that the file is a store, by its first bytes: opening with SQLite could change it."""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            header = b""
-            if path.exists():
-                with path.open("rb") as file:
-                    header = file.read(100)
-        except OSError as error:
-            raise StoreError(f"Opening {self._place} failed: {error.strerror}. Name another file.") from error
-        schema, application = (int.from_bytes(header[at : at + 4], "big") for at in (60, 68))
-        if header and (not header.startswith(b"SQLite format 3\0") or application != APPLICATION):
-            raise StoreError(
-                f"Opening {self._place}: the file is of another kind, or damaged, and stays as it is. "
-                f"Name another file for the runs."
-            )
-        if schema > SCHEMA:
-            raise StoreError(
-                f"Opening {self._place}: it has version {schema} of the schema, and this einlinear knows "
-                f"{SCHEMA}. Upgrade einlinear, or name another file for the runs."
-            )
-        with self._engine.connect() as connection:
-            connection.execution_options(isolation_level="AUTOCOMMIT")  # transactions as written below
-            if header:
-                found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
-                if found != "ok":
-                    raise StoreError(f"Opening {self._place} failed: {found}. {REMEDIES['malformed']}")
-            else:
-                # In one transaction and before WAL, so that no other process ever reads an unmarked header.
-                connection.exec_driver_sql("BEGIN IMMEDIATE")
-                connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION}")
-                connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA}")
-                RUNS.metadata.create_all(connection)
-                connection.exec_driver_sql("COMMIT")
-            _write_ahead(connection)
-
     @contextmanager
     def _explained(self, doing: str) -> Iterator[None]:
         """Turn the database's errors into one sentence with a remedy."""
         try:
             yield
         except (sa.exc.DBAPIError, sa.exc.ArgumentError) as error:
-            cause = str(getattr(error, "orig", error))
+            cause = " ".join(str(getattr(error, "orig", error)).split()).rstrip(".")
             known = (remedy for word, remedy in REMEDIES.items() if word in cause)
             remedy = next(known, "All runs stored before are intact.")
             raise StoreError(f"{doing} {self._place} failed: {cause}. {remedy}") from error
 
 
-def _write_ahead(connection: sa.Connection) -> None:
-    """Turn on WAL, which stays on. Alone among statements it does not wait by itself for a locked file."""
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        try:
-            connection.exec_driver_sql("PRAGMA journal_mode = WAL")
-            return
-        except sa.exc.OperationalError as error:
-            if "locked" not in str(error.orig) or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
+def _number(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else value

@@ -105,7 +105,10 @@ class Trunk:
         trunk = sha256(json.dumps(run.key).encode()).hexdigest()[:16]
         tokens, (parameters, forward) = horizon * self.recipe.tokens(task), counted(task, self.architecture)
         flops, linear_flops = (3 * tokens * part for part in (forward.total, forward.linear))
-        return replace(run, tokens=tokens, trunk=trunk, parameters=parameters, flops=flops, linear_flops=linear_flops)
+        return replace(
+            run, tokens=tokens, trunk=trunk, spec=repr(el.structure(self.family)(self.width, self.width)),
+            parameters=parameters, flops=flops, linear_flops=linear_flops,
+        )  # fmt: skip
 
 
 class Failure(Exception):

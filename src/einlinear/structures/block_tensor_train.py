@@ -2,10 +2,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
+from itertools import product
 from typing import ClassVar
 
+from einlinear.clock import seconds
+from einlinear.cost import generic_rank, parameters
 from einlinear.family import Family, block_size, equal_split, prime_factors
 from einlinear.structure import Structure, StructureError
+
+FAST = "fast"
+TILE = 16
+"""Matrix units multiply this many rows or columns at a time."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -17,19 +25,25 @@ class BTT(Family):
     the balanced split: the largest divisor below the root of each width (11008 into 86 blocks of
     128), or its cofactor on one side where otherwise rank 1 could not reach full rank. More
     `cores` cut the widths into more parts of equal size.
+
+    `blocks="fast"` takes the FLOPs of the balanced split of that rank, within a tenth, and the block counts that
+    are modelled fastest for them in training on a GPU (`einlinear.seconds`), with as high a rank of W: few large
+    blocks instead of many channels between small ones.
     """
 
     rank: int = 1
-    blocks: tuple[int, int] | None = None
+    blocks: tuple[int, int] | str | None = None
     cores: int = 2
     example: ClassVar = {"rank": 2}
     source: ClassVar = "Qiu et al. 2024 (Compute Better Spent), https://arxiv.org/abs/2406.06248"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.blocks is not None and (not isinstance(self.blocks, tuple) or len(self.blocks) != 2):
+        pair = isinstance(self.blocks, tuple) and len(self.blocks) == 2
+        if not (pair or self.blocks in (None, FAST)):
             raise StructureError(
-                f"cannot make a BTT with blocks={self.blocks!r}: pass (in_blocks, out_blocks), such as (16, 16)"
+                f"cannot make a BTT with blocks={self.blocks!r}: pass (in_blocks, out_blocks), such as (16, 16), "
+                f'or "{FAST}"'
             )
         if self.cores < 2 or (self.blocks and self.cores != 2):
             raise StructureError(
@@ -40,7 +54,9 @@ class BTT(Family):
     def __call__(self, d_in: int, d_out: int) -> Structure:
         ins: tuple[int, ...]
         outs: tuple[int, ...]
-        if self.blocks:
+        if self.blocks == FAST:
+            return _fast(d_in, d_out, self.rank)
+        if isinstance(self.blocks, tuple):
             g, f = self.blocks
             ins, outs = (block_size(d_in, g), g), (f, block_size(d_out, f))
         elif self.cores == 2:
@@ -120,6 +136,26 @@ def _full_rank_blocks(ins: tuple[int, ...], outs: tuple[int, ...]) -> tuple[tupl
     reaching = [order for order in orders if order[0][1] * order[1][0] >= full]
     cost = {order: order[0][1] * order[1][0] * (order[0][0] + order[1][1]) for order in reaching}
     return min(cost, key=lambda order: cost[order])
+
+
+@lru_cache(maxsize=1024)
+def _fast(d_in: int, d_out: int, rank: int, tokens: int = 16384) -> Structure:
+    """The fastest of the splits into equal blocks that have the FLOPs and the rank of the balanced one."""
+    balanced = BTT(rank)(d_in, d_out)
+    budget, needed = parameters(balanced), generic_rank(balanced)
+    candidates = [balanced]
+    for g, f in product(_divisors(d_in), _divisors(d_out)):
+        each = f * d_in + g * d_out
+        channels = budget // each
+        whole = channels * f % TILE == 0 == channels * g % TILE
+        if whole and channels * each >= 0.9 * budget and channels * g * f >= needed:
+            candidates.append(_block_chain((d_in // g, g), (f, d_out // f), channels))
+    return min(candidates, key=lambda structure: seconds(structure, tokens, "cuda", mode="training"))
+
+
+def _divisors(width: int) -> list[int]:
+    """Numbers of blocks of whole tiles."""
+    return [blocks for blocks in range(2, width // TILE + 1) if width % (blocks * TILE) == 0]
 
 
 def _radices(width: int, radix: int) -> list[int]:

@@ -57,15 +57,15 @@ def loss_chart(summary: Summary, axis: Axis, height: int = 400) -> Specification
                 for row in curves
             ]
     losses, costs = [point["loss"] for point in points], [point["cost"] for point in points]
-    x = _logarithmic(alt.X, "cost", AXES[axis], costs, "~s")
-    y = _logarithmic(alt.Y, "loss", "validation loss (nats)", losses, "~g")
+    x = logarithmic(alt.X, "cost", AXES[axis], costs, "~s")
+    y = logarithmic(alt.Y, "loss", "validation loss (nats)", losses, "~g")
     colour = coloured(summary)
     shape = shaped(summary)
     chosen = alt.selection_point(name="chosen", fields=["family"], bind="legend")
     band = (
         plotted(laws)
         .mark_area(clip=True)
-        .encode(x=x, y=_logarithmic(alt.Y, "low", "", losses, "~g"), y2="high:Q", color=colour)
+        .encode(x=x, y=logarithmic(alt.Y, "low", "", losses, "~g"), y2="high:Q", color=colour)
         .encode(opacity=alt.condition(chosen, alt.value(0.1), alt.value(0.02)))
     )
     law = plotted(laws).mark_line(clip=True, strokeDash=[5, 4], strokeWidth=1.5)
@@ -99,7 +99,7 @@ def multiplier_chart(summary: Summary) -> Specification:
         for m in summary.multipliers(axis)
     ]
     values = [row[name] for row in rows for name in ("low", "high")] + [0.8, 1.25]
-    x = _logarithmic(alt.X, "low", f"times its own cost that {summary.baseline} costs at equal loss", values, "~g")
+    x = logarithmic(alt.X, "low", f"times its own cost that {summary.baseline} costs at equal loss", values, "~g")
     base = plotted(rows).encode(
         y=alt.Y("family:N", sort=[family.family for family in summary.families], title=None),
         yOffset=alt.YOffset("kind:N", sort=list(kinds.values())),
@@ -108,7 +108,7 @@ def multiplier_chart(summary: Summary) -> Specification:
     one = plotted([{"low": 1}]).mark_rule(color=INK, strokeDash=[2, 3], opacity=0.7).encode(x=x)
     interval = base.mark_rule(strokeWidth=2, clip=True).encode(x=x, x2="high:Q")
     value = base.mark_point(size=75, filled=True, opacity=1, clip=True).encode(
-        x=_logarithmic(alt.X, "value", "", values, "~g"),
+        x=logarithmic(alt.X, "value", "", values, "~g"),
         shape=alt.Shape("kind:N", scale=alt.Scale(domain=list(kinds.values()), range=["circle", "diamond"]),
                         title=None),
         tooltip=["family:N", "kind:N", *(alt.Tooltip(f"{name}:Q", format=".3f") for name in ("value", "low", "high"))],
@@ -128,8 +128,8 @@ def tuning_chart(summary: Summary) -> Specification:
         for run in family.tuning
         if run.loss is not None
     ]  # fmt: skip
-    x = _logarithmic(alt.X, "rate", "base learning rate", [row["rate"] for row in rows], "~g")
-    y = _logarithmic(alt.Y, "loss", "validation loss (nats)", [row["loss"] for row in rows], "~g")
+    x = logarithmic(alt.X, "rate", "base learning rate", [row["rate"] for row in rows], "~g")
+    y = logarithmic(alt.Y, "loss", "validation loss (nats)", [row["loss"] for row in rows], "~g")
     colour = coloured(summary)
     shape = shaped(summary)
     base = plotted(rows).encode(x=x, y=y, color=colour, detail="size:N")
@@ -160,7 +160,7 @@ def _scale(summary: Summary, channel: str) -> alt.Scale:
     return alt.Scale(domain=names, range=marks)
 
 
-def _logarithmic(channel: type[Channel], name: str, title: str, values: Sequence[float], number: str) -> Channel:
+def logarithmic(channel: type[Channel], name: str, title: str, values: Sequence[float], number: str) -> Channel:
     """A position channel on a logarithmic scale that holds all values, with ticks at round numbers."""
     low, high = min(values, default=1.0), max(values, default=2.0)
     margin = (high / low) ** 0.06 if high > low else 1.1

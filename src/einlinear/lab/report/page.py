@@ -110,11 +110,14 @@ def save_figure(
 
     Raises ValueError for another kind of file or where the runs do not compare, and OSError as `write_report`.
     """
-    path = Path(path)
+    save_picture(loss_chart(summary(runs, baseline, allow_mixed_data=allow_mixed_data), "flops"), Path(path))
+
+
+def save_picture(chart: Specification, path: Path) -> None:
+    """Write a figure as a static .svg or .png on white; raises as `save_figure`."""
     if path.suffix not in (".svg", ".png"):
         raise ValueError(f"Saving the figure as {path}: only .svg and .png can be written; name it {path.stem}.svg.")
-    chart = loss_chart(summary(runs, baseline, allow_mixed_data=allow_mixed_data), "flops") | {"background": "white"}
-    svg = _svg(chart, width=760)
+    svg = _svg(chart | {"background": "white"}, width=760)
     _replace(path, svg.encode() if path.suffix == ".svg" else vl_convert.svg_to_png(svg, scale=2), "figure")
 
 

