@@ -13,7 +13,8 @@ from einlinear.linalg.refined import Refined
 from einlinear.linalg.rules import banded
 from einlinear.linalg.rules.inverse import (
     INVERSE,
-    core,
+    WoodburyInverse,
+    capacitance,
     eliminates,
     first_block,
     regular_base,
@@ -104,8 +105,8 @@ def _block_diagonal(_: BlockDiagonal, of: Determinant) -> Determinant:
 
 
 def _update(A: LowRankUpdate, base: Determinant) -> Determinant:
-    _, _, capacitance = core(A, INVERSE(A.base))
-    return times(base, Determinant(*torch.linalg.slogdet(capacitance)))
+    _, small = capacitance(A, INVERSE(A.base))
+    return times(base, SLOGDET(small))
 
 
 def _eliminated(A: Block, first: Determinant) -> Determinant:
@@ -154,6 +155,12 @@ SLOGDET = Table(
     Rule(Permutation, "the parity of the permutation", lambda P: _number(P, P.sign())),
     Rule(Householder, "Π (1 − τ‖v‖²)", lambda H: of_values(H.determinant()[..., None])),
     Rule(Fourier, "the multiplicities of 1, −1, i, −i", _fourier),
+    Rule(
+        WoodburyInverse,
+        "det A⁻¹ / det(I + VᴴA⁻¹UC)",
+        lambda W, base, core: times(base, core),
+        lambda W: (W.base, W.core),
+    ),
     Rule(InverseLU, "det A⁻¹ = 1 / det A, from LU", lambda A: Determinant(*A.slogdet())),
     Rule(Refined, "det A⁻¹ = 1 / det A", _inverse),
     Rule(Circulant, "Π F c", lambda C: real_if_real(C, of_values(C.eigenvalues()))),
