@@ -13,6 +13,7 @@ from einlinear.linalg.refined import Refined
 from einlinear.linalg.rules import banded
 from einlinear.linalg.rules.inverse import (
     INVERSE,
+    Woodbury,
     core,
     eliminates,
     first_block,
@@ -103,6 +104,11 @@ def _block_diagonal(_: BlockDiagonal, of: Determinant) -> Determinant:
     return Determinant(of.sign.prod(-1), of.logabsdet.sum(-1))
 
 
+def _woodbury(A: Woodbury, base: Determinant) -> Determinant:
+    assert isinstance(A.core, Scaled) and isinstance(A.core.of, InverseLU)
+    return times(base, Determinant(*A.core.of.slogdet()))
+
+
 def _update(A: LowRankUpdate, base: Determinant) -> Determinant:
     _, _, capacitance = core(A, INVERSE(A.base))
     return times(base, Determinant(*torch.linalg.slogdet(capacitance)))
@@ -164,6 +170,7 @@ SLOGDET = Table(
     Rule(Sum, "det (A ⊗ B + cI) = Π (λμ + c)", _by_values, when=shifted_kronecker),
     Rule(BlockDiagonal, "det diag(A₁, A₂, …) = Π det Aᵢ", _block_diagonal, body, square_blocks),
     Rule(DirectSum, "det A ⊞ B = det A det B", lambda _, *parts: times(*parts), blocks, square_blocks),
+    Rule(Woodbury, "det (A + UUᴴ)⁻¹ = det A⁻¹ / det(I + UᴴA⁻¹U)", _woodbury, lambda A: (A.base,)),
     Rule(
         LowRankUpdate,
         "det (A + UCVᴴ) = det A det(I + VᴴA⁻¹UC)",

@@ -163,8 +163,14 @@ def core(A: LowRankUpdate, inverse: Operator) -> tuple[Tensor, Tensor, Tensor]:
     return left, solved, capacitance + torch.eye(capacitance.shape[-1], dtype=capacitance.dtype, device=A.device)
 
 
+class Woodbury(LowRankUpdate):
+    """A⁻¹ - S K⁻¹ Sᴴ, the inverse of Hermitian A + U Uᴴ: S = A⁻¹ U, and K = I + Uᴴ S gives the determinant too."""
+
+
 def _woodbury(A: LowRankUpdate, inverse: Operator) -> Operator:
     _, solved, capacitance = core(A, inverse)
+    if A.right is None and A.core is None and "hermitian" in A.base.properties:
+        return Woodbury(inverse, solved, None, multiple(-1.0, lu_inverse(Dense(capacitance))))
     right = A.left if A.right is None and "hermitian" in A.base.properties and A.core is None else A.V
     return LowRankUpdate(inverse, -solved, inverse.H.matmul(right), lu_inverse(Dense(capacitance)))
 
