@@ -5,6 +5,7 @@ import torch
 from krylov.matrices import spectrum
 from torch.autograd import gradcheck, gradgradcheck
 
+from einlinear import linalg as la
 from einlinear.linalg import implicit, spectral
 from einlinear.linalg.krylov.bicgstab import bicgstab
 from einlinear.linalg.krylov.cg import cg
@@ -203,6 +204,11 @@ CASES = {
         lambda a: torch.linalg.eigvalsh((a + a.mH) / 2).flip(-1)[..., :2],
         (BATCH,),
     ),
+    "quadratic": (
+        lambda a, b: implicit.quadratic(Matrix(definite(a)), b, solver(cg)),
+        lambda a, b: (b.conj() * torch.linalg.solve(definite(a), b)).sum(-2).real,
+        (COMPLEX, COMPLEX_B),
+    ),
     "likelihood": (
         lambda a, b: likelihood(definite(a), b),
         lambda a, b: (b * torch.linalg.solve(definite(a), b)).sum() + torch.linalg.slogdet(definite(a))[1].sum(),
@@ -335,7 +341,6 @@ def test_memory_does_not_grow_with_the_iterations(what):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 def test_the_inverse_of_a_low_rank_update_knows_its_determinant(dtype):
-    la = pytest.importorskip("einlinear.linalg")
     u = draw(2, 12, 3, dtype=dtype)
     d = (torch.rand(12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.5).requires_grad_()
     a = la.LowRankUpdate(la.Diagonal(d.to(dtype)).claim("psd"), u)
