@@ -198,9 +198,10 @@ def compare(
     from einlinear.lab import compare as lab
     from einlinear.lab.data import load
     from einlinear.lab.forecast import forecast
+    from einlinear.lab.machine import Machine
     from einlinear.lab.parallel import World, joined
     from einlinear.lab.store import Store
-    from einlinear.lab.sweep import Machine, follow
+    from einlinear.lab.sweep import follow
 
     machine = replace(Machine.here(device), accumulate=accumulate, shard=shard)
     if workers is not None:
