@@ -26,7 +26,8 @@ class Execution:
     `compiled` compiles each kind of block once with torch.compile: for long runs of wide models. `graphed` records
     a whole step as a CUDA graph and replays it: wherever a step is many small launches. `accumulate` cuts a batch
     into so many parts, one after the other, to save memory. Under `torchrun` every process takes its share of each
-    batch; with `shard` it also keeps only its share of parameters and optimizer state (FSDP2).
+    batch; with `shard` it also keeps only its share of parameters and optimizer state (FSDP2). `patience` is how many
+    seconds of training a killed process may lose: so often states are kept.
 
     Raises:
         ValueError: for what does not go together.
@@ -37,6 +38,7 @@ class Execution:
     graphed: bool = False
     accumulate: int = 1
     shard: bool = False
+    patience: float = 20.0
 
     def __post_init__(self) -> None:
         if self.accumulate < 1:
