@@ -20,7 +20,7 @@ FLOORS = [
     {"projection"},
     {"layer", "calibration", "curves", "operators"},
     {"mlp", "side_by_side", "shared", "optim", "muon", "storage", "targeting", "linalg"},
-    {"hf"},
+    {"hf", "fusion"},
     {"conversion"},
     {"loading", "compression", "recovery"},
     {"checkpoints"},

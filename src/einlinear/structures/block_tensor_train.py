@@ -11,7 +11,6 @@ from einlinear.cost import generic_rank, parameters
 from einlinear.family import Family, block_size, equal_split, prime_factors
 from einlinear.structure import Structure, StructureError
 
-
 FAST = "fast"
 TILE = 16
 """Matrix units multiply this many rows or columns at a time."""
