@@ -19,7 +19,7 @@ FLOORS = [
     {"kernels", "refinement", "diagonalisation", "skeleton", "allocation"},
     {"projection", "routing"},
     {"layer", "calibration", "curves", "operators"},
-    {"mlp", "expert_mlp", "shared", "optim", "muon", "storage", "targeting", "linalg"},
+    {"mlp", "expert_mlp", "shared", "optim", "muon", "storage", "targeting", "linalg", "fusion"},
     {"hf"},
     {"conversion"},
     {"loading", "compression", "recovery"},

@@ -153,15 +153,16 @@ def _(
         f"{structure!r}",
         f"runs {tokens} tokens by '{chosen.name}' on {device} in {dtype}, {mode}; modelled: {target.machine.name}",
     ]
-    for kernel, refusal in refusals.items():
-        time = kernel.seconds(canonical, tokens, target, training)
-        fits = f"fits, modelled {_units(time)}, {time / dense:.3g} of dense"
-        lines.append(f"  {kernel.name:13} {refusal or fits}")
+    for kernel, verdict in refusals.items():
+        if verdict is None:
+            time = kernel.seconds(canonical, tokens, target, training)
+            verdict = f"fits, modelled {_units(time)}, {time / dense:.3g} of dense"
+        lines.append(f"  {kernel.name:13} {verdict}")
     return "\n".join(lines)
 
 
 def _units(seconds: float) -> str:
-    scale, unit = next(
-        pair for pair in ((1, "s"), (1e3, "ms"), (1e6, "µs")) if seconds * pair[0] >= 1 or pair[0] == 1e6
-    )
-    return f"{seconds * scale:.3g} {unit}"
+    for scale, unit in ((1.0, "s"), (1e3, "ms")):
+        if seconds * scale >= 1:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
