@@ -9,12 +9,12 @@ from einlinear.conversion import convert as convert
 from einlinear.curves import candidates as candidates
 from einlinear.curves import error_curve as error_curve
 from einlinear.expert_mlp import MixtureMLP as MixtureMLP
+from einlinear.fusion import Fusion as Fusion
+from einlinear.fusion import fuse_mlps as fuse_mlps
 from einlinear.kernels import Routing as Routing
 from einlinear.kernels import explain as explain
 from einlinear.layer import Linear as Linear
 from einlinear.loading import compress_at_load as compress_at_load
-from einlinear.fusion import Fusion as Fusion
-from einlinear.fusion import fuse_mlps as fuse_mlps
 from einlinear.mlp import StructuredMLP as StructuredMLP
 from einlinear.moments import Moments as Moments
 from einlinear.muon import Muon as Muon

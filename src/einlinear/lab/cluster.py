@@ -120,7 +120,7 @@ class _Post:
         self._left: list[tuple[int, Any]] = []
         self._stopped = False
 
-    def leave(self, number: int, event: Any) -> None:  # noqa: ANN401 (an event, or a state's bytes)
+    def leave(self, number: int, event: Any) -> None:
         self._left.append((number, event))
 
     def take(self) -> list[tuple[int, Any]]:
@@ -134,7 +134,7 @@ class _Post:
         return self._stopped
 
 
-def _train(number: int, trunk: Trunk, state: bytes | None, given: tuple[Task, Machine], post: Any) -> None:  # noqa: ANN401
+def _train(number: int, trunk: Trunk, state: bytes | None, given: tuple[Task, Machine], post: Any) -> None:
     task, machine = given
     torch.set_num_threads(machine.threads)
     with tempfile.TemporaryDirectory() as folder:
