@@ -150,7 +150,7 @@ def describe(
     plain = el.Dense()(spec.d_in, spec.d_out)
     if not spec.routed:
         for mode in ("forward", "training"):
-            mine, other = (el.seconds(s, tokens, device, kind, mode) for s in (spec, plain))  # type: ignore[arg-type]
+            mine, other = (el.seconds(s, tokens, device, kind, mode) for s in (spec, plain))
             typer.echo(
                 f"{mode:11} {_time(mine)} modelled for {tokens:,} tokens, {other / mine:.2f} times as fast as dense"
             )
