@@ -9,7 +9,7 @@ import torch
 import einlinear as el
 from einlinear.lab import models
 from einlinear.lab.data import Sequences
-from einlinear.lab.models import Architecture, build, counted
+from einlinear.lab.models import build, counted
 from einlinear.lab.step import Execution
 from einlinear.lab.train import Recipe, Training, Trunk, train
 
@@ -91,4 +91,4 @@ def test_a_family_of_the_lab_has_a_short_text() -> None:
     family = el.structure("moe(experts=8, active=2)")
     assert isinstance(family, models.Moe) and str(family) == "moe(experts=8, active=2)"
     assert family not in el.families()
-    assert isinstance(models.feed_forward(Architecture(family=str(family), width=32, depth=1, base_width=32, base_depth=1)), el.MixtureMLP)  # fmt: skip
+    assert isinstance(models.feed_forward(trunk(str(family)).architecture), el.MixtureMLP)
