@@ -151,14 +151,14 @@ class Router(nn.Module):
         # What was recorded belongs to a graph, which neither copies nor pickles.
         return {**self.__dict__, "latest": None, "collected": None}
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The settings that it was made with, beside its sizes."""
+        bias = self.bias is not None
+        return {"choice": self.choice, "capacity": self.capacity, "jitter": self.jitter, "bias": bias}
+
     def extra_repr(self) -> str:
-        options = {
-            "choice": self.choice,
-            "capacity": self.capacity,
-            "jitter": self.jitter,
-            "bias": self.bias is not None,
-        }
-        told = (f"{name}={value!r}" for name, value in options.items())
+        told = (f"{name}={value!r}" for name, value in self.options.items())
         return ", ".join([f"{self.d_in}, experts={self.experts}, active={self.active}", *told])
 
 
