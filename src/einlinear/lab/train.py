@@ -297,7 +297,10 @@ class Training:
         self.step, self.seconds, self.curve = state.step, state.seconds, list(state.curve)
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Parameters and the optimizer's state, by name."""
+        """Parameters, the optimizer's state and the biases of routers, by name."""
+        for name, buffer in self.update.working.named_buffers():
+            if isinstance(self.update.working.get_submodule(name.rpartition(".")[0]), el.Router):
+                yield f"buffer.{name}", buffer
         for name, parameter in self.model.named_parameters():
             yield f"model.{name}", parameter
             for slot, value in self.update.optimizer.state[parameter].items():
