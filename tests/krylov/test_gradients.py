@@ -5,6 +5,7 @@ import torch
 from krylov.matrices import spectrum
 from torch.autograd import gradcheck, gradgradcheck
 
+from einlinear import linalg as la
 from einlinear.linalg import implicit, spectral
 from einlinear.linalg.krylov.bicgstab import bicgstab
 from einlinear.linalg.krylov.cg import cg
@@ -203,6 +204,11 @@ CASES = {
         lambda a: torch.linalg.eigvalsh((a + a.mH) / 2).flip(-1)[..., :2],
         (BATCH,),
     ),
+    "quadratic": (
+        lambda a, b: implicit.quadratic(Matrix(definite(a)), b, solver(cg)),
+        lambda a, b: (b.conj() * torch.linalg.solve(definite(a), b)).sum(-2).real,
+        (COMPLEX, COMPLEX_B),
+    ),
     "likelihood": (
         lambda a, b: likelihood(definite(a), b),
         lambda a, b: (b * torch.linalg.solve(definite(a), b)).sum() + torch.linalg.slogdet(definite(a))[1].sum(),
@@ -331,3 +337,20 @@ def test_memory_does_not_grow_with_the_iterations(what):
         steps.append(counted[0])
     assert steps[1] > 5 * steps[0]
     assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_the_inverse_of_a_low_rank_update_knows_its_determinant(dtype):
+    u = draw(2, 12, 3, dtype=dtype)
+    d = (torch.rand(12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.5).requires_grad_()
+    a = la.LowRankUpdate(la.Diagonal(d.to(dtype)).claim("psd"), u)
+    inverse = la.inverse(a)
+    written = torch.linalg.inv(u @ u.mH + d.to(dtype).diag())
+    torch.testing.assert_close(inverse.dense(), written)
+    determinant = la.slogdet(inverse)
+    exact = torch.linalg.slogdet(written)
+    torch.testing.assert_close(determinant.logabsdet if hasattr(determinant, "logabsdet") else determinant[1], exact[1])
+    torch.testing.assert_close(determinant[0], exact[0])
+    found = torch.autograd.grad(determinant[1].sum(), (u, d), retain_graph=True)
+    for one, other in zip(found, torch.autograd.grad(exact[1].sum(), (u, d)), strict=True):
+        torch.testing.assert_close(one, other)

@@ -215,6 +215,17 @@ def logdet(value: Tensor, operator: Map, probe: Tensor, solver: Solver) -> Tenso
     return attach(value, operator, solve(operator.H, probe, solver) / probe.shape[-1], probe)
 
 
+def quadratic(operator: Map, rhs: Tensor, solver: Solver) -> Tensor:
+    """bᴴ A⁻¹ b [..., k] of Hermitian A, for each column of `rhs` [..., n, k]; its gradient needs no solve of its own."""
+    return _form(operator, rhs, solve(operator, rhs, solver))
+
+
+def _form(operator: Map, rhs: Tensor, x: Tensor) -> Tensor:
+    """bᴴ x, x = A⁻¹ b: the derivative is 2 xᴴ db - xᴴ dA x."""
+    form = attach(dot(rhs, x).squeeze(-2).real, operator, -x, x)
+    return form + attach(torch.zeros_like(form), _Entries(rhs), 2 * x, torch.ones_like(x[..., :1, :]))
+
+
 def quadratic_and_logdet(
     value: Tensor, operator: Map, rhs: Tensor, probe: Tensor, solver: Solver
 ) -> tuple[Tensor, Tensor]:
@@ -225,9 +236,7 @@ def quadratic_and_logdet(
     batch = torch.broadcast_shapes(operator.shape[:-2], rhs.shape[:-2], probe.shape[:-2])
     both = torch.cat([each.expand(*batch, *each.shape[-2:]) for each in (rhs, probe)], -1)
     x, z = solve(operator, both, solver).split([rhs.shape[-1], probe.shape[-1]], -1)
-    form = attach(dot(rhs, x).squeeze(-2).real, operator, -x, x)
-    form = form + attach(torch.zeros_like(form), _Entries(rhs), 2 * x, torch.ones_like(x[..., :1, :]))
-    return form, attach(value, operator, z / probe.shape[-1], probe)
+    return _form(operator, rhs, x), attach(value, operator, z / probe.shape[-1], probe)
 
 
 class _Entries:
