@@ -33,6 +33,7 @@ from einlinear.structures import Butterfly as Butterfly
 from einlinear.structures import Dense as Dense
 from einlinear.structures import Kronecker as Kronecker
 from einlinear.structures import LowRank as LowRank
+from einlinear.structures import Mixture as Mixture
 from einlinear.structures import Monarch as Monarch
 from einlinear.structures import TensorTrain as TensorTrain
 from einlinear.structures import Theta as Theta

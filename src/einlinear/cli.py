@@ -185,6 +185,9 @@ def compare(
     resolve: Annotated[
         float, typer.Option(min=1.0, help="The multiplier that a plan should tell from 1 (--plan).")
     ] = 1.25,
+    engine: Annotated[
+        str, typer.Option(help="Whose workers train: processes (of this machine) or ray (a cluster's).")
+    ] = "processes",
     accumulate: Annotated[int, typer.Option(min=1, help="Parts of a batch, one after the other: less memory.")] = 1,
     shard: Annotated[
         bool, typer.Option("--shard", help="Under torchrun: also share out parameters and optimizer state (FSDP2).")
@@ -198,11 +201,15 @@ def compare(
     from einlinear.lab import compare as lab
     from einlinear.lab.data import load
     from einlinear.lab.forecast import forecast
+    from einlinear.lab.machine import Machine
     from einlinear.lab.parallel import World, joined
     from einlinear.lab.store import Store
-    from einlinear.lab.sweep import Machine, follow
+    from einlinear.lab.sweep import follow
 
-    machine = replace(Machine.here(device), accumulate=accumulate, shard=shard)
+    if engine not in ("processes", "ray"):
+        raise ValueError(f"cannot train by the engine '{engine}': pass processes or ray")
+    settings: dict[str, Any] = {"engine": engine, "accumulate": accumulate, "shard": shard}
+    machine = replace(Machine.here(device), **settings)
     if workers is not None:
         machine = replace(machine, workers=workers)
     with joined(machine.device) as own_device:

@@ -10,8 +10,8 @@ import torch
 from einlinear.lab.compare import Plan, default_plan
 from einlinear.lab.data import Sequences, load
 from einlinear.lab.forecast import NOISE, RESOLVED, SLOPE, Forecast, forecast, interval
+from einlinear.lab.machine import Machine
 from einlinear.lab.models import counted
-from einlinear.lab.sweep import Machine
 from einlinear.lab.train import Recipe
 
 HERE = Machine(workers=0)

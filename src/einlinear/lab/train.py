@@ -32,7 +32,6 @@ from einlinear.optim import parameter_groups
 
 CHUNK = 10  # steps between two looks at the loss, the clock and whether to stop
 MARGIN = 1.0  # how far above its first value (nats) the loss counts as diverged
-PATIENCE = 20.0  # seconds of training that a killed process may lose
 POINTS = 100  # of the training curve that a run keeps
 EVALUATED = 8192  # tokens (or examples) evaluated at once
 
@@ -138,7 +137,7 @@ def train(
         trunk: what to train.
         task: on what.
         execution: how.
-        file: where the state is kept every 20 seconds and when stopped, and resumed from; the caller removes it.
+        file: where the state is kept in between and when stopped, and resumed from; the caller removes it.
         tell: called with each run as soon as it is finished, diverged ones included, and in between with the
             number of steps trained since last told.
         stop: asked every ten steps; once it answers True the state is kept and KeyboardInterrupt raised.
@@ -164,7 +163,7 @@ def train(
         for steps in training.advance(until, branch):
             if first:
                 tell(steps)
-            told, due = world.agreed((stop(), file is not None and time.monotonic() - saved > PATIENCE))
+            told, due = world.agreed((stop(), file is not None and time.monotonic() - saved > execution.patience))
             if told or due:
                 states = kept | {name: training.state()}
                 if file and first:
