@@ -100,7 +100,7 @@ class Operator(ABC):
     def square(self) -> bool:
         return self.shape[-1] == self.shape[-2]
 
-    @property
+    @remembered
     def tensors(self) -> tuple[Tensor, ...]:
         """The leaves that gradients flow to: every floating-point tensor within, in order."""
         return tuple(_leaves(self))

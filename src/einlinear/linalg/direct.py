@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from einlinear.operator import Dense, Operator, OperatorError, remembered, transformed
+from einlinear.operator import Dense, Operator, OperatorError, common, remembered, transformed
 from einlinear.operators import Triangular
 
 MEMORY = 2**27
@@ -28,7 +28,7 @@ class InverseLU(Operator):
         return self.lu.shape
 
     def _matmul(self, x: Tensor) -> Tensor:
-        batch = torch.broadcast_shapes(self.lu.shape[:-2], x.shape[:-2])
+        batch = common(tuple(self.lu.shape[:-2]), tuple(x.shape[:-2]))
         x = x.expand(*batch, *x.shape[-2:])
         if self.side == "T" and self.lu.is_complex():
             return torch.linalg.lu_solve(self.lu, self.pivots, x.conj(), adjoint=True).conj()
@@ -48,10 +48,13 @@ class InverseLU(Operator):
     def slogdet(self) -> tuple[Tensor, Tensor]:
         """Sign and logarithm of the determinant of A⁻¹."""
         diagonal = self.lu.diagonal(0, -2, -1)
-        swapped = self.pivots != torch.arange(1, diagonal.shape[-1] + 1, device=diagonal.device)
+        swapped = self.pivots != torch.arange(1, diagonal.shape[-1] + 1, device=diagonal.device, dtype=torch.int32)
+        logarithm = -diagonal.abs().log().sum(-1)
+        if not diagonal.is_complex():
+            odd = ((diagonal < 0) ^ swapped).sum(-1) % 2
+            return (1 - 2 * odd).to(diagonal.dtype), logarithm
         sign = (torch.sgn(diagonal) * torch.where(swapped, -1.0, 1.0)).prod(-1)
-        conjugate = sign if self.side == "H" else sign.conj()
-        return conjugate.resolve_conj(), -diagonal.abs().log().sum(-1)
+        return (sign if self.side == "H" else sign.conj()).resolve_conj(), logarithm
 
     @property
     def flops(self) -> float:

@@ -25,6 +25,7 @@ from einlinear.operator import (
     multiple,
     product,
     total,
+    transformed,
 )
 from einlinear.operators import (
     Banded,
@@ -42,9 +43,33 @@ from einlinear.operators import (
 
 
 def normal(operator: Operator) -> Operator:
-    """The normal form; the operator itself, at the cost of one look-up, where it has no other."""
+    """The normal form; the operator itself, at the cost of one look-up, where it has no other.
+
+    It is kept with the operator until a tensor changes in place. Where a tensor has a gradient it is made anew each
+    time: a form that was made once would be differentiated through once.
+    """
     rewrite = REWRITES.get(type(operator))
-    return operator if rewrite is None else _keeping(operator, rewrite(operator))
+    if rewrite is None:
+        return operator
+    state = _state(operator)
+    kept = operator.__dict__.get("_normal")
+    if kept is not None and kept[0] == state:
+        form: Operator = kept[1]
+        return form
+    form = _keeping(operator, rewrite(operator))
+    if state is not None:
+        operator.__dict__["_normal"] = (state, form)
+    return form
+
+
+def _state(operator: Operator) -> tuple[int, ...] | None:
+    """How often each tensor has been changed in place; None where a form must not be kept."""
+    if transformed() or torch.is_inference_mode_enabled():
+        return None
+    tensors = operator.tensors
+    if any(tensor.requires_grad or tensor.is_inference() for tensor in tensors):
+        return None
+    return tuple([tensor._version for tensor in tensors])
 
 
 def _keeping(old: Operator, new: Operator) -> Operator:
@@ -214,7 +239,8 @@ def _product(operator: Product) -> Operator:
 def _scaled(operator: Scaled) -> Operator:
     of, c = normal(operator.of), operator.c
     if isinstance(of, KroneckerSum):
-        return KroneckerSum(tuple(multiple(c, term) for term in of.terms))
+        scaled = {id(term): multiple(c, term) for term in of.terms}  # equal sides stay one object
+        return KroneckerSum(tuple(scaled[id(term)] for term in of.terms))
     if isinstance(of, Scaled):
         return multiple(c, of)
     if isinstance(of, LowRankUpdate):

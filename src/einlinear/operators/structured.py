@@ -41,6 +41,9 @@ class Structured(Operator):
                 f"cannot make an operator of {spec!r}: it has {len(shapes)} factors, not {len(self.factors)}"
             )
         canonical = spec == spec.canonical
+        if canonical and all(factor.shape == stack for factor, (_, stack) in zip(self.factors, shapes, strict=True)):
+            # A layer's factors, as they are stored: one slice is no batch of one.
+            self.factors = tuple(factor.reshape(shape) for factor, (shape, _) in zip(self.factors, shapes, strict=True))
         self.factors = tuple(
             _fitted(factor, *wanted, spec, canonical) for factor, wanted in zip(self.factors, shapes, strict=True)
         )

@@ -3,7 +3,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from einlinear.operator import Operator, inexact, remembered
+from einlinear.operator import Operator, common, inexact, remembered
 
 
 @dataclass(eq=False, repr=False)
@@ -47,7 +47,7 @@ class Triangular(Operator):
     def _matmul(self, x: Tensor) -> Tensor:
         if self.inverted:
             matrix = self.matrix.to(x.dtype)
-            batch = torch.broadcast_shapes(matrix.shape[:-2], x.shape[:-2])
+            batch = common(tuple(matrix.shape[:-2]), tuple(x.shape[:-2]))
             x = x.expand(*batch, *x.shape[-2:])
             return torch.linalg.solve_triangular(matrix, x, upper=self.upper, unitriangular=self.unit)
         return self.triangle() @ x

@@ -13,8 +13,8 @@ from einlinear.linalg.refined import Refined
 from einlinear.linalg.rules import banded
 from einlinear.linalg.rules.inverse import (
     INVERSE,
-    Woodbury,
-    core,
+    WoodburyInverse,
+    capacitance,
     eliminates,
     first_block,
     regular_base,
@@ -104,14 +104,9 @@ def _block_diagonal(_: BlockDiagonal, of: Determinant) -> Determinant:
     return Determinant(of.sign.prod(-1), of.logabsdet.sum(-1))
 
 
-def _woodbury(A: Woodbury, base: Determinant) -> Determinant:
-    assert isinstance(A.core, Scaled) and isinstance(A.core.of, InverseLU)
-    return times(base, Determinant(*A.core.of.slogdet()))
-
-
 def _update(A: LowRankUpdate, base: Determinant) -> Determinant:
-    _, _, capacitance = core(A, INVERSE(A.base))
-    return times(base, Determinant(*torch.linalg.slogdet(capacitance)))
+    _, small = capacitance(A, INVERSE(A.base))
+    return times(base, SLOGDET(small))
 
 
 def _eliminated(A: Block, first: Determinant) -> Determinant:
@@ -160,6 +155,12 @@ SLOGDET = Table(
     Rule(Permutation, "the parity of the permutation", lambda P: _number(P, P.sign())),
     Rule(Householder, "Π (1 − τ‖v‖²)", lambda H: of_values(H.determinant()[..., None])),
     Rule(Fourier, "the multiplicities of 1, −1, i, −i", _fourier),
+    Rule(
+        WoodburyInverse,
+        "det A⁻¹ / det(I + VᴴA⁻¹UC)",
+        lambda W, base, core: times(base, core),
+        lambda W: (W.base, W.core),
+    ),
     Rule(InverseLU, "det A⁻¹ = 1 / det A, from LU", lambda A: Determinant(*A.slogdet())),
     Rule(Refined, "det A⁻¹ = 1 / det A", _inverse),
     Rule(Circulant, "Π F c", lambda C: real_if_real(C, of_values(C.eigenvalues()))),
@@ -170,7 +171,6 @@ SLOGDET = Table(
     Rule(Sum, "det (A ⊗ B + cI) = Π (λμ + c)", _by_values, when=shifted_kronecker),
     Rule(BlockDiagonal, "det diag(A₁, A₂, …) = Π det Aᵢ", _block_diagonal, body, square_blocks),
     Rule(DirectSum, "det A ⊞ B = det A det B", lambda _, *parts: times(*parts), blocks, square_blocks),
-    Rule(Woodbury, "det (A + UUᴴ)⁻¹ = det A⁻¹ / det(I + UᴴA⁻¹U)", _woodbury, lambda A: (A.base,)),
     Rule(
         LowRankUpdate,
         "det (A + UCVᴴ) = det A det(I + VᴴA⁻¹UC)",

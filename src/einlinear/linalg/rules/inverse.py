@@ -155,24 +155,61 @@ class RealPart(Operator):
         return RealPart(self.of.T)
 
 
-def core(A: LowRankUpdate, inverse: Operator) -> tuple[Tensor, Tensor, Tensor]:
-    """U C, A⁻¹ U C and the r × r matrix I + Vᴴ A⁻¹ U C of an update A + U C Vᴴ."""
+@dataclass(eq=False, repr=False)
+class WoodburyInverse(Operator):
+    """(A + UCVᴴ)⁻¹ = A⁻¹ − A⁻¹UC (I + VᴴA⁻¹UC)⁻¹ VᴴA⁻¹ (Woodbury 1950), made once.
+
+    Args:
+        of: A + UCVᴴ.
+        base: A⁻¹.
+        left: A⁻¹UC.
+        right: A⁻ᴴV.
+        core: (I + VᴴA⁻¹UC)⁻¹, r × r.
+    """
+
+    of: LowRankUpdate
+    base: Operator
+    left: Tensor
+    right: Tensor
+    core: Operator
+
+    @remembered
+    def shape(self) -> torch.Size:
+        return self.of.shape
+
+    def _facts(self) -> set[str]:
+        return {*self.of.properties & {"hermitian", "psd"}}
+
+    def _matmul(self, x: Tensor) -> Tensor:
+        return self.base.matmul(x) - self.left @ self.core.matmul(self.right.mH @ x)
+
+    def _transpose(self) -> "WoodburyInverse":
+        of = self.of.T
+        assert isinstance(of, LowRankUpdate)
+        return WoodburyInverse(of, self.base.T, self.right.conj(), self.left.conj(), self.core.T)
+
+    def dense(self) -> Tensor:
+        return (self.base.dense() - self.left @ self.core.matmul(self.right.mH)).expand(self.shape)
+
+
+def capacitance(A: LowRankUpdate, inverse: Operator) -> tuple[Tensor, Operator]:
+    """A⁻¹UC, and the r × r operator I + VᴴA⁻¹UC of an update A + UCVᴴ."""
     left = A.left if A.core is None else A.core.T.matmul(A.left.mT).mT
     solved = inverse.matmul(left)
-    capacitance = A.V.mH @ solved
-    return left, solved, capacitance + torch.eye(capacitance.shape[-1], dtype=capacitance.dtype, device=A.device)
+    inner = A.V.mH @ solved
+    small = Dense(inner + torch.eye(inner.shape[-1], dtype=inner.dtype, device=A.device))
+    return solved, small.claim("psd") if symmetric(A) and "psd" in A.base.properties else small
 
 
-class Woodbury(LowRankUpdate):
-    """A⁻¹ - S K⁻¹ Sᴴ, the inverse of Hermitian A + U Uᴴ: S = A⁻¹ U, and K = I + Uᴴ S gives the determinant too."""
+def symmetric(A: LowRankUpdate) -> bool:
+    """Whether an update is A + U Uᴴ of a Hermitian A."""
+    return A.right is None and A.core is None and "hermitian" in A.base.properties
 
 
 def _woodbury(A: LowRankUpdate, inverse: Operator) -> Operator:
-    _, solved, capacitance = core(A, inverse)
-    if A.right is None and A.core is None and "hermitian" in A.base.properties:
-        return Woodbury(inverse, solved, None, multiple(-1.0, lu_inverse(Dense(capacitance))))
-    right = A.left if A.right is None and "hermitian" in A.base.properties and A.core is None else A.V
-    return LowRankUpdate(inverse, -solved, inverse.H.matmul(right), lu_inverse(Dense(capacitance)))
+    solved, small = capacitance(A, inverse)
+    right = solved if symmetric(A) else inverse.H.matmul(A.V)
+    return WoodburyInverse(A, inverse, solved, right, INVERSE(small))
 
 
 def regular_base(A: LowRankUpdate, *_: object) -> bool:
@@ -254,7 +291,7 @@ INVERSE = Table(
     Rule(Diagonal, "diag(d)⁻¹ = diag(1/d)", _diagonal),
     Rule(Triangular, "substitution", _triangular),
     Rule(InverseLU, "(A⁻¹)⁻¹ = A", lambda A: A.original()),
-    Rule(Refined, "(A⁻¹)⁻¹ = A", lambda A: A.of),
+    Rule(Refined | WoodburyInverse, "(A⁻¹)⁻¹ = A", lambda A: A.of),
     Rule(Fourier, "F⁻¹ = Fᴴ / n", lambda F: F.H / F.shape[-1]),
     Rule(Circulant, "C⁻¹ = Fᴴ diag(1 / F c) F", _circulant),
     Rule(Product, "(AB)⁻¹ = B⁻¹A⁻¹", lambda _, *parts: product(*parts[::-1]), factors, square_factors),
