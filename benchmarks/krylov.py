@@ -204,9 +204,15 @@ def sparse() -> list[Row]:
         if n == 5000:
             dense = torch.zeros(n, n, dtype=torch.float64).index_put(pairs, entries)
             factor = torch.linalg.cholesky(dense)
-            exact = torch.cholesky_solve(y, factor)
+            exact = torch.cholesky_solve(y, factor).detach()
             rows.append(
-                (case, n, "quadratic form, error against Cholesky", float((form - (y * exact).sum()).abs() / form), "")
+                (
+                    case,
+                    n,
+                    "quadratic form, error against Cholesky",
+                    float(((form - (y * exact).sum()).abs() / form).detach()),
+                    "",
+                )
             )
             z = (value.value - 2 * factor.diagonal().log().sum()) / value.standard_error
             rows.append((case, n, "log-determinant, z against Cholesky", float(z), ""))
@@ -215,7 +221,7 @@ def sparse() -> list[Row]:
                     case,
                     n,
                     "gradient by y, error against Cholesky",
-                    float((grads[2] - 2 * exact).norm() / grads[2].norm()),
+                    float(((grads[2] - 2 * exact).norm() / grads[2].norm()).detach()),
                     "",
                 )
             )
@@ -301,8 +307,8 @@ def hyperparameters() -> list[Row]:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore", NotConverged)
                 # Two independent solves for y: a product of two unbiased estimates is unbiased only then.
-                x = torch.cat([y.expand(n, 32), z], -1)
-                both = torch.cat([solve(k, x)[:, :32].mean(-1, keepdim=True) for _ in range(2)], -1)
+                copies = y.expand(n, 32).contiguous()
+                both = torch.cat([solve(k, copies).mean(-1, keepdim=True) for _ in range(2)], -1)
                 w = solve(k, z)
             # The gradient of y' K^-1 y + log det K, as a linear form of K.
             loss = -(both[:, :1] * (k @ both[:, 1:])).sum() + (w * (k @ z)).sum() / 32
@@ -413,11 +419,11 @@ def main(*names: str) -> None:
             print(f"{part.__name__:16} {case:34} n={n:<8} {quantity:45} {value:.4g} {unit}", flush=True)
             row = (part.__name__, case, n, quantity, f"{value:.4g}", unit, "CPU, one thread", torch.__version__, commit)
             kept.append(dict(zip(FIELDS, map(str, row), strict=True)))
-    order = [part.__name__ for part in PARTS]
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(sorted(kept, key=lambda row: order.index(row["part"])))
+        order = [part.__name__ for part in PARTS]
+        with RESULTS.open("w", newline="") as file:  # after every part, so that a later one loses nothing
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows(sorted(kept, key=lambda row: order.index(row["part"])))
 
 
 if __name__ == "__main__":

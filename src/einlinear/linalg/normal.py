@@ -239,7 +239,8 @@ def _product(operator: Product) -> Operator:
 def _scaled(operator: Scaled) -> Operator:
     of, c = normal(operator.of), operator.c
     if isinstance(of, KroneckerSum):
-        return KroneckerSum(tuple(multiple(c, term) for term in of.terms))
+        scaled = {id(term): multiple(c, term) for term in of.terms}  # equal sides stay one object
+        return KroneckerSum(tuple(scaled[id(term)] for term in of.terms))
     if isinstance(of, Scaled):
         return multiple(c, of)
     if isinstance(of, LowRankUpdate):

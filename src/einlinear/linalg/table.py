@@ -49,7 +49,12 @@ class Table:
         """The answer about an operator, which is first brought into its normal form."""
         operator = normal(operator)
         rule = self.rule(operator, *arguments)
-        return rule.run(operator, *[self(part, *arguments) for part in rule.parts(operator)], *arguments)
+        answers: dict[int, Any] = {}
+        parts = rule.parts(operator)
+        for part in parts:  # the same second difference on every side of a cube is asked about once
+            if id(part) not in answers:
+                answers[id(part)] = self(part, *arguments)
+        return rule.run(operator, *[answers[id(part)] for part in parts], *arguments)
 
     def rule(self, operator: Operator, *arguments: Any) -> Rule:
         """The rule for an operator in normal form."""
