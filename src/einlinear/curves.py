@@ -27,7 +27,7 @@ RADICES = (2, 4, 8, 16)
 RANKS = 256
 """Ranks that are offered at most for one choice of blocks."""
 NODES = (0.0, 1 / 3, 2 / 3, 1.0)
-"""Where there is no closed form, the ranks that are tried for one choice of blocks: shares of the way, in logarithms."""
+"""Ranks that are tried for one choice of blocks without a closed form: shares of the way, in logarithms."""
 GUIDED = (1 / 4, 3 / 4)
 """The same where the closed form without moments between blocks leads the way."""
 
