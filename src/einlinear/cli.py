@@ -239,6 +239,8 @@ def compare(
     if engine not in ("processes", "ray"):
         raise ValueError(f"cannot train by the engine '{engine}': pass processes or ray")
     settings: dict[str, Any] = {"engine": engine, "accumulate": accumulate, "shard": shard}
+    if shard:
+        settings["graphed"] = False
     machine = replace(Machine.here(device), **settings)
     if workers is not None:
         machine = replace(machine, workers=workers)

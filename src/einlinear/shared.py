@@ -23,7 +23,7 @@ def shared_input(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     checkpoints know nothing of it.
 
     torch.compile of torch 2.11 cannot trace how this is planned: in a model to be compiled, plan once, by
-    `self.together = Together.of(self.query, self.key, self.value)`, and call that.
+    `self.together = el.Together.of(self.query, self.key, self.value)`, and call that.
 
     Args:
         x: `[..., d_in]`.

@@ -221,8 +221,8 @@ class Training:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(trunk.seed)
             self.model = models.build(task, architecture).to(self.device)
-        half = recipe.precision == "bfloat16"
-        if execution.shard:
+        half, sharded = recipe.precision == "bfloat16", execution.shard and self.world.size > 1
+        if sharded:
             shard(self.model, half)
         groups = parameter_groups(
             self.model, trunk.rate, recipe.weight_decay, readout="readout", roles=self.model.roles,
@@ -233,7 +233,7 @@ class Training:
         )
         self.update = Step(
             self.model, optimizer, partial(models.loss, task), clip=recipe.clip,
-            half=half and not execution.shard,  # where it shards, FSDP2 makes the copies
+            half=half and not sharded,  # where it shards, FSDP2 makes the copies
             execution=execution, world=self.world,
         )  # fmt: skip
         self.step, self.seconds, self.curve = 0, 0.0, list[tuple[int, float]]()
