@@ -204,7 +204,7 @@ def curves(family: str, aware: bool, found: Survey) -> None:
         for layer, curve in found.curves.items():
             best = float("inf")
             for point in curve.points:
-                if point.error < 0.98 * best:  # not every one of hundreds of ranks
+                if point.error < 0.85 * best:  # not every one of hundreds of ranks
                     best = point.error
                     share = point.parameters / (curve.d_in * curve.d_out)
                     lost = (point.error / curve.total) ** 0.5
