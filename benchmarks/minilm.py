@@ -146,14 +146,14 @@ def linear_parameters(model: nn.Module) -> int:
 
 
 def study(
-    families: Sequence[str], budgets: Sequence[float], steps: int, work: Path, allocated: bool
+    families: Sequence[str], budgets: Sequence[float], steps: int, work: Path, allocated: bool, sweeps: int
 ) -> Iterator[dict[str, object]]:
     model, tokenizer = opened()
     calibration, held_out = sentences()
     train, test = batches(tokenizer, calibration), batches(tokenizer, held_out)
     expected, whole = embed(model, test), linear_parameters(model)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    common = {"sentences": len(held_out), "torch": torch.__version__, "threads": 1, "commit": commit}
+    common = {"sentences": len(held_out), "torch": torch.__version__, "threads": 1, "sweeps": sweeps, "commit": commit}
 
     def row(family: str, how: str, aware: bool, budget: float, small: nn.Module, steps: int) -> dict[str, object]:
         return {
@@ -179,7 +179,7 @@ def study(
                     moments = found.moments
                 small = copy.deepcopy(model)
                 start = time.process_time()
-                apply_plan(small, plan, moments, work=kept)
+                apply_plan(small, plan, moments, sweeps=sweeps, work=kept)
                 print(f"{family} {budget:g} {aware}: projected in {time.process_time() - start:.0f} s", flush=True)
                 how = "allocated" if allocated else "uniform"
                 yield row(family, how, aware, budget, small, 0)
@@ -221,6 +221,7 @@ def main() -> None:
         "--allocated", action="store_true", help="allocate the budget by error curves, not alike to all"
     )
     parser.add_argument("--clock", action="store_true", help="measure times in place of quality")
+    parser.add_argument("--sweeps", type=int, default=6, help="rounds of alternating least squares at most")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "einlinear-minilm")
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -228,7 +229,7 @@ def main() -> None:
     budgets = [float(budget) for budget in asked.budgets.split(",")]
     with asked.results.open("a", newline="") as file:
         families = asked.only.split(",")
-        rows = study(families, budgets, asked.recover, asked.work, asked.allocated)
+        rows = study(families, budgets, asked.recover, asked.work, asked.allocated, asked.sweeps)
         for row in clock(families, budgets) if asked.clock else rows:
             shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
             writer = csv.DictWriter(file, shown.keys())

@@ -58,7 +58,6 @@ def figures() -> None:
         y=alt.Y("spearman:Q", title="Spearman correlation with the dense model's similarities"),
         color=alt.Color("family:N", title="family"),
         strokeDash=alt.StrokeDash("projection:N", title="projection"),
-        shape=alt.Shape("projection:N", title="projection"),
     )
     chart = (base.mark_line() + base.mark_point(filled=True, size=70)).properties(width=460, height=300)
     chart.save(IMAGES / "minilm_frontier.svg")
