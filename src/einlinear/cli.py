@@ -115,6 +115,27 @@ def _row(family: el.Family, d_in: int, d_out: int) -> dict[str, Any]:
     }
 
 
+@app.command("candidates")
+def candidates_table(
+    width: Annotated[int, typer.Option(min=4, help="Width of the model.")] = 256,
+    costliest: Annotated[float, typer.Option(help="FLOPs, in those of dense.")] = 1.0,
+    least_rank: Annotated[float, typer.Option(help="Smallest exponent ψ of the rank.")] = 1.0,
+    most_sharing: Annotated[float, typer.Option(help="Largest exponent ω of weight sharing.")] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Structures worth a try: θ, ranks and block counts, each linear map once, pruned by cost and taxonomy."""
+    found = el.candidates(width, costliest=costliest, least_rank=least_rank, most_sharing=most_sharing)
+    if as_json:
+        typer.echo(json.dumps([vars(candidate) for candidate in found], indent=2))
+        return
+    rows = [
+        [c.family, *(f"{value:.3g}" for value in (c.flops, c.parameters, c.psi, c.nu, c.omega)), str(len(c.equivalent))]
+        for c in found
+    ]
+    columns = ("family", "FLOPs", "parameters", "ψ", "ν", "ω", "same maps")
+    _print_table(f"width {width}, of dense", columns, rows)
+
+
 @app.command()
 def describe(
     structure: Annotated[str, typer.Argument(help="A family ('btt(rank=4)') or an einsum ('i, r i, o r -> o').")],
