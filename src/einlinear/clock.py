@@ -156,9 +156,8 @@ def tiles(structure: Structure, tokens: int, here: Machine, training: bool) -> f
         if training:
             splits = min(32, max(1, tokens // 512)) if tokens > 128 else 1
             moved = here.bytes * tokens * (2 * state + result) + 4 * weights * splits
-            total += (
-                1.25 * fixed + (1.5 * here.kernel if splits > 1 else 0) + max(work / (0.8 * rate), moved / here.memory)
-            )
+            adding = 1.5 * here.kernel if splits > 1 else 0.0
+            total += 1.25 * fixed + adding + max(work / (0.8 * rate), moved / here.memory)
     return total
 
 

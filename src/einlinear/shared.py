@@ -32,8 +32,7 @@ def shared_input(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     Returns:
         The output of each layer, in order, possibly as views of one tensor.
 
-    Example:
-        >>> queries, keys, values = el.shared_input(x, self.query, self.key, self.value)
+    In an attention: `queries, keys, values = el.shared_input(x, self.query, self.key, self.value)`.
     """
     return Together.of(*layers)(x, *layers)
 

@@ -13,11 +13,11 @@ SIZES = [(37, 3, 20, 40, 24), (130, 2, 16, 130, 9), (600, 4, 8, 16, 8)]
 third, a program has several tiles of tokens."""
 
 
-@pytest.mark.parametrize("parts", [1, 2], ids=["plain", "gated"])
 @pytest.mark.parametrize(
-    ("activation", "with_bias", "sizes"),
-    [*((activation, True, SIZES[0]) for activation in ACTIVATIONS)]
-    + [("gelu", with_bias, sizes) for with_bias in (True, False) for sizes in SIZES[1:]],
+    ("activation", "with_bias", "sizes", "parts"),
+    [*((activation, True, SIZES[0], 1) for activation in ACTIVATIONS)]
+    + [("gelu", False, SIZES[1], 1), ("relu2", True, SIZES[2], 1)]
+    + [("silu", True, SIZES[0], 2), ("gelu", False, SIZES[1], 2), ("gelu", True, SIZES[2], 2)],
     ids=str,
 )
 def test_a_junction_is_matmuls_around_an_activation(
