@@ -15,9 +15,14 @@ third, a program has several tiles of tokens."""
 
 @pytest.mark.parametrize(
     ("activation", "with_bias", "sizes", "parts"),
-    [*((activation, True, SIZES[0], 1) for activation in ACTIVATIONS)]
-    + [("gelu", False, SIZES[1], 1), ("relu2", True, SIZES[2], 1)]
-    + [("silu", True, SIZES[0], 2), ("gelu", False, SIZES[1], 2), ("gelu", True, SIZES[2], 2)],
+    [
+        *((activation, True, SIZES[0], 1) for activation in ACTIVATIONS),
+        ("gelu", False, SIZES[1], 1),
+        ("relu2", True, SIZES[2], 1),
+        ("silu", True, SIZES[0], 2),
+        ("gelu", False, SIZES[1], 2),
+        ("gelu", True, SIZES[2], 2),
+    ],
     ids=str,
 )
 def test_a_junction_is_matmuls_around_an_activation(
