@@ -1,10 +1,11 @@
 """Errors and seconds of `einlinear.project`, beside preconditioned gradient descent, written as CSV.
 
-    python benchmarks/projection.py [quality|speed]
+    python benchmarks/projection.py [quality|speed|table]
 
 `quality`: BLAST of 4 and 8 blocks and ranks 8 and 32 on 256 × 256 matrices, against the factoriser of
 the BLAST paper (Lee et al. 2024, https://arxiv.org/abs/2410.21262, algorithm 2: preconditioned gradient descent, 300
 steps), the best of three seeds. `speed`: 4096 × 4096 weights. Seconds are the thread's own CPU time, one thread.
+`table` writes the results into docs/projection.md.
 """
 
 import csv
@@ -21,6 +22,7 @@ from torch import Tensor
 import einlinear as el
 
 RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "projection.md"
 WIDTH = 256
 STEPS = 300
 SEEDS = (0, 1, 2)
@@ -104,19 +106,66 @@ def quality() -> Iterator[dict[str, object]]:
 
 
 def speed() -> Iterator[dict[str, object]]:
-    weight = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0))
+    wide = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0))
     families = (el.BTT(), el.BTT(rank=4), el.Monarch(blocks=16), el.Monarch(blocks=4), el.Kronecker())
     for family in families:
-        structure = family(4096, 4096)
-        factors, seconds = timed(lambda structure=structure: el.project(weight, structure))
-        error = relative_error(weight, structure, factors)
-        yield {
-            "family": str(family),
-            "width": 4096,
-            "dtype": "float32",
-            "error": f"{error:.4g}",
-            "seconds": f"{seconds:.1f}",
-        }
+        yield measured("one weight 4096 × 4096", family, [wide])
+    block = [torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in GPT2_BLOCK]
+    for family in (el.BTT(rank=4), el.Monarch(blocks=16), el.LowRank(rank=128)):
+        yield measured("12 blocks of GPT-2, 85 M parameters", family, block * 12)
+    inputs = [torch.randn(4096, w.shape[1]) * torch.logspace(0, -2, w.shape[1]) for w in block]
+    moments = [el.Moments(x.shape[1]).update(x).matrix for x in inputs]
+    for family in (el.BTT(rank=4), el.Monarch(blocks=16), el.LowRank(rank=128)):
+        yield measured("one block of GPT-2, 7 M parameters, with moments", family, block, moments)
+
+
+GPT2_BLOCK = ((2304, 768), (768, 768), (3072, 768), (768, 3072))
+
+
+def measured(
+    task: str, family: el.Family, weights: list[Tensor], moments: list[Tensor] | None = None
+) -> dict[str, object]:
+    grams = moments or [None] * len(weights)
+    structures = [family(weight.shape[1], weight.shape[0]) for weight in weights]
+    found, seconds = timed(lambda: list(map(el.project, weights, structures, grams)))
+    lost = total = 0.0
+    for weight, structure, factors, gram in zip(weights, structures, found, grams, strict=True):
+        for share, matrix in ((0, weight - el.dense(structure, factors)), (1, weight)):
+            square = float((matrix.double() * (matrix.double() if gram is None else matrix.double() @ gram)).sum())
+            lost, total = (lost, total + square) if share else (lost + square, total)
+    return {"task": task, "family": str(family), "error": f"{(lost / total) ** 0.5:.4g}", "seconds": f"{seconds:.1f}"}
+
+
+def table(name: str, columns: dict[str, str]) -> str:
+    """Some columns of a result file, under other names, in Markdown."""
+    with (RESULTS / name).open() as file:
+        rows = [[row[column] for column in columns] for row in csv.DictReader(file)]
+    lines = [[*columns.values()], ["---"] * len(columns), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def written(page: str) -> str:
+    """The page of the docs with its tables made anew."""
+    tables = {
+        "table": table(
+            "projection.csv",
+            {
+                "matrix": "matrix",
+                "blocks": "blocks",
+                "rank": "rank",
+                "error": "project",
+                "error_bfloat16": "in bfloat16",
+                "error_descent": "descent",
+                "seconds": "s",
+                "seconds_descent": "s, descent",
+            },
+        ),
+        "speed": table("projection_speed.csv", {"task": "task", "family": "family", "error": "error", "seconds": "s"}),
+    }
+    for name, text in tables.items():
+        before, _, rest = page.partition(f"<!-- {name} -->\n")
+        page = f"{before}<!-- {name} -->\n{text}<!-- end -->{rest.partition('<!-- end -->')[2]}"
+    return page
 
 
 def timed(call: Callable[[], list]) -> tuple[list, float]:
@@ -126,6 +175,9 @@ def timed(call: Callable[[], list]) -> tuple[list, float]:
 
 
 def main(part: str = "quality") -> None:
+    if part == "table":
+        PAGE.write_text(written(PAGE.read_text()))
+        return
     torch.set_num_threads(1)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     where = {"device": platform.processor() or platform.machine(), "torch": torch.__version__, "commit": commit.strip()}

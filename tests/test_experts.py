@@ -246,6 +246,19 @@ def test_a_short_text_has_experts():
     assert family(64, 64).canonical == el.Linear(64, 64, "btt(rank=2)", experts=8, active=2).structure
 
 
+def test_saved_and_loaded(tmp_path):
+    router = el.Router(16, 4, 2, jitter=0.1, capacity=2.0)
+    model = nn.Sequential(
+        drawn(el.Linear(16, 24, "btt", experts=4, active=2, router=router, shared=True)),
+        el.Linear(24, 16, "low_rank(rank=2)", experts=3, active=1, router=False),
+    )
+    el.save(model, tmp_path / "model.safetensors")
+    plain = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 16))
+    loaded = el.load(tmp_path / "model.safetensors", plain)
+    assert str(loaded) == str(model)
+    assert_close(loaded.state_dict(), model.state_dict())
+
+
 # What is refused
 
 

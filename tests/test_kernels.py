@@ -328,7 +328,8 @@ def test_a_wrong_width_is_refused_in_a_sentence(draw):
         plan(structure)(draw(structure), torch.randn(5, 17, dtype=torch.float64))
 
 
-def test_a_routed_structure_is_run_by_the_reference_alone():
-    told = el.explain(el.BTT(rank=4)(16, 16).route("r", active=1), tokens=8)
-    assert "no kernel takes a gate" in told
-    assert "chain" not in told
+def test_a_routed_structure_has_kernels_of_its_own():
+    structure = el.BTT(rank=4)(16, 16).route("r", active=1)
+    told = el.explain(structure, tokens=8)
+    assert "expert-sorted" in told and "chain" not in told
+    assert Chain().refuses(structure.canonical) == "its routed axis takes a gate"

@@ -1,7 +1,10 @@
 """Laws of projection: what is in a family is found again, what is not is met at an optimum."""
 
 import math
+import re
+import runpy
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -216,3 +219,12 @@ def test_what_cannot_be_projected_is_refused_in_a_sentence():
             el.refine(given, onto, el.project(weight, structure))
     with pytest.raises(el.StructureError, match="factors of shapes"):
         el.refine(weight, structure, [torch.randn(2, 2)])
+
+
+def test_the_page_of_the_docs_runs_and_holds_what_was_measured():
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "projection.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(snippet, "projection.md", "exec"), {})
+    benchmark = runpy.run_path(str(root / "benchmarks" / "projection.py"))
+    assert benchmark["written"](page) == page

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import einlinear as el
 from einlinear.network import contract
-from einlinear.refinement import Target, balanced
+from einlinear.refinement import Target, balanced, descend
 
 EXTRA = [el.BTT(rank=2, cores=3), el.Theta(theta=(0.4, 0.3, 0.3, 0.3, 0.3, 0.4, 0, 0.2, 0.1, 0.2))]
 
@@ -49,6 +49,17 @@ def test_no_sweep_raises_the_error(structure, factors, weight, aware):
         errors.append(weighted_error(weight, structure, factors, gram))
     assert all(after <= before * (1 + 1e-9) for before, after in pairwise(errors))
     assert errors[-1] < 0.99 * errors[0]
+
+
+def test_an_extrapolation_that_does_not_pay_is_taken_back():
+    structure = el.BLAST(blocks=4, rank=4)(32, 32)
+    weight = 1 / (1 + (torch.arange(32)[:, None] - torch.arange(32)).abs()).double()
+    target = Target(weight, structure)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        start = [torch.randn(shape, dtype=torch.float64) for shape in structure.factor_shapes]
+        errors = [descend(target, start, sweeps, 0.0)[1] for sweeps in range(0, 60, 2)]
+        assert all(after <= before * (1 + 1e-12) for before, after in pairwise(errors))
 
 
 @pytest.mark.parametrize("aware", [False, True], ids=["plain", "moments"])

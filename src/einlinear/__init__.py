@@ -24,6 +24,7 @@ from einlinear.hf import registration
 from einlinear.scaling import Scale as Scale
 from einlinear.scaling import residual_scale as residual_scale
 from einlinear.scaling import spectral as spectral
+from einlinear.space import candidates as candidates
 from einlinear.structure import Structure as Structure
 from einlinear.structure import StructureError as StructureError
 from einlinear.structures import BLAST as BLAST

@@ -26,8 +26,10 @@ BLOCKS = (2, 4, 8, 16, 32, 64)
 RADICES = (2, 4, 8, 16)
 RANKS = 256
 """Ranks that are offered at most for one choice of blocks."""
-NODES = 4
-"""Ranks that are tried for one choice of blocks where there is no closed form."""
+NODES = (0.0, 1 / 3, 2 / 3, 1.0)
+"""Ranks that are tried for one choice of blocks without a closed form: shares of the way, in logarithms."""
+GUIDED = (1 / 4, 3 / 4)
+"""The same where the closed form without moments between blocks leads the way."""
 
 
 def candidates(family: str, d_in: int, d_out: int) -> tuple[Family, ...]:
@@ -62,12 +64,12 @@ def candidates(family: str, d_in: int, d_out: int) -> tuple[Family, ...]:
 
 
 def error_curve(
-    weight: Tensor, candidates: Sequence[Family], moments: Tensor | Moments | None = None, *, sweeps: int = 4
+    weight: Tensor, candidates: Sequence[Family], moments: Tensor | Moments | None = None, *, sweeps: int = 3
 ) -> Curve:
     """The cost and the squared error of the nearest member of each candidate.
 
     All ranks that differ in nothing else come from one batched singular value decomposition, where splitting is the
-    optimum (`project`): two factors without moments, low rank with them. Elsewhere `NODES` ranks are projected
+    optimum (`project`): two factors without moments, low rank with them. Elsewhere a few ranks are projected
     with few sweeps, and the others follow the closed form there would be without moments between blocks, scaled to
     meet those: an estimate for an allocation, not a measurement.
 
@@ -163,7 +165,7 @@ def _errors(
         return [guessed[rank] for rank in ranks]
     known = dict(zip(ranks, structures, strict=True))
     tried: dict[int, float] = {}
-    for rank in _nodes(sorted(known)):
+    for rank in _nodes(sorted(known), NODES if lost is None else GUIDED):
         target = Target(weight, known[rank], moments)
         found = project(target.weight, known[rank], moments, sweeps=sweeps)
         floor = max(TINY * target.norm(target.weight) ** 2, sys.float_info.min)
@@ -172,14 +174,15 @@ def _errors(
     return [guessed[rank] * _between(tried, rank) for rank in ranks]
 
 
-def _nodes(ranks: list[int]) -> list[int]:
-    """Of ascending ranks, `NODES` in geometric progression."""
-    ideal = [ranks[0] * (ranks[-1] / ranks[0]) ** (k / (NODES - 1)) for k in range(NODES)]
+def _nodes(ranks: list[int], shares: Sequence[float]) -> list[int]:
+    """Of ascending ranks, those nearest to shares of the way from the first to the last, in logarithms."""
+    ideal = [ranks[0] * (ranks[-1] / ranks[0]) ** share for share in shares]
     return sorted({min(ranks, key=lambda rank: abs(math.log(rank / aim))) for aim in ideal})
 
 
 def _between(tried: dict[int, float], rank: int) -> float:
-    """What was found at the ranks around, as a power of the rank."""
-    low, high = max(r for r in tried if r <= rank), min(r for r in tried if r >= rank)
-    share = math.log(rank / low) / math.log(high / low) if low < high else 0.0
+    """What was found at the ranks around, as a power of the rank; beyond them, what was found at the last."""
+    low = max((r for r in tried if r <= rank), default=min(tried))
+    high = min((r for r in tried if r >= rank), default=max(tried))
+    share = math.log(rank / low) / math.log(high / low) if low < rank < high else 0.0
     return math.exp((1 - share) * math.log(tried[low]) + share * math.log(tried[high]))

@@ -80,7 +80,8 @@ class Exchange:
 
     def local(self, factors: Sequence[Tensor]) -> list[Tensor]:
         """This process's experts; their gradients, summed over all processes' tokens, are shared out over processes."""
-        return [_Shared.apply(f.to_local(), self.group.size()) for f in factors if isinstance(f, DTensor)]
+        share = self.group.size()
+        return [_Shared.apply(f.to_local(), share) for f in factors if isinstance(f, DTensor)]  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class _Shared(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad / ctx.processes, None
 
 

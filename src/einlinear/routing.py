@@ -19,10 +19,10 @@ optimizer, as they must for a learning rate that does not depend on the width.""
 
 
 class Choices(NamedTuple):
-    """What a router did in one call: logits `[tokens, experts]`, and its choices as in `Routing.index`."""
+    """What a router did in one call: logits `[tokens, experts]`, and its choices as in `Routing.chosen`."""
 
     logits: Tensor
-    index: Tensor
+    chosen: Tensor
 
 
 class Router(nn.Module):
@@ -43,8 +43,9 @@ class Router(nn.Module):
             expert over the even share, 1 where None.
         jitter: in training, inputs are multiplied by numbers drawn from [1 - jitter, 1 + jitter]
             (Switch Transformers, Fedus et al. 2021, https://arxiv.org/abs/2101.03961).
-        bias: whether choices are made by logits plus a bias that `rebalance` moves towards even loads,
-            instead of by a loss (Wang et al. 2024, https://arxiv.org/abs/2408.15664). Weights ignore it.
+        bias: whether tokens choose by logits plus a bias that `rebalance` moves towards even loads (Wang et al.
+            2024, https://arxiv.org/abs/2408.15664), beside the loss or instead of it. Weights ignore it, and
+            it is zero until `rebalance` is called.
         device, dtype: of the parameter.
 
     Shape:
@@ -53,6 +54,8 @@ class Router(nn.Module):
     Raises:
         StructureError: for `active` beyond `experts`, and other settings out of range.
     """
+
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -63,7 +66,7 @@ class Router(nn.Module):
         choice: Literal["token", "expert"] = "token",
         capacity: float | None = None,
         jitter: float = 0.0,
-        bias: bool = False,
+        bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -73,16 +76,13 @@ class Router(nn.Module):
             raise StructureError(f"{doing}: choose active between 1 and {experts}")
         if choice not in ("token", "expert"):
             raise StructureError(f"{doing} with choice={choice!r}: pass 'token' or 'expert'")
-        if bias and choice == "expert":
-            raise StructureError(
-                f"{doing} with choice='expert' and a bias: where experts choose, loads are even already"
-            )
         if (capacity is not None and not capacity > 0) or not 0 <= jitter < 1:
             raise StructureError(f"{doing} with {capacity=} and {jitter=}: one is positive or None, one in [0, 1)")
         self.d_in, self.experts, self.active = d_in, experts, active
         self.choice, self.capacity, self.jitter = choice, capacity, jitter
         self.weight = nn.Parameter(torch.empty(experts, d_in, device=device, dtype=dtype))
-        self.register_buffer("bias", torch.empty(experts, device=device, dtype=torch.float32) if bias else None)
+        biased = bias and choice == "token"  # where experts choose, loads are even already
+        self.register_buffer("bias", torch.empty(experts, device=device, dtype=torch.float32) if biased else None)
         self.latest: Choices | None = None
         self.collected: Choices | None = None
         self.reset_parameters()
@@ -151,14 +151,14 @@ class Router(nn.Module):
         # What was recorded belongs to a graph, which neither copies nor pickles.
         return {**self.__dict__, "latest": None, "collected": None}
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The settings that it was made with, beside its sizes."""
+        bias = self.bias is not None
+        return {"choice": self.choice, "capacity": self.capacity, "jitter": self.jitter, "bias": bias}
+
     def extra_repr(self) -> str:
-        options = {
-            "choice": self.choice,
-            "capacity": self.capacity,
-            "jitter": self.jitter,
-            "bias": self.bias is not None,
-        }
-        told = (f"{name}={value!r}" for name, value in options.items())
+        told = (f"{name}={value!r}" for name, value in self.options.items())
         return ", ".join([f"{self.d_in}, experts={self.experts}, active={self.active}", *told])
 
 
@@ -249,7 +249,7 @@ def router_statistics(model: nn.Module) -> dict[str, RouterStatistics]:
 
 
 @torch.no_grad()
-def rebalance(model: nn.Module, rate: float = 1e-3) -> None:
+def rebalance(model: nn.Module, rate: float | Tensor = 1e-2) -> None:
     """Moves the bias of each router that has one by `rate` towards even loads; call it after the optimizer's step.
 
     Source: Wang et al. 2024, https://arxiv.org/abs/2408.15664, algorithm 1. With several processes loads are those of
@@ -259,7 +259,7 @@ def rebalance(model: nn.Module, rate: float = 1e-3) -> None:
         seen = router.latest or router.collected
         if router.bias is None or seen is None:
             continue
-        load = _counts(seen.index, router.experts)
+        load = _counts(seen.chosen, router.experts)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(load)
         router.bias += rate * (load.mean() - load).sign()

@@ -30,6 +30,7 @@ from einlinear.routing import RouterStatistics as RouterStatistics
 from einlinear.routing import balance_loss as balance_loss
 from einlinear.routing import rebalance as rebalance
 from einlinear.routing import router_statistics as router_statistics
+from einlinear.shared import Together as Together
 from einlinear.shared import shared_input as shared_input
 from einlinear.skeleton import Skeleton as Skeleton
 from einlinear.skeleton import cur as cur

@@ -22,7 +22,7 @@ import json, os, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from einlinear.kernels import tiles, tiles_junction, tiles_pair, tiles_product
+from einlinear.kernels import tiles, tiles_junction, tiles_pair, tiles_product, tiles_sets
 
 half, sums = "*bf16", "*fp32"
 alone = dict(LEADS=False, FOLLOWS=False)
@@ -34,6 +34,10 @@ def stage(parts=1, **more):
 def junction(parts, hidden, activation, **more):
     return dict(IN=64, HIDDEN=hidden, OUT=64, BLOCK_IN=64, BLOCK_OUT=64, ACTIVATION=activation) | more
 
+def sets(**more):
+    return dict(SLICES=64, OUT=64, BLOCK_OUT=64, EXPERTS=16, ACTIVE=2) | more
+
+ins, state = dict(IN=64, BLOCK_IN=64), dict(STATE=64, BLOCK_STATE=64)
 into = dict(X_MINOR=False, Y_MINOR=True, x_feature=1)
 out = dict(X_MINOR=True, Y_MINOR=False, x_token=1)
 # Kernel, constants, how many tensors in each tuple of them, warps, pipeline stages.
@@ -60,18 +64,29 @@ cases = {
                                     BLOCK_A=64, BLOCK_ES=(64,) * 3), 3, 8, 3),
     "product_blocks": (
         tiles_product.product_blocks, dict(G=32, A=32, R=4, F=32, E=32, BLOCK_A=32, BLOCK_E=32), 1, 1, 3),
+    "route_forward": (
+        tiles_sets.route_forward, dict(EXPERTS=16, ACTIVE=2, TIE=1e-6, BLOCK_EXPERTS=16, BLOCK_TOKENS=64,
+                                       BLOCK_WIDTH=128, SPLIT=True, HAS_BIAS=True), 1, 4, 3),
+    "into_forward of experts": (tiles_sets.into_forward, sets(**ins, BLOCK=128), 1, 4, 1),
+    "out_forward of experts": (tiles_sets.out_forward, sets(**state, BLOCK=64, HAS_BIAS=False), 1, 4, 2),
+    "out_backward of experts": (tiles_sets.out_backward, sets(**state, TILE=64, SPLITS=1), 1, 4, 3),
+    "into_backward_input of experts": (tiles_sets.into_backward_input, sets(**ins, BLOCK=128), 1, 4, 1),
+    "into_backward_weight of experts": (tiles_sets.into_backward_weight, sets(**ins, TILE=64, SPLITS=1), 1, 4, 3),
 }
 tuples = {"weights", "ys", "grads", "dweights", "y_slices", "y_features", "y_tokens_apart", "zs", "ups", "dzs", "dups",
           "firsts", "seconds"}
 none = {"biases", "dbiases"}
 accumulated = {"dweight", "dweights", "dups", "ddown", "dbias"}
-tensors = {"x", "weight", "bias", "y", "grad", "dx", "down", "first", "second"} | tuples
+accumulated |= {"dfirst", "dsecond", "dgate", "gates", "logits", "chosen"}
+integers = {"index", "totals", "run_set", "runs", "token_of", "listed"}
+tensors = {"x", "z", "dz", "weight", "bias", "y", "grad", "dx", "down", "first", "second"} | tuples
 numbers = {"y_slices", "y_features", "y_tokens_apart"}
 ptxas = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/ptxas")
 for name, (kernel, constants, parts, warps, stages) in cases.items():
     kinds, aligned = {}, {}
     for position, argument in enumerate(kernel.arg_names):
         kind = sums if argument in accumulated else half if argument in tensors - numbers else "i32"
+        kind = "*i64" if argument == "index" else "*i32" if argument in integers else kind
         if argument in constants:
             kinds[argument] = "constexpr"
         elif argument in none:
@@ -101,7 +116,7 @@ def test_kernels_use_the_matrix_units_and_fit() -> None:
     ran = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
     kernels = {kernel["name"]: kernel for kernel in map(json.loads, ran.stdout.splitlines())}
-    assert len(kernels) == 13
+    assert len(kernels) == 19
     for name, kernel in kernels.items():
         # For one token, and for W, there is nothing to multiply by tiles.
         assert (kernel["wgmma"] > 0) == (not name.startswith(("pair", "product"))), kernel

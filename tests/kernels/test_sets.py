@@ -60,7 +60,7 @@ def test_routing_is_that_of_the_router(bias: Tensor | None) -> None:
     x = torch.randn(70, 40, requires_grad=True)
     wanted = router(x)
     logits, index, weight = route(x, router._scaled(), router.bias, 2)
-    assert (index == wanted.index).all()
+    assert (index == wanted.chosen).all()
     _close("weights", weight, wanted.weight)
     _close("logits", logits, router.latest.logits)
     directions = torch.randn_like(weight), torch.randn_like(logits)
@@ -74,7 +74,7 @@ def test_routing_is_that_of_the_router(bias: Tensor | None) -> None:
 def test_a_new_router_spreads_its_tokens_like_the_kernel() -> None:
     router, x = el.Router(16, 5, 2), torch.randn(33, 16)
     _, index, weight = route(x, router._scaled(), None, 2)
-    assert (index.sort(-1).values == router(x).index.sort(-1).values).all()
+    assert (index.sort(-1).values == router(x).chosen.sort(-1).values).all()
     assert (weight == 0.5).all()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from einlinear.lab.train import CHUNK, Recipe, Training, Trunk, schedule, train
 
 RECIPE = Recipe(batch=2, base_width=16, base_depth=1, head=8, warmup=5)
 TRUNK = Trunk(family="low_rank(rank=4)", width=16, depth=1, rate=0.02, seed=0, horizons=(25, 60), recipe=RECIPE)
+
+GUIDE = Path(__file__).parents[2] / "docs" / "training.md"
 
 
 @pytest.fixture(scope="module")
@@ -251,3 +254,9 @@ def test_a_damaged_file_is_named(task: Sequences, tmp_path: Path) -> None:
     file.write_bytes(b"no tensors here")
     with pytest.raises(ValueError, match=r"Resuming from .*a\.safetensors: the file is damaged .* Remove it"):
         train(TRUNK, task, file=file)
+
+
+def test_the_guide_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (snippet,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    exec(compile(snippet, GUIDE.name, "exec"), {})
+    assert re.fullmatch(r"(\d+ tokens: loss \d\.\d{3}\n){2}", capsys.readouterr().out)

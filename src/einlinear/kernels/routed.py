@@ -25,12 +25,12 @@ from einlinear.structure import Structure, StructureError
 class Routing(NamedTuple):
     """Which experts run on which tokens, and with what weight.
 
-    Tokens that choose experts: `index` and `weight` are `[tokens, active]`; an index of `experts` is a
+    Tokens that choose experts: `chosen` and `weight` are `[tokens, active]`; a number of `experts` is a
     choice that was dropped. Experts that choose tokens (`chosen_by_experts`): both are `[experts, capacity]`.
     `partial` says that choices may have been dropped.
     """
 
-    index: Tensor
+    chosen: Tensor
     weight: Tensor
     experts: int
     chosen_by_experts: bool = False
@@ -40,15 +40,15 @@ class Routing(NamedTuple):
         """The weight of every expert for every token, `[tokens, experts]`, zero where it does not run."""
         if self.chosen_by_experts:
             gate = self.weight.new_zeros(self.experts, tokens)
-            return gate.scatter(1, self.index, self.weight).mT
+            return gate.scatter(1, self.chosen, self.weight).mT
         gate = self.weight.new_zeros(tokens, self.experts + 1)
-        return gate.scatter(1, self.index, self.weight)[:, : self.experts]
+        return gate.scatter(1, self.chosen, self.weight)[:, : self.experts]
 
     def slots(self) -> Slots:
         """The same, sorted by expert."""
         if self.chosen_by_experts:
-            return by_expert(self.index, self.weight)
-        return by_token(self.index, self.weight, self.experts)
+            return by_expert(self.chosen, self.weight)
+        return by_token(self.chosen, self.weight, self.experts)
 
 
 class RoutedRunner(ABC):
@@ -233,8 +233,8 @@ class SetsRunner(RoutedRunner):
         if routing.chosen_by_experts or routing.partial:
             return self.otherwise(factors, x, routing, bias)
         first, second = factors[0].reshape(self.first), factors[1].reshape(self.second)
-        layout = sets.set_layout(routing.index, routing.weight.detach(), routing.experts)
-        y: Tensor = sets.set_pair(x, first, second, bias, routing.index, routing.weight, *layout)[0]
+        layout = sets.set_layout(routing.chosen, routing.weight.detach(), routing.experts)
+        y: Tensor = sets.set_pair(x, first, second, bias, routing.chosen, routing.weight, *layout)[0]
         return y
 
 
@@ -266,10 +266,10 @@ class RoutedPlan:
             check(self.structure, factors, x)
         tokens = pad_last(x, self.pad_in).reshape(-1, self.d_in + self.pad_in)
         count = tokens.shape[0]
-        if routing.experts != self.experts or not (routing.chosen_by_experts or routing.index.shape[0] == count):
+        if routing.experts != self.experts or not (routing.chosen_by_experts or routing.chosen.shape[0] == count):
             raise StructureError(
                 f"cannot apply {self.structure!r} to {count} tokens: it has {self.experts} experts, and the routing is "
-                f"that of {tuple(routing.index.shape)} choices among {routing.experts}; route the same tokens"
+                f"that of {tuple(routing.chosen.shape)} choices among {routing.experts}; route the same tokens"
             )
         choices = (self.cuda_half if x.element_size() == 2 else self.cuda) if x.is_cuda else self.cpu
         run = self.plain

@@ -100,7 +100,7 @@ def set_layout(index: Tensor, weight: Tensor, experts: int) -> tuple[Tensor, Ten
     """
     from einlinear.kernels import tiles_sets
 
-    sizes = Sizes(*index.shape[:1], experts, index.shape[1])
+    sizes = Sizes(len(index), experts, index.shape[1])
     if sizes.positions >= MOST_POSITIONS:
         raise ValueError(f"cannot sort {sizes.tokens} tokens by their experts: at most {MOST_POSITIONS} at once")
     index, weight = index.contiguous(), weight.contiguous()

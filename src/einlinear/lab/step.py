@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from einlinear.lab.parallel import World, replicated
-from einlinear.routing import Router, balance_loss
+from einlinear.routing import Router, balance_loss, rebalance
 
-BALANCE = 0.01  # weight of `balance_loss` in what a model with experts is trained by
+BALANCE = 0.1  # weight of `balance_loss` in what a model with experts is trained by
+REBALANCE = 0.01  # by how much the bias of a router moves at a step
 WARMING = 3  # steps before a graph is recorded, as torch.cuda.graph asks for
 
 
@@ -159,6 +160,8 @@ class Step:
             self._gather()
         clip_grad_norm_(self._parameters, self._clip)
         self.optimizer.step()
+        if self._routed:
+            rebalance(self.working, REBALANCE * self._factor)
         self.renew()
         return total
 

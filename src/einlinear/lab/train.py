@@ -221,8 +221,8 @@ class Training:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(trunk.seed)
             self.model = models.build(task, architecture).to(self.device)
-        half = recipe.precision == "bfloat16"
-        if execution.shard:
+        half, sharded = recipe.precision == "bfloat16", execution.shard and self.world.size > 1
+        if sharded:
             shard(self.model, half)
         groups = parameter_groups(
             self.model, trunk.rate, recipe.weight_decay, readout="readout", roles=self.model.roles,
@@ -233,7 +233,7 @@ class Training:
         )
         self.update = Step(
             self.model, optimizer, partial(models.loss, task), clip=recipe.clip,
-            half=half and not execution.shard,  # where it shards, FSDP2 makes the copies
+            half=half and not sharded,  # where it shards, FSDP2 makes the copies
             execution=execution, world=self.world,
         )  # fmt: skip
         self.step, self.seconds, self.curve = 0, 0.0, list[tuple[int, float]]()
@@ -297,7 +297,10 @@ class Training:
         self.step, self.seconds, self.curve = state.step, state.seconds, list(state.curve)
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Parameters and the optimizer's state, by name."""
+        """Parameters, the optimizer's state and the biases of routers, by name."""
+        for name, buffer in self.update.working.named_buffers():
+            if isinstance(self.update.working.get_submodule(name.rpartition(".")[0]), el.Router):
+                yield f"buffer.{name}", buffer
         for name, parameter in self.model.named_parameters():
             yield f"model.{name}", parameter
             for slot, value in self.update.optimizer.state[parameter].items():
