@@ -8,7 +8,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import reduce
 from itertools import pairwise
 from typing import Any, Generic, Self, TypeVar, overload
@@ -185,16 +185,9 @@ class Operator(ABC):
         return written.expand(self.shape)
 
     def to(self, target: torch.dtype | torch.device | str) -> Self:
-        """The same operator with its tensors in another dtype (real ones stay real) or on another device."""
-        moved = [
-            t.to(
-                t.dtype.to_complex()
-                if isinstance(target, torch.dtype) and t.is_complex() and not target.is_complex
-                else target
-            )
-            for t in self.tensors
-        ]
-        return self.with_tensors(*moved)
+        """The same operator in another dtype (what is complex stays complex) or on another device."""
+        moved: Self = _moved(self, target)
+        return moved
 
     @property
     def T(self) -> "Operator":
@@ -340,11 +333,6 @@ class Fixed(Operator):
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", self.dtype or torch.get_default_dtype())
         object.__setattr__(self, "device", torch.device(self.device or torch.get_default_device()))
-
-    def to(self, target: torch.dtype | torch.device | str) -> Self:
-        if isinstance(target, torch.dtype):
-            return replace(self, dtype=target)
-        return replace(self, device=torch.device(target))
 
     def _conj(self) -> "Operator":
         return self
@@ -516,9 +504,6 @@ class Scaled(Operator):
 
     def _conj(self) -> "Operator":
         return Scaled(self.c.conj(), self.of.conj(), claims=self.claims)
-
-    def to(self, target: torch.dtype | torch.device | str) -> "Scaled":
-        return Scaled(self.c.to(target), self.of.to(target), claims=self.claims)
 
     def dense(self) -> Tensor:
         return (self.c[..., None, None] * self.of.dense()).expand(self.shape)
@@ -721,6 +706,29 @@ def _refilled(part: Any, supply: Iterator[Tensor]) -> Any:
             object.__setattr__(new, name, _refilled(getattr(part, name), supply))
         return new
     return tuple(_refilled(item, supply) for item in part) if type(part) is tuple else part
+
+
+def _moved(part: Any, target: torch.dtype | torch.device | str) -> Any:
+    if isinstance(part, Operator):
+        new = object.__new__(type(part))
+        for name in part.__dataclass_fields__:
+            object.__setattr__(new, name, _moved(getattr(part, name), target))
+        return new
+    if type(part) is tuple:
+        return tuple(_moved(item, target) for item in part)
+    if not isinstance(target, torch.dtype):
+        return (
+            part.to(target)
+            if isinstance(part, Tensor)
+            else torch.device(target)
+            if isinstance(part, torch.device)
+            else part
+        )
+    kind = part.dtype if isinstance(part, Tensor) else part
+    if not isinstance(kind, torch.dtype) or not (kind.is_floating_point or kind.is_complex):
+        return part
+    wanted = target.to_complex() if kind.is_complex and not target.is_complex else target
+    return part.to(wanted) if isinstance(part, Tensor) else wanted
 
 
 def _settings(part: object) -> object:

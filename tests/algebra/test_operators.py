@@ -86,6 +86,16 @@ def test_real_and_complex_mix():
     assert (la.Fourier(4) @ A).to(torch.float64).dtype == torch.complex128
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if "sparse" not in name])
+def test_everything_within_moves(name):
+    """To another dtype, units and permutations too; to another device, indices too."""
+    if (A := make(name, torch.float64)) is not None:
+        assert A.to(torch.float32).dtype == torch.float32
+        x = torch.randn(A.shape[-1], 2, dtype=A.dtype)
+        assert_close(A.to(torch.float32).matmul(x.float()), (A.dense() @ x).float(), atol=1e-4, rtol=1e-4)
+        assert A.to("meta").matmul(x.to("meta")).device.type == "meta"
+
+
 def test_compositions_are_flat_and_read_as_written():
     A, B = la.Dense(torch.eye(2)), la.Diagonal(torch.ones(2))
     assert repr(A @ B @ A) == "Dense(2×2) @ Diagonal(2×2) @ Dense(2×2)"

@@ -41,11 +41,6 @@ class Fourier(Fixed):
     def _conj(self) -> "Fourier":
         return Fourier(self.n, self.unitary, not self.inverted, dtype=self.dtype, device=self.device)
 
-    def to(self, target: torch.dtype | torch.device | str) -> "Fourier":
-        where = {"dtype": self.dtype, "device": self.device}
-        where["dtype" if isinstance(target, torch.dtype) else "device"] = target
-        return Fourier(self.n, self.unitary, self.inverted, **where)  # type: ignore[arg-type]
-
     @property
     def flops(self) -> float:
         return _transform_flops(self.n)

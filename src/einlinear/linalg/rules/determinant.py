@@ -135,7 +135,7 @@ def _psd(operator: Operator) -> Determinant:
         diagonal = cholesky(operator).diagonal()
     except OperatorError:
         return Determinant(*torch.linalg.slogdet(written(operator)))
-    return Determinant(torch.ones(diagonal.shape[:-1], dtype=diagonal.dtype), 2 * diagonal.real.log().sum(-1))
+    return Determinant(torch.ones_like(diagonal.sum(-1)), 2 * diagonal.real.log().sum(-1))
 
 
 def _estimate(A: Operator) -> Determinant:

@@ -40,7 +40,7 @@ def _frobenius(operator: Operator) -> Tensor:
 def _one(operator: Operator) -> Tensor:
     sums = [_columns(operator, start).abs().sum(-2).amax(-1) for start in range(0, operator.shape[-1], COLUMNS)]
     if not sums or not operator.shape[-2]:
-        return torch.zeros(operator.batch_shape, dtype=operator.dtype).real
+        return torch.zeros(operator.batch_shape, dtype=operator.dtype, device=operator.device).real
     return reduce(torch.maximum, sums)
 
 

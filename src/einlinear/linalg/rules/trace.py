@@ -73,7 +73,8 @@ def _by_units(operator: Operator) -> Tensor:
         unit = torch.eye(n, count, dtype=operator.dtype, device=operator.device).roll(start, 0)
         parts.append(operator.matmul(unit)[..., start : start + count, :].diagonal(0, -2, -1))
     batch = operator.batch_shape
-    return torch.cat(parts, -1).expand(*batch, size) if parts else torch.zeros(*batch, 0, dtype=operator.dtype)
+    nothing = torch.zeros(*batch, 0, dtype=operator.dtype, device=operator.device)
+    return torch.cat(parts, -1).expand(*batch, size) if parts else nothing
 
 
 def _fixed_points(P: Permutation) -> Tensor:
