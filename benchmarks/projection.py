@@ -1,10 +1,11 @@
 """Errors and seconds of `einlinear.project`, beside preconditioned gradient descent, written as CSV.
 
-    python benchmarks/projection.py [quality|speed|table]
+    python benchmarks/projection.py [quality|speed|aware|table]
 
 `quality`: BLAST of 4 and 8 blocks and ranks 8 and 32 on 256 × 256 matrices, against the factoriser of
-the BLAST paper (Lee et al. 2024, https://arxiv.org/abs/2410.21262, algorithm 2: preconditioned gradient descent, 300
-steps), the best of three seeds. `speed`: 4096 × 4096 weights. Seconds are the thread's own CPU time, one thread.
+the BLAST paper (Lee et al. 2024, https://arxiv.org/abs/2410.21262, algorithm 2: preconditioned gradient
+descent, 300 steps), the best of three seeds. `speed`: 4096 × 4096 weights, and those of GPT-2. `aware`: errors on
+correlated inputs, without and with their moments. Seconds are the thread's own CPU time, one thread.
 `table` writes the results into docs/projection.md.
 """
 
@@ -113,27 +114,45 @@ def speed() -> Iterator[dict[str, object]]:
     block = [torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in GPT2_BLOCK]
     for family in (el.BTT(rank=4), el.Monarch(blocks=16), el.LowRank(rank=128)):
         yield measured("12 blocks of GPT-2, 85 M parameters", family, block * 12)
-    inputs = [torch.randn(4096, w.shape[1]) * torch.logspace(0, -2, w.shape[1]) for w in block]
-    moments = [el.Moments(x.shape[1]).update(x).matrix for x in inputs]
-    for family in (el.BTT(rank=4), el.Monarch(blocks=16), el.LowRank(rank=128)):
-        yield measured("one block of GPT-2, 7 M parameters, with moments", family, block, moments)
 
 
 GPT2_BLOCK = ((2304, 768), (768, 768), (3072, 768), (768, 3072))
+MINILM_LAYER = ((384, 384), (1536, 384), (384, 1536))
 
 
-def measured(
-    task: str, family: el.Family, weights: list[Tensor], moments: list[Tensor] | None = None
-) -> dict[str, object]:
-    grams = moments or [None] * len(weights)
+def aware() -> Iterator[dict[str, object]]:
+    draw = torch.Generator().manual_seed(0)
+    for d_out, d_in in MINILM_LAYER:
+        weight = torch.randn(d_out, d_in, generator=draw)
+        mixed = torch.randn(4096, d_in, generator=draw) * torch.logspace(0, -2, d_in)
+        gram = el.Moments(d_in).update(mixed @ torch.randn(d_in, d_in, generator=draw)).matrix
+        for family in (el.LowRank(rank=64), el.BTT(rank=2), el.Monarch(blocks=4), el.Kronecker(), el.BLAST(4, 64)):
+            structure = family(d_in, d_out)
+            plain, seconds = timed(lambda w=weight, s=structure: el.project(w, s))
+            found, longer = timed(lambda w=weight, s=structure, g=gram: el.project(w, s, g))
+            total = weighed(weight, gram)
+            yield {
+                "weight": f"{d_out} × {d_in}",
+                "family": str(family),
+                "error_plain": f"{weighed(weight - el.dense(structure, plain), gram) / total:.4g}",
+                "error_aware": f"{weighed(weight - el.dense(structure, found), gram) / total:.4g}",
+                "seconds_plain": f"{seconds:.2f}",
+                "seconds_aware": f"{longer:.2f}",
+            }
+
+
+def weighed(matrix: Tensor, gram: Tensor) -> float:
+    exact = matrix.double()
+    return float((exact * (exact @ gram)).sum()) ** 0.5
+
+
+def measured(task: str, family: el.Family, weights: list[Tensor]) -> dict[str, object]:
     structures = [family(weight.shape[1], weight.shape[0]) for weight in weights]
-    found, seconds = timed(lambda: list(map(el.project, weights, structures, grams)))
-    lost = total = 0.0
-    for weight, structure, factors, gram in zip(weights, structures, found, grams, strict=True):
-        for share, matrix in ((0, weight - el.dense(structure, factors)), (1, weight)):
-            square = float((matrix.double() * (matrix.double() if gram is None else matrix.double() @ gram)).sum())
-            lost, total = (lost, total + square) if share else (lost + square, total)
-    return {"task": task, "family": str(family), "error": f"{(lost / total) ** 0.5:.4g}", "seconds": f"{seconds:.1f}"}
+    found, seconds = timed(lambda: list(map(el.project, weights, structures)))
+    made = zip(weights, structures, found, strict=True)
+    lost = sum(float((weight - el.dense(structure, factors)).square().sum()) for weight, structure, factors in made)
+    error = (lost / sum(float(weight.square().sum()) for weight in weights)) ** 0.5
+    return {"task": task, "family": str(family), "error": f"{error:.4g}", "seconds": f"{seconds:.1f}"}
 
 
 def table(name: str, columns: dict[str, str]) -> str:
@@ -181,10 +200,11 @@ def main(part: str = "quality") -> None:
     torch.set_num_threads(1)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     where = {"device": platform.processor() or platform.machine(), "torch": torch.__version__, "commit": commit.strip()}
-    name = "projection.csv" if part == "quality" else "projection_speed.csv"
+    parts = {"quality": quality, "speed": speed, "aware": aware}
+    name = "projection.csv" if part == "quality" else f"projection_{part}.csv"
     with (RESULTS / name).open("w", newline="") as file:
         writer: csv.DictWriter | None = None
-        for row in {"quality": quality, "speed": speed}[part]():
+        for row in parts[part]():
             writer = writer or csv.DictWriter(file, [*row, *where])
             if file.tell() == 0:
                 writer.writeheader()

@@ -57,7 +57,7 @@ def test_more_budget_is_never_worse(monkeypatch, states):
 @pytest.mark.parametrize("name", ["low_rank", "btt", "auto"])
 @pytest.mark.parametrize("cost", ["parameters", "flops"])
 def test_the_budget_asked_for_is_met(name, cost):
-    offered = el.candidates(name, 128, 96)
+    offered = el.layer_candidates(name, 128, 96)
     weights = {f"h.{k}": torch.randn(96, 128) * torch.logspace(0, -k / 4, 128) for k in range(12)}
     curves = {key: el.error_curve(weight, offered) for key, weight in weights.items()}
     for budget in (0.3, 0.45, 0.8):
@@ -69,7 +69,9 @@ def test_the_budget_asked_for_is_met(name, cost):
 
 def test_relative_errors_give_quiet_layers_their_share():
     weight = torch.randn(32, 32) * torch.logspace(0, -1, 32)
-    curves = {key: el.error_curve(s * weight, el.candidates("low_rank", 32, 32)) for key, s in (("a", 1), ("b", 10))}
+    curves = {
+        key: el.error_curve(s * weight, el.layer_candidates("low_rank", 32, 32)) for key, s in (("a", 1), ("b", 10))
+    }
     loud, fair = (el.allocate(curves, 0.5, relative=relative) for relative in (False, True))
     assert loud.chosen["a"].parameters < loud.chosen["b"].parameters
     assert abs(fair.chosen["a"].parameters - fair.chosen["b"].parameters) <= 64
@@ -78,7 +80,7 @@ def test_relative_errors_give_quiet_layers_their_share():
 def test_a_plan_is_read_back_and_drives_a_conversion(tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.ReLU(), torch.nn.Linear(48, 32, bias=False))
     curves = {
-        n: el.error_curve(model[int(n)].weight, el.candidates("auto", *w))
+        n: el.error_curve(model[int(n)].weight, el.layer_candidates("auto", *w))
         for n, w in (("0", (32, 48)), ("2", (48, 32)))
     }
     found = el.allocate(curves, 0.4)
@@ -119,7 +121,7 @@ def test_a_bad_plan_is_refused_in_a_sentence(tmp_path, text, why):
 
 
 def test_a_bad_budget_is_refused_in_a_sentence():
-    curve = el.error_curve(torch.randn(8, 8), el.candidates("low_rank", 8, 8))
+    curve = el.error_curve(torch.randn(8, 8), el.layer_candidates("low_rank", 8, 8))
     for budget in (0, -1, 1.01, float("nan"), 50):
         with pytest.raises(el.StructureError, match="above 0 and at most 1"):
             el.allocate({"a": curve}, budget)
@@ -134,7 +136,7 @@ def test_a_bad_budget_is_refused_in_a_sentence():
 @pytest.mark.parametrize("family", [*el.families(), "auto"], ids=str)
 def test_candidates_are_many_and_never_dearer_than_dense(family):
     name = str(family).partition("(")[0]
-    found = el.candidates(name, 64, 96)
+    found = el.layer_candidates(name, 64, 96)
     costs = [el.parameters(candidate(64, 96)) for candidate in found]
     assert costs == sorted(costs)
     assert costs[-1] <= 64 * 96
@@ -142,14 +144,14 @@ def test_candidates_are_many_and_never_dearer_than_dense(family):
     if hasattr(family, "rank"):
         assert len(found) > 10
         assert costs[-1] > 0.8 * 64 * 96
-    assert el.candidates(str(family), 64, 96) in ((family,), found)
+    assert el.layer_candidates(str(family), 64, 96) in ((family,), found)
 
 
 def test_candidates_that_are_none_are_refused():
     with pytest.raises(el.StructureError, match="did you mean 'btt'"):
-        el.candidates("bt", 8, 8)
+        el.layer_candidates("bt", 8, 8)
     with pytest.raises(el.StructureError, match="none fits"):
-        el.candidates("low_rank(rank=7)", 8, 8)
+        el.layer_candidates("low_rank(rank=7)", 8, 8)
 
 
 @pytest.mark.parametrize("family", ["low_rank", "btt", "tensor_train", "block_diagonal", "blast"])
@@ -157,7 +159,7 @@ def test_candidates_that_are_none_are_refused():
 def test_a_curve_is_what_projecting_leaves(family, aware):
     weight = torch.randn(24, 32, dtype=torch.float64)
     gram = el.Moments(32).update(torch.randn(99, 32) @ torch.randn(32, 32)) if aware else None
-    offered = el.candidates(family, 32, 24)[:: 40 if family == "blast" else 9]
+    offered = el.layer_candidates(family, 32, 24)[:: 40 if family == "blast" else 9]
     curve = el.error_curve(weight, offered, gram)
     assert len(curve.points) == len(offered)
     closed = family == "low_rank" or (not aware and family != "blast")

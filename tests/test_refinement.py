@@ -119,6 +119,20 @@ def test_low_rank_with_moments_is_the_optimum(widths, tokens):
     assert weighted_error(weight, structure, refined, gram) == pytest.approx(float(least), rel=1e-6)
 
 
+def test_moments_within_blocks_alone_need_no_sweep():
+    """Blocks of inputs that are not correlated with each other: the SVDs of W S are the optimum, S Sᵀ the moments."""
+    structure = el.BTT(rank=2, blocks=(4, 6))(36, 48)
+    weight, roots = torch.randn(48, 36, dtype=torch.float64), torch.randn(4, 9, 9, dtype=torch.float64)
+    root = torch.block_diag(*roots * torch.logspace(0, 2, 9))
+    blocks = (weight @ root).reshape(6, 8, 4, 9).transpose(1, 2)
+    least = float(torch.linalg.svdvals(blocks)[..., 2:].norm())
+    gram = root @ root.mT
+    found = el.project(weight, structure, gram, sweeps=0)
+    assert weighted_error(weight, structure, found, gram) == pytest.approx(least, rel=1e-6)
+    swept = el.project(weight, structure, gram)
+    assert weighted_error(weight, structure, swept, gram) == pytest.approx(least, rel=1e-6)
+
+
 @pytest.mark.parametrize("family", [el.LowRank(rank=5), el.BTT(rank=2), el.Kronecker(), el.BLAST(4, 5)], ids=str)
 @pytest.mark.parametrize("widths", [(36, 64), (97, 131)])
 def test_members_are_recovered_whatever_the_moments(structure, factors):

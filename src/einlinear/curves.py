@@ -75,7 +75,7 @@ def error_curve(
 
     Args:
         weight: `[d_out, d_in]`.
-        candidates: families with settings, as from `candidates`.
+        candidates: families with settings, as from `candidates` (`einlinear.layer_candidates`).
         moments: second moments of inputs, `[d_in, d_in]` or `Moments`; errors are then E‖(W − Ŵ) x‖².
         sweeps: rounds of alternating least squares for a point without a closed form.
 
