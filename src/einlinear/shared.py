@@ -33,7 +33,11 @@ def shared_input(x: Tensor, *layers: nn.Module) -> list[Tensor]:
         The output of each layer, in order, possibly as views of one tensor.
 
     Example:
-        >>> queries, keys, values = el.shared_input(x, self.query, self.key, self.value)
+        >>> import torch, einlinear as el
+        >>> layers = [el.Linear(64, 64, "btt") for _ in range(3)]
+        >>> queries, keys, values = el.shared_input(torch.randn(1000, 64), *layers)
+        >>> queries.shape
+        torch.Size([1000, 64])
     """
     return Together.of(*layers)(x, *layers)
 
