@@ -1,4 +1,4 @@
-"""Layers of one structure on one input, run as one: the same outputs and gradients, of parameters that stay their own."""
+"""Layers of one structure on one input, run as one: the same outputs and gradients of the layers' own parameters."""
 
 import pytest
 import torch
@@ -59,12 +59,12 @@ def test_planned_once_it_compiles_without_a_break() -> None:
 def test_compiled_layers_run_by_the_same_kernels() -> None:
     """Not by the plain matmuls that only an export needs: torch.compile says of itself that it is exporting."""
     graphs = []
-    layer = el.Linear(64, 64, "btt", bias=False)
+    layer = el.Linear(1024, 1024, "btt", bias=False)  # so wide that making W would be absurd
 
     def keep(graph: torch.fx.GraphModule, inputs: object) -> object:
         graphs.append(graph)
         return graph.forward
 
-    torch.compile(layer, fullgraph=True, backend=keep)(torch.randn(300, 64))
+    torch.compile(layer, fullgraph=True, backend=keep)(torch.randn(300, 1024))
     called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
     assert sum("einlinear.pairwise" in name for name in called) == 2, called

@@ -240,6 +240,9 @@ def compare(
         str, typer.Option(help="Whose workers train: processes (of this machine) or ray (a cluster's).")
     ] = "processes",
     accumulate: Annotated[int, typer.Option(min=1, help="Parts of a batch, one after the other: less memory.")] = 1,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile each block: pays off in long runs of wide models on a GPU.")
+    ] = False,
     shard: Annotated[
         bool, typer.Option("--shard", help="Under torchrun: also share out parameters and optimizer state (FSDP2).")
     ] = False,
@@ -259,7 +262,7 @@ def compare(
 
     if engine not in ("processes", "ray"):
         raise ValueError(f"cannot train by the engine '{engine}': pass processes or ray")
-    settings: dict[str, Any] = {"engine": engine, "accumulate": accumulate, "shard": shard}
+    settings: dict[str, Any] = {"engine": engine, "accumulate": accumulate, "compiled": compiled, "shard": shard}
     if shard:
         settings["graphed"] = False
     machine = replace(Machine.here(device), **settings)
