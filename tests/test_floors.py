@@ -16,7 +16,7 @@ FLOORS = [
     {"family", "cost", "scaling", "links"},
     {"clock"},
     {"taxonomy", "equivalence", "structures", "contract", "moments", "network", "solving", "operator"},
-    {"kernels", "refinement", "diagonalisation", "skeleton", "allocation"},
+    {"space", "kernels", "refinement", "diagonalisation", "skeleton", "allocation"},
     {"projection", "routing"},
     {"layer", "calibration", "curves", "operators"},
     {"mlp", "expert_mlp", "shared", "optim", "muon", "storage", "targeting", "linalg", "fusion"},

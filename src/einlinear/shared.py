@@ -16,32 +16,28 @@ from einlinear.structure import Structure
 def shared_input(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """`[layer(x) for layer in layers]`, with `x` read once where that can be.
 
-        Layers of one structure run as one layer, in as many matmuls as one of them takes. On a GPU, in 16
-        bits, structured layers of two factors that cut the input alike (the same family at the same
-        `d_in`) share the launch of their first factors, forward and backward; for a few tokens they run
-        in one launch altogether. The layers themselves stay as they are: parameters, rates and
-        checkpoints know nothing of it.
+    Layers of one structure run as one layer, in as many matmuls as one of them takes. On a GPU, in 16
+    bits, structured layers of two factors that cut the input alike (the same family at the same
+    `d_in`) share the launch of their first factors, forward and backward; for a few tokens they run
+    in one launch altogether. The layers themselves stay as they are: parameters, rates and
+    checkpoints know nothing of it.
 
-        torch.compile of torch 2.11 cannot trace how this is planned: in a model to be compiled, plan once, by
-        `self.together = el.Together.of(self.query, self.key, self.value)`, and call that.
+    torch.compile of torch 2.11 cannot trace how this is planned: in a model to be compiled, plan once, by
+    `self.together = el.Together.of(self.query, self.key, self.value)`, and call that.
 
-        Args:
-            x: `[..., d_in]`.
-            layers: any modules; only `einlinear.Linear` ones gain.
+    Args:
+        x: `[..., d_in]`.
+        layers: any modules; only `einlinear.Linear` ones gain.
 
-        Returns:
-            The output of each layer, in order, possibly as views of one tensor.
+    Returns:
+        The output of each layer, in order, possibly as views of one tensor.
 
-    <<<<<<< HEAD
-        In an attention: `queries, keys, values = el.shared_input(x, self.query, self.key, self.value)`.
-    =======
-        Example:
-            >>> import torch, einlinear as el
-            >>> layers = [el.Linear(64, 64, "btt") for _ in range(3)]
-            >>> queries, keys, values = el.shared_input(torch.randn(1000, 64), *layers)
-            >>> queries.shape
-            torch.Size([1000, 64])
-    >>>>>>> train
+    Example:
+        >>> import torch, einlinear as el
+        >>> layers = [el.Linear(64, 64, "btt") for _ in range(3)]
+        >>> queries, keys, values = el.shared_input(torch.randn(1000, 64), *layers)
+        >>> queries.shape
+        torch.Size([1000, 64])
     """
     return Together.of(*layers)(x, *layers)
 
