@@ -76,6 +76,9 @@ def test_candidates_are_distinct_cheap_and_in_their_corner():
     assert "dense" not in {c.family for c in found}
     twins = {twin for c in found for twin in c.equivalent}
     assert twins and not twins & {c.family for c in found}
-    for c in found:
-        if c.equivalent:  # the cheapest of its kind
-            assert min(el.flops(el.structure(t)(64, 64)) for t in (c.family, *c.equivalent)) <= c.flops * 2 * 64 * 64
+
+    def cost(text):
+        return sum(el.flops(el.structure(text)(*shape)) for shape in shapes)
+
+    assert all(cost(c.family) <= cost(twin) for c in found for twin in c.equivalent)
+    assert found[0].flops == pytest.approx(cost(found[0].family) / cost("dense"))
