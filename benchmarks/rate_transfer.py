@@ -15,8 +15,9 @@ from itertools import product
 from pathlib import Path
 
 from einlinear.lab.data import load
+from einlinear.lab.machine import Machine
 from einlinear.lab.store import Store
-from einlinear.lab.sweep import Machine, Sweep
+from einlinear.lab.sweep import Sweep
 from einlinear.lab.train import Recipe, Trunk
 
 FAMILIES = ("dense", "btt(rank=2)", "monarch(blocks=4)")

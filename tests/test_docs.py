@@ -11,7 +11,8 @@ import pytest
 
 import einlinear as el
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(el.__path__, "einlinear.")
@@ -64,3 +65,41 @@ def test_every_family_is_in_the_readme():
         assert cells[1:3] == [f"{el.parameters(structure):,}", f"{el.flops(structure):,}"]
         assert cells[4] == f"{el.generic_rank(structure):,}"
         assert [float(value) for value in cells[5].split()] == [*el.taxonomy(family)]
+
+
+def test_the_guide_to_compression_runs(monkeypatch, tmp_path, capsys):
+    """Its commands on a tiny model with a tokenizer of letters, and its snippets."""
+    import transformers
+
+    from einlinear.cli import main
+
+    guide = (ROOT / "docs" / "guide" / "compress.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names: dict[str, object] = {}
+    for snippet in re.findall(r"```python\n(.*?)```", guide, re.DOTALL):
+        exec(compile(snippet, "compress.md", "exec"), names)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]))
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt"), model_max_length=32).save_pretrained("dense")
+    (tmp_path / "README.md").write_text(README[:20_000])
+    for block in re.findall(r"```bash\n(.*?)```", guide, re.DOTALL):
+        for command in block.splitlines():
+            monkeypatch.setattr("sys.argv", command.replace(" DIR ", " dense ").split())
+            try:
+                main()
+            except SystemExit as end:
+                assert not end.code, (command, end.code)
+    for folder in ("small", "tiny"):
+        assert isinstance(transformers.AutoModel.from_pretrained(folder), transformers.BertModel)
+    capsys.readouterr()
+
+
+def test_the_guides_table_is_that_of_the_results():
+    """`python benchmarks/minilm_figures.py` writes it."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("minilm_figures", ROOT / "benchmarks" / "minilm_figures.py")
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    assert figures.table(figures.rows(figures.ROWS)) in figures.GUIDE.read_text()

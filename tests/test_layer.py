@@ -221,7 +221,6 @@ def test_a_structure_is_stored_as_matrices():
     "family, error, says",
     [
         (el.BTT()(16, 25), el.StructureError, "cannot make a layer from 16 to 36 features: .* maps 16 to 25"),
-        (el.BTT(rank=2)(16, 36).route("r", active=1), el.StructureError, "a routed structure needs a gate"),
         ("btx", el.StructureError, "did you mean 'btt'"),
         (el.BTT(blocks=(15, 2)), el.StructureError, "choose sizes"),
     ],

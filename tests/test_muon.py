@@ -85,3 +85,22 @@ def test_muon_trains_a_model_in_two_lines() -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.1 * losses[0]
+
+
+def test_layers_of_one_shape_are_orthogonalised_together_and_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [(3, 4, 5), (2, 4, 5), (4, 5), (1, 5, 4)]
+    start = [torch.randn(shape) for shape in shapes]
+    gradients = [torch.randn(shape) for shape in shapes]
+    together = [nn.Parameter(value.clone()) for value in start]
+    alone = [nn.Parameter(value.clone()) for value in start]
+    calls: list[torch.Size] = []
+    orthogonalize = el.orthogonalize
+    monkeypatch.setattr("einlinear.muon.orthogonalize", lambda u: (calls.append(u.shape), orthogonalize(u))[1])
+    for parameters in ([together], [[parameter] for parameter in alone]):
+        for group in parameters:
+            for parameter in group:
+                parameter.grad = gradients[next(n for n, p in enumerate((*together, *alone)) if p is parameter) % 4]
+            el.Muon(group, lr=0.1, weight_decay=0.1).step()
+    assert calls[:2] == [torch.Size([6, 4, 5]), torch.Size([1, 5, 4])] and len(calls) == 6
+    for mine, their in zip(together, alone, strict=True):
+        torch.testing.assert_close(mine, their)

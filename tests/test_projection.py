@@ -1,13 +1,18 @@
 """Laws of projection: what is in a family is found again, what is not is met at an optimum."""
 
 import math
+import re
+import runpy
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import einlinear as el
+from einlinear.projection import closed_form, split
+from einlinear.refinement import Target
 
 EXTRA = [
     el.BTT(rank=2, cores=3),
@@ -30,86 +35,41 @@ def error(weight: Tensor, structure: el.Structure, factors: list[Tensor]) -> flo
     return float((weight - el.dense(structure, factors)).norm() / weight.norm())
 
 
-def misled_by_padding(family: el.Family, structure: el.Structure) -> bool:
-    """Whether padding takes a staircase, not a rectangle, from a factor's blocks: see `einlinear.project`."""
-    padded = structure.pad_in or structure.pad_out
-    return bool(padded) and isinstance(family, el.Kronecker | el.TensorTrain | el.Theta)
+def overcomplete(family: el.Family, structure: el.Structure) -> bool:
+    """Whether BLAST's rank exceeds what its blocks can tell apart."""
+    return isinstance(family, el.BLAST) and family.rank > min(structure.sizes["n"], structure.sizes["m"])
 
 
-def test_a_member_of_a_nested_family_is_recovered(family, structure, factors):
+def slope(weight: Tensor, structure: el.Structure, factors: list[Tensor]) -> float:
+    """The largest gradient of the squared error over any factor, relative to that of a matrix of zeros."""
+    factors = [factor.detach().requires_grad_() for factor in factors]
+    rest = weight - el.dense(structure, factors)
+    rest.square().sum().backward()
+    scale = weight.norm().detach() * max(factor.norm() for factor in factors)
+    return max(float(factor.grad.norm()) for factor in factors) / float(scale.detach())
+
+
+def test_a_member_is_recovered(family, structure, factors):
     member = el.dense(structure, factors)
     found = el.project(member, structure)
     assert [tuple(factor.shape) for factor in found] == list(structure.factor_shapes)
-    if not (isinstance(family, el.BLAST) or misled_by_padding(family, structure)):
-        assert error(member, structure, found) < 1e-13
-    else:
-        assert error(member, structure, found) < 1
+    assert error(member, structure, found) < (0.05 if overcomplete(family, structure) else 1e-12)
 
 
-def test_an_optimum_is_stationary(family, structure, weight):
-    if misled_by_padding(family, structure):
-        return
+def test_an_optimum_is_stationary(structure, weight):
     found = el.project(weight, structure)
-    if two := len(found) <= 2:
-        refined = el.refine(weight, structure, found, sweeps=3)
-        assert error(weight, structure, refined) == pytest.approx(error(weight, structure, found), rel=1e-10)
-    else:
-        found = el.refine(weight, structure, found)  # optimal in the factor solved for last
-    found = [factor.requires_grad_() for factor in found]
-    (weight - el.dense(structure, found)).square().sum().backward()
-    for factor in found if two else found[-1:]:
-        assert factor.grad.abs().max() < 1e-10
+    exact = closed_form(structure)
+    refined = el.refine(weight, structure, found, sweeps=3)
+    assert error(weight, structure, refined) == pytest.approx(
+        error(weight, structure, found), rel=1e-10 if exact else 1e-3
+    )
+    assert slope(weight, structure, found) < (1e-13 if exact else 0.01)
 
 
 def test_factors_are_balanced(structure, weight):
     if len(structure.factors) == 2:
         first, second = el.project(weight, structure)
         torch.testing.assert_close(first.norm(), second.norm())
-
-
-def test_refining_never_raises_the_error(structure, weight):
-    found = el.project(weight, structure)
-    errors = [error(weight, structure, found)]
-    for _ in range(5):
-        found = el.refine(weight, structure, found)
-        errors.append(error(weight, structure, found))
-    assert all(after <= before + 1e-12 for before, after in pairwise(errors))
-    assert errors[0] <= 1
-
-
-@pytest.mark.parametrize(
-    ("family", "widths", "gain"),
-    [
-        (el.BLAST(blocks=4, rank=6), (36, 64), 0.9),
-        (el.Butterfly(), (64, 36), 0.98),
-        (el.TensorTrain(rank=3, cores=3), (16, 16), 0.998),
-        (el.Kronecker(), (97, 131), 0.99999),
-        (el.Theta(theta=(0.4, 0.2, 0.4, 0.2, 0.4, 0.4, 0.1)), (97, 131), 0.999),
-    ],
-    ids=str,
-)
-def test_refining_helps_where_splitting_is_not_optimal(structure, weight, gain):
-    found = el.project(weight, structure)
-    assert error(weight, structure, el.refine(weight, structure, found, sweeps=10)) < gain * error(
-        weight, structure, found
-    )
-
-
-@pytest.mark.parametrize("family", [el.Kronecker(), el.TensorTrain(rank=3), el.TensorTrain(rank=3, cores=3)], ids=str)
-@pytest.mark.parametrize("widths", [(97, 131)])
-def test_refining_recovers_a_member_whose_padding_misled_the_split(structure, factors):
-    assert structure.pad_in and structure.pad_out
-    member = el.dense(structure, factors)
-    assert error(member, structure, el.refine(member, structure, el.project(member, structure), sweeps=60)) < 1e-9
-
-
-@pytest.mark.parametrize("family", [el.BLAST(blocks=4, rank=5)], ids=str)
-@pytest.mark.parametrize("widths", [(36, 64), (97, 131)])
-def test_refining_recovers_a_member_from_nearby(structure, factors):
-    member = el.dense(structure, factors)
-    nearby = [factor * (1 + 0.05 * torch.randn_like(factor)) for factor in factors]
-    assert error(member, structure, nearby) > 0.05
-    assert error(member, structure, el.refine(member, structure, nearby, sweeps=100)) < 1e-4
 
 
 @pytest.mark.parametrize("family", [el.LowRank, el.BTT, el.TensorTrain, lambda rank: el.BTT(rank=rank, blocks=(4, 6))])
@@ -125,7 +85,7 @@ def test_full_rank_and_beyond_loses_nothing(structure, weight):
     assert error(weight, structure, el.project(weight, structure)) < 1e-13
 
 
-def discarded(matrix: Tensor, rank: int) -> Tensor:
+def discarded_beyond(matrix: Tensor, rank: int) -> Tensor:
     """The squares of the singular values beyond `rank`, summed."""
     return torch.linalg.svdvals(matrix)[..., rank:].square().sum()
 
@@ -133,7 +93,7 @@ def discarded(matrix: Tensor, rank: int) -> Tensor:
 def test_low_rank_error_is_the_discarded_singular_values(widths):
     weight = torch.randn(widths[1], widths[0], dtype=torch.float64)
     structure = el.LowRank(rank=5)(*widths)
-    lost = discarded(weight, 5)
+    lost = discarded_beyond(weight, 5)
     assert error(weight, structure, el.project(weight, structure)) == pytest.approx(lost.sqrt() / weight.norm())
 
 
@@ -144,7 +104,7 @@ def test_btt_error_sums_over_blocks(widths, rank):
     structure = el.BTT(rank=rank, blocks=(4, 6))(d_in, d_out)
     a, e = math.ceil(d_in / 4), math.ceil(d_out / 6)
     blocks = [rows.split(a, dim=1) for rows in weight.split(e, dim=0)]
-    lost = sum(discarded(block, rank) for row in blocks for block in row)
+    lost = sum(discarded_beyond(block, rank) for row in blocks for block in row)
     assert error(weight, structure, el.project(weight, structure)) == pytest.approx(lost.sqrt() / weight.norm())
 
 
@@ -155,7 +115,7 @@ def test_kronecker_error_is_that_of_the_rearranged_matrix():
     a, b = el.project(weight, structure)
     torch.testing.assert_close(el.dense(structure, [a, b]), torch.kron(a, b))
     rearranged = weight.reshape(6, 4, 5, 7).transpose(1, 2).reshape(30, 28)
-    assert error(weight, structure, [a, b]) == pytest.approx(discarded(rearranged, 1).sqrt() / weight.norm())
+    assert error(weight, structure, [a, b]) == pytest.approx(discarded_beyond(rearranged, 1).sqrt() / weight.norm())
 
 
 @pytest.mark.parametrize("family", [el.Monarch(blocks=4), el.BTT(rank=2), el.Butterfly(), el.LowRank(rank=3)], ids=str)
@@ -164,40 +124,79 @@ def test_complex_members_are_recovered(structure, draw):
     found = el.project(member, structure)
     assert all(factor.is_complex() for factor in found)
     assert error(member, structure, found) < 1e-13
-    disturbed = [factor + 0.01 * torch.randn_like(factor) for factor in found]
-    assert error(member, structure, el.refine(member, structure, disturbed, 3)) < error(member, structure, disturbed)
+
+
+@pytest.mark.parametrize(("n", "split"), [(16, 4), (24, 4), (60, 6), (97, 1)])
+def test_a_fourier_matrix_is_a_monarch(n, split):
+    """Cooley and Tukey: with inputs j = a · split + g and outputs k = e · blocks + f, block (f, g) has rank one."""
+    index = torch.arange(n, dtype=torch.float64)
+    fourier = torch.exp(-2j * math.pi * index[:, None] * index / n)
+    rest = n // split
+    reads = torch.arange(n).reshape(rest, split).T.flatten()  # g a
+    writes = torch.arange(n).reshape(split, rest).T.flatten()  # f e
+    permuted = fourier[writes][:, reads]
+    structure = el.BTT(blocks=(split, rest))(n, n)
+    found = el.project(permuted, structure)
+    assert (permuted - el.dense(structure, found)).abs().max() < 1e-10
+    if split > 1:
+        assert error(fourier, structure, el.project(fourier, structure)) > 0.1  # the permutation matters
+
+
+@pytest.mark.parametrize(("d_in", "d_out", "blocks", "hidden"), [(24, 36, 4, 10), (30, 30, 3, 7), (26, 34, 4, 11)])
+def test_monarchs_of_uneven_hidden_units_are_recovered(d_in, d_out, blocks, hidden):
+    """As in the Monarch authors' code, where q hidden units of an input block go round the output blocks in turn.
+
+    Block (f, g) owns ⌊q/b⌋ or ⌈q/b⌉ of them; with the larger number everywhere it is a BTT, padding included.
+    """
+    a, e = -(-d_in // blocks), -(-d_out // blocks)
+    first = torch.randn(blocks, hidden, a, dtype=torch.float64)
+    second = torch.randn(blocks, e, blocks, hidden, dtype=torch.float64)
+    owned = torch.arange(hidden) % blocks == torch.arange(blocks)[:, None]
+    member = torch.einsum("fegh,gha,fh->fega", second, first, owned.double())
+    member = member.reshape(blocks * e, blocks * a)[:d_out, :d_in]
+    structure = el.BTT(rank=-(-hidden // blocks), blocks=(blocks, blocks))(d_in, d_out)
+    assert error(member, structure, el.project(member, structure)) < 1e-13
+    fewer = el.BTT(rank=hidden // blocks, blocks=(blocks, blocks))(d_in, d_out)
+    assert error(member, fewer, el.project(member, fewer)) > 0.01
+
+
+@pytest.mark.parametrize(
+    "family", [el.TensorTrain(rank=3, cores=3), el.TensorTrain(rank=2, cores=4), el.BTT(rank=2, cores=3)], ids=str
+)
+@pytest.mark.parametrize("widths", [(64, 64), (64, 81)], ids=str)
+def test_splitting_off_keeps_its_error_bound(structure, weight):
+    """TT-SVD (Oseledets 2011): each truncation adds at most what it discards, and the least error is at least each."""
+    target = Target(weight, structure)
+    axes, blocks = target.blocks()
+    split_error = target.error(split(structure, axes, blocks))
+    least = []
+    for cut in range(1, len(structure.factors)):
+        early = {axis for factor in structure.factors[:cut] for axis in factor}
+        late = {axis for factor in structure.factors[cut:] for axis in factor}
+        groups = [
+            [axis for axis in axes if axis in early and axis in late],
+            [axis for axis in axes if axis in early and axis not in late],
+            [axis for axis in axes if axis not in early],
+        ]
+        matrix = blocks.permute([axes.index(axis) for group in groups for axis in group])
+        matrix = matrix.reshape([structure.size(group) for group in groups])
+        least.append(
+            discarded_beyond(matrix, structure.sizes[f"r{cut - (axes[0] == 'o0' and 'r0' in structure.sizes)}"])
+        )
+    assert split_error**2 <= sum(least) * (1 + 1e-9)
+    best = error(weight, structure, el.project(weight, structure)) * float(weight.norm())
+    assert max(least) <= best**2 * (1 + 1e-9) <= split_error**2 * (1 + 2e-9)
 
 
 @pytest.mark.parametrize("widths", [(36, 64)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_short_dtype_costs_only_its_rounding(structure, weight, dtype):
     short = weight.to(dtype)
-    for find in (el.project, lambda w, s: el.refine(w, s, el.project(w, s))):
-        found, reference = find(short, structure), find(short.double(), structure)
+    for sweeps in (0, 3):
+        found, reference = (el.project(w, structure, sweeps=sweeps) for w in (short, short.double()))
         assert {factor.dtype for factor in found} == {dtype}
         lost = error(short.double(), structure, [factor.double() for factor in found])
         assert lost == pytest.approx(error(short.double(), structure, reference), abs=4 * torch.finfo(dtype).eps)
-
-
-@pytest.mark.parametrize("expression", ["i, e o i -> o", "i, e r i, o r -> o", "i, r i, e o r -> o"])
-def test_an_axis_of_one_factor_alone_is_shared_out_evenly(expression):
-    sizes = {axis: size for axis, size in {"i": 6, "o": 5, "e": 3, "r": 5}.items() if axis in expression}
-    structure = el.Structure.parse(expression, **sizes)
-    weight = torch.randn(5, 6, dtype=torch.float64)
-    found = el.project(weight, structure)
-    assert error(weight, structure, found) < 1e-13
-    disturbed = [factor + 0.1 * torch.randn_like(factor) for factor in found]
-    assert error(weight, structure, el.refine(weight, structure, disturbed)) < 1e-13
-
-
-def test_refining_reads_the_layers_own_factors_and_leaves_them_alone():
-    layer = el.Linear(36, 64, el.BTT(rank=2))
-    weight = torch.randn(64, 36)
-    before = [factor.detach().clone() for factor in layer.factors]
-    found = el.refine(weight, layer.structure, layer.factors)
-    assert error(weight, layer.structure, found) < error(weight, layer.structure, before)
-    assert not any(factor.requires_grad for factor in found)
-    torch.testing.assert_close(list(layer.factors), before)
 
 
 def test_what_cannot_be_projected_is_refused_in_a_sentence():
@@ -220,3 +219,12 @@ def test_what_cannot_be_projected_is_refused_in_a_sentence():
             el.refine(given, onto, el.project(weight, structure))
     with pytest.raises(el.StructureError, match="factors of shapes"):
         el.refine(weight, structure, [torch.randn(2, 2)])
+
+
+def test_the_page_of_the_docs_runs_and_holds_what_was_measured():
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "projection.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(snippet, "projection.md", "exec"), {})
+    benchmark = runpy.run_path(str(root / "benchmarks" / "projection.py"))
+    assert benchmark["written"](page) == page

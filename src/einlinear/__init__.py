@@ -24,6 +24,7 @@ from einlinear.hf import registration
 from einlinear.scaling import Scale as Scale
 from einlinear.scaling import residual_scale as residual_scale
 from einlinear.scaling import spectral as spectral
+from einlinear.space import candidates as candidates
 from einlinear.structure import Structure as Structure
 from einlinear.structure import StructureError as StructureError
 from einlinear.structures import BLAST as BLAST
@@ -33,6 +34,7 @@ from einlinear.structures import Butterfly as Butterfly
 from einlinear.structures import Dense as Dense
 from einlinear.structures import Kronecker as Kronecker
 from einlinear.structures import LowRank as LowRank
+from einlinear.structures import Mixture as Mixture
 from einlinear.structures import Monarch as Monarch
 from einlinear.structures import TensorTrain as TensorTrain
 from einlinear.structures import Theta as Theta

@@ -115,6 +115,27 @@ def _row(family: el.Family, d_in: int, d_out: int) -> dict[str, Any]:
     }
 
 
+@app.command("candidates")
+def candidates_table(
+    width: Annotated[int, typer.Option(min=4, help="Width of the model.")] = 256,
+    costliest: Annotated[float, typer.Option(help="FLOPs, in those of dense.")] = 1.0,
+    least_rank: Annotated[float, typer.Option(help="Smallest exponent ψ of the rank.")] = 1.0,
+    most_sharing: Annotated[float, typer.Option(help="Largest exponent ω of weight sharing.")] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Structures worth a try: θ, ranks and block counts, each linear map once, pruned by cost and taxonomy."""
+    found = el.candidates(width, costliest=costliest, least_rank=least_rank, most_sharing=most_sharing)
+    if as_json:
+        typer.echo(json.dumps([vars(candidate) for candidate in found], indent=2))
+        return
+    rows = [
+        [c.family, *(f"{value:.3g}" for value in (c.flops, c.parameters, c.psi, c.nu, c.omega)), str(len(c.equivalent))]
+        for c in found
+    ]
+    columns = ("family", "FLOPs", "parameters", "ψ", "ν", "ω", "same maps")
+    _print_table(f"width {width}, of dense", columns, rows)
+
+
 @app.command()
 def describe(
     structure: Annotated[str, typer.Argument(help="A family ('btt(rank=4)') or an einsum ('i, r i, o r -> o').")],
@@ -122,8 +143,11 @@ def describe(
     d_in: Annotated[int, typer.Option("--in", min=1, help="Features of the input (families).")] = 1024,
     d_out: Annotated[int, typer.Option("--out", min=1, help="Features of the output (families).")] = 1024,
     tokens: Annotated[int, typer.Option(min=1, help="How many vectors at once, for the choice of the kernel.")] = 1024,
+    device: Annotated[str, typer.Option(help="cpu or cuda: where it would run.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; by default bfloat16 on cuda.")] = "",
+    measure: Annotated[bool, typer.Option("--measure", help="Also time it, here and now, beside dense.")] = False,
 ) -> None:
-    """One structure: its spec, cost, rank, initialisation and rates, and the kernel that runs it."""
+    """One structure: its spec, cost, rank, initialisation and rates, how long it takes, and the kernel that runs it."""
     if "->" in structure:
         spec = el.Structure.parse(structure, **_sizes(structure, sizes or []))
     else:
@@ -143,7 +167,34 @@ def describe(
     for axes, scale in zip(spec.factors, el.spectral(spec), strict=True):
         fans = f"{scale.slices} × ({scale.fan_in} → {scale.fan_out})"
         typer.echo(f"  factor {' '.join(axes):12} {fans:22} std {scale.std:.3g}, rate × {scale.lr:.3g} of dense")
-    typer.echo(el.explain(spec, tokens=tokens))
+    kind = dtype or ("float32" if device == "cpu" else "bfloat16")
+    plain = el.Dense()(spec.d_in, spec.d_out)
+    if not spec.routed:
+        for mode in ("forward", "training"):
+            mine, other = (el.seconds(s, tokens, device, kind, mode) for s in (spec, plain))
+            typer.echo(
+                f"{mode:11} {_time(mine)} modelled for {tokens:,} tokens, {other / mine:.2f} times as fast as dense"
+            )
+    if measure:
+        from einlinear.lab.bench import bench_structure
+
+        for row in bench_structure(spec, tokens, device, kind):
+            told = f"{row['ratio_to_dense']:.2f} times as fast as dense"
+            typer.echo(f"{row['mode']:11} {_time(row['ms'] / 1e3)} measured on {row['device']}, {told}")
+    typer.echo(el.explain(spec, tokens=tokens, device=device, dtype=_torch_type(kind)))
+
+
+def _time(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} µs"
+
+
+def _torch_type(name: str) -> Any:
+    import torch
+
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"cannot use the type '{name}': torch has none of that name; pass float32 or bfloat16")
+    return found
 
 
 def _sizes(expression: str, sizes: list[str]) -> dict[str, int]:
@@ -185,6 +236,9 @@ def compare(
     resolve: Annotated[
         float, typer.Option(min=1.0, help="The multiplier that a plan should tell from 1 (--plan).")
     ] = 1.25,
+    engine: Annotated[
+        str, typer.Option(help="Whose workers train: processes (of this machine) or ray (a cluster's).")
+    ] = "processes",
     accumulate: Annotated[int, typer.Option(min=1, help="Parts of a batch, one after the other: less memory.")] = 1,
     shard: Annotated[
         bool, typer.Option("--shard", help="Under torchrun: also share out parameters and optimizer state (FSDP2).")
@@ -198,11 +252,17 @@ def compare(
     from einlinear.lab import compare as lab
     from einlinear.lab.data import load
     from einlinear.lab.forecast import forecast
+    from einlinear.lab.machine import Machine
     from einlinear.lab.parallel import World, joined
     from einlinear.lab.store import Store
-    from einlinear.lab.sweep import Machine, follow
+    from einlinear.lab.sweep import follow
 
-    machine = replace(Machine.here(device), accumulate=accumulate, shard=shard)
+    if engine not in ("processes", "ray"):
+        raise ValueError(f"cannot train by the engine '{engine}': pass processes or ray")
+    settings: dict[str, Any] = {"engine": engine, "accumulate": accumulate, "shard": shard}
+    if shard:
+        settings["graphed"] = False
+    machine = replace(Machine.here(device), **settings)
     if workers is not None:
         machine = replace(machine, workers=workers)
     with joined(machine.device) as own_device:
@@ -380,17 +440,14 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     file: Annotated[Path | None, typer.Option(help="Also write the rows as CSV.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Also draw speed against FLOPs saved: .svg or .png.")] = None,
 ) -> None:
     """Times layers against dense ones of the same widths, in one process: ratios of medians."""
     import csv
 
-    import torch
-
     from einlinear.lab.bench import bench
 
-    kind = getattr(torch, dtype, None)
-    if not isinstance(kind, torch.dtype):
-        raise ValueError(f"cannot time layers of dtype '{dtype}': torch has no such type; pass float32 or bfloat16")
+    kind = _torch_type(dtype)
     families = [el.structure(text) for text in structure or ["btt", "monarch(blocks=16)", "low_rank", "kronecker"]]
     rows = bench(families, _numbers("widths", widths, int), _numbers("tokens", tokens, int), device, kind)
     shown = ("family", "d_in", "tokens", "mode", "ms", "ratio_to_dense", "flop_ratio", "floor_ms", "reach")
@@ -401,6 +458,11 @@ def bench(
             writer = csv.DictWriter(opened, rows[0].keys())
             writer.writeheader()
             writer.writerows(rows)
+    if figure:
+        from einlinear.lab.speed import speed_figure
+
+        speed_figure(rows, figure)
+        typer.echo(f"figure: {figure}")
 
 
 @app.command()

@@ -128,7 +128,7 @@ def chain(structure: Structure, tokens: int, here: Machine, training: bool) -> f
         weights = slices * made * summed
         work = 2.0 * weights * structure.size(step.passive) * tokens
         moved = here.bytes * (weights + tokens * (state + result))
-        rate = min(here.matmul, here.narrow * math.sqrt(made * summed)) if slices > 1 else here.matmul
+        rate = min(0.7 * here.matmul, here.narrow * math.sqrt(made * summed)) if slices > 1 else here.matmul
         fixed = here.batch if slices > 1 else here.launch + _latency(here, made, summed)
         each = fixed + _both(here, work / rate, moved / here.memory)
         if here.tiny and not isinstance(found, str) and found[k].spec == "bkq,nk->bnq":  # one small matmul a token
@@ -156,7 +156,9 @@ def tiles(structure: Structure, tokens: int, here: Machine, training: bool) -> f
         if training:
             splits = min(32, max(1, tokens // 512)) if tokens > 128 else 1
             moved = here.bytes * tokens * (2 * state + result) + 4 * weights * splits
-            total += 2 * fixed + (here.kernel if splits > 1 else 0) + max(work / (0.8 * rate), moved / here.memory)
+            total += (
+                1.25 * fixed + (1.5 * here.kernel if splits > 1 else 0) + max(work / (0.8 * rate), moved / here.memory)
+            )
     return total
 
 
@@ -183,16 +185,21 @@ def reference(structure: Structure, tokens: int, here: Machine, training: bool) 
 
 def materialised(structure: Structure, tokens: int, here: Machine, training: bool) -> float:
     """W is made, and then multiplied."""
-    rows, columns = structure.size(structure.x), structure.size(structure.y)
+    rows, columns, found = structure.size(structure.x), structure.size(structure.y), links(structure)
     whole, bond = here.bytes * rows * columns, math.prod(structure.sizes.values()) / (rows * columns)
     if len(structure.factors) != 2 or bond < 1 or {*structure.x} & {*structure.y}:
         making = reference(structure, rows, here, training)
     elif bond > 16 or here.kernel == 0.0:
-        making = here.launch + max(2 * bond * rows * columns / here.matmul, whole / here.memory)
+        copies = 3 if here is CPU else 1
+        moved = copies * whole + here.bytes * sum(math.prod(shape) for shape in structure.factor_shapes)
+        making = here.launch + _both(here, 2 * bond * rows * columns / here.matmul, moved / here.memory)
         making *= 3 if training else 1
     else:
         making = here.kernel + (1 + 0.2 * bond) * whole / here.memory
-        making *= 2.5 if training else 1
+        if training and not isinstance(found, str) and [link.spec for link in found] == [INTO, OUT_OF]:
+            making *= 2.5
+        elif training:  # gradients by several contractions of W's
+            making += 12e-6 + 23 * whole / here.memory
     return making + dense_seconds(rows, columns, tokens, here, training)
 
 

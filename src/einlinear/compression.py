@@ -150,6 +150,7 @@ def compress(
     plan: Mapping[str, Family | None] | None = None,
     target_modules: str | Sequence[str] | None = None,
     exclude_modules: str | Sequence[str] = (),
+    sweeps: int = 100,
     work: Work | None = None,
     progress: Progress = lambda doing, done, total: None,
 ) -> tuple[Allocation | None, Report]:
@@ -171,6 +172,7 @@ def compress(
         calibration: batches to run the model on: tensors, or dicts of keywords, or tuples of arguments.
         plan: what becomes of each layer, in place of an allocation (`einlinear.read_plan`).
         target_modules, exclude_modules: as in `einlinear.convert`.
+        sweeps: rounds of alternating least squares at most, for each layer whose projection has no closed form.
         work: where to keep what is done, to go on after an interrupt.
         progress: called as the work goes on.
 
@@ -197,7 +199,7 @@ def compress(
         layers, _ = _targets(model, [*plan], ())
         wanted = {name: layer for name, layer in layers.items() if plan.get(name) is not None}
         moments = {} if calibration is None else _moments(model, wanted, calibration, work, progress)
-    report = apply_plan(model, plan, moments, work=work, progress=progress)
+    report = apply_plan(model, plan, moments, sweeps=sweeps, work=work, progress=progress)
     return allocation, replace(report, skipped={**report.skipped, **skipped})
 
 
@@ -206,6 +208,7 @@ def apply_plan(
     plan: Mapping[str, Family | None],
     moments: Mapping[str, Moments | Tensor],
     *,
+    sweeps: int = 100,
     work: Work | None = None,
     progress: Progress = lambda doing, done, total: None,
 ) -> Report:
@@ -218,9 +221,10 @@ def apply_plan(
         progress("projecting", done, total)
 
         def projected() -> dict[str, Tensor]:
-            return {str(k): factor for k, factor in enumerate(project(weight, structure, moments.get(name)))}
+            found = project(weight, structure, moments.get(name), sweeps=sweeps)
+            return {str(k): factor for k, factor in enumerate(found)}
 
-        kept = work.tensors(f"factors {name} {structure!r} {name in moments}", projected)
+        kept = work.tensors(f"factors {name} {structure!r} {name in moments} {sweeps}", projected)
         done += 1
         return [kept[str(k)] for k in range(len(kept))]
 

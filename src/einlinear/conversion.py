@@ -21,7 +21,7 @@ from einlinear.layer import Linear
 from einlinear.moments import Moments
 from einlinear.projection import project
 from einlinear.structure import Structure, StructureError
-from einlinear.structures import Dense
+from einlinear.structures import Dense, Mixture
 from einlinear.targeting import (
     ALL_LINEAR,
     REGEX,
@@ -110,6 +110,8 @@ def convert(
     moments: Mapping[str, Tensor | Moments] | None = None,
     nearest: Nearest | None = None,
     progress: bool = False,
+    experts: int | None = None,
+    active: int | None = None,
 ) -> Report:
     """Replaces linear layers of `model` by structured ones, in place.
 
@@ -153,6 +155,9 @@ def convert(
             outputs (`einlinear.project`).
         nearest: finds the factors in place of `einlinear.project`, called with a layer's name, weight and structure.
         progress: whether to show a progress bar with the time left.
+        experts: how many maps of its family each layer gets, with a router of its own (docs/experts.md); projected,
+            each is the nearest to the weight, and the model computes what it does without experts.
+        active: how many of them each token passes through.
 
     Returns:
         A `Report`; `print` it.
@@ -164,6 +169,12 @@ def convert(
     """
     if weights not in ("project", "init", "reverse"):
         raise ValueError(f"cannot convert a model with weights={weights!r}: pass 'project', 'init' or 'reverse'")
+    if (experts is None) != (active is None) or (experts and weights == "reverse"):
+        raise ValueError(
+            f"cannot convert a model with {experts=}, {active=} and weights={weights!r}: pass both or neither"
+        )
+    if experts is not None and active is not None:
+        rules = _with_experts(rules, experts, active)
     chosen, planned, refused = choose(model, rules, target_modules, exclude_modules, weights)
     unknown = {*(moments or {})} - {name for layer in linear_layers(model) for name in layer.names}
     if unknown:
@@ -226,6 +237,21 @@ def choose(
     return chosen, *_plan(model, chosen, weights)
 
 
+def _with_experts(rules: Rules, experts: int, active: int) -> Rules:
+    """The same rules for mixtures of their families."""
+
+    def mixture(rule: Family | Structure | str | None) -> Family | Structure | None:
+        if isinstance(rule, Structure):
+            return rule.mixture(experts, active=active)
+        return None if rule is None else Mixture(str(rule), experts, active)
+
+    if isinstance(rules, Mapping):
+        return {pattern: mixture(rule) for pattern, rule in rules.items()}
+    mixed = mixture(rules)
+    assert mixed is not None
+    return mixed
+
+
 def _rule(pattern: str, rule: object) -> Rule:
     found = family_of(rule) if isinstance(rule, str) else rule
     if not isinstance(found, Rule):
@@ -264,7 +290,9 @@ def _plan(
         if family is None:
             continue
         if weights == "reverse":
-            if isinstance(layer.module, Linear):
+            if isinstance(layer.module, Linear) and layer.module.structure.routed:
+                refused[layer] = "with experts it is another map for each token"
+            elif isinstance(layer.module, Linear):
                 planned[layer] = layer.module.structure
             else:
                 refused[layer] = "it is dense already"
@@ -358,8 +386,9 @@ def structured(
         new.factors = first.factors
     elif nearest is not None:
         with torch.no_grad():
-            for factor, value in zip(new.factors, nearest(layer.name, old.weight, new.structure), strict=True):
-                factor.copy_(value.reshape(factor.shape))
+            one = new.structure.expert  # what every expert starts as
+            for factor, value in zip(new.factors, nearest(layer.name, old.weight, one), strict=True):
+                factor.view(-1, *value.shape).copy_(value)
     made.setdefault(weight, new)
     for factor in new.factors:
         factor.requires_grad_(weight.requires_grad)
@@ -383,7 +412,8 @@ def _dense_again(old: Linear, made: dict[Tensor, nn.Module]) -> nn.Linear:
 
 def _row(layer: LinearLayer, family: str, new: Linear, project: bool) -> Row:
     structure, d_in, d_out = new.structure, new.in_features, new.out_features
-    sizes = (d_in * d_out, parameters(structure), 2 * d_in * d_out, flops(structure))
+    routing = 0 if new.router is None else new.router.weight.numel()
+    sizes = (d_in * d_out, parameters(structure) + routing, 2 * d_in * d_out, flops(structure) + 2 * routing)
     error = _relative_error(layer.linear.weight, new) if project else None
     return Row(layer.name, family, repr(structure), d_in, d_out, *sizes, error)
 
@@ -400,7 +430,9 @@ def _reversed_row(layer: LinearLayer) -> Row:
 def _relative_error(weight: Tensor, new: Linear) -> float:
     """‖W − Ŵ‖ / ‖W‖ of the factors as they are stored, computed in float32 at least."""
     exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    approximation = dense(new.structure, [factor.to(exact.dtype) for factor in new.factors])
+    one = new.structure.expert  # of experts the first: they start alike
+    first = [factor[: shape[0]] for factor, shape in zip(new.factors, one.matrix_shapes, strict=True)]
+    approximation = dense(one, [factor.to(exact.dtype) for factor in first])
     return float((exact - approximation).norm() / exact.norm()) if exact.any() else 0.0
 
 

@@ -21,17 +21,19 @@ class Family(ABC):
     Subclassing registers the family: it then has a short text (`"btt(rank=4)"`, read by
     `structure`), a row in every table and a place in every law that the tests check. Field names
     are the option names of the command line. `example` holds the settings that tests, tables and
-    benchmarks use; `source` says where the family comes from.
+    benchmarks use; `source` says where the family comes from. One that is not `listed` has a short text only.
     """
 
     example: ClassVar[Mapping[str, object]] = {}
     source: ClassVar[str] = ""
+    listed: ClassVar[bool] = True
 
     @abstractmethod
     def __call__(self, d_in: int, d_out: int) -> Structure:
         """The structure of a map from `d_in` to `d_out` features."""
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, listed: bool = True) -> None:
+        cls.listed = listed
         name = _short_name(cls)
         if name in _families and _families[name].__module__ != cls.__module__:
             raise TypeError(
@@ -63,7 +65,7 @@ class Family(ABC):
 
 def families() -> tuple[Family, ...]:
     """Every family that has been imported, with its example settings, by name."""
-    return tuple(cls(**cls.example) for _, cls in sorted(_families.items()))
+    return tuple(cls(**cls.example) for _, cls in sorted(_families.items()) if cls.listed)
 
 
 def structure(text: str) -> Family:

@@ -6,9 +6,10 @@ from torch import Tensor, nn
 from einlinear.contract import dense
 from einlinear.family import Family
 from einlinear.family import structure as family_of
-from einlinear.kernels import plan
+from einlinear.kernels import Routing, plan, routed_plan
 from einlinear.moments import Moments
 from einlinear.projection import project
+from einlinear.routing import Router
 from einlinear.scaling import spectral
 from einlinear.structure import Structure, StructureError
 
@@ -33,12 +34,20 @@ class Linear(nn.Module):
             (weight normalisation of docs/mathematics.md section 2; `_norm` in Searching for Efficient Linear Layers).
         zero: whether the layer starts at zero, as it should where it is the last of a residual branch. It is the
             first factor that does: zero in the last one trains much worse (benchmarks/zero_init.py).
+        experts: how many maps of the family the layer holds; each token passes through those that a
+            router chooses (docs/experts.md). None where the family is all there is.
+        active: how many experts each token passes through.
+        router: of a layer with experts: None for a new `Router(d_in, experts, active)`, a router made
+            with other options, or False where its choices come from elsewhere, as `layer(x, routing)`:
+            layers that read the same input, such as queries, keys and values, share one routing so.
+        shared: whether a layer with experts has one more map of the family, for every token.
 
     Shape:
         `[..., d_in]` to `[..., d_out]`.
 
     Raises:
-        StructureError: where the family cannot be had at these widths, or an input does not fit.
+        StructureError: where the family cannot be had at these widths, an input does not fit, or a layer
+            without a router is applied without a routing.
     """
 
     structure: Structure
@@ -54,11 +63,19 @@ class Linear(nn.Module):
         *,
         cap: bool = False,
         zero: bool = False,
+        experts: int | None = None,
+        active: int | None = None,
+        router: Router | bool | None = None,
+        shared: bool = False,
     ) -> None:
         super().__init__()
-        self.structure = _structure(d_in, d_out, family)
+        self.structure = _structure(d_in, d_out, family, experts, active, shared)
         self.in_features, self.out_features, self.zero = d_in, d_out, zero
-        self._plan = plan(self.structure)
+        self._plan = None if self.structure.routed else plan(self.structure)
+        self._routed_plan = routed_plan(self.structure) if self.structure.routed else None
+        self.router = _router(self.structure, router, device, dtype)
+        one = self.structure.expert
+        self.shared = Linear(d_in, d_out, one, False, device, dtype, cap=cap, zero=zero) if shared else None
         self._ceilings = tuple(scale.std for scale in spectral(self.structure))
         shapes = self.structure.matrix_shapes
         self.factors = nn.ParameterList(torch.empty(shape, device=device, dtype=dtype) for shape in shapes)
@@ -76,6 +93,9 @@ class Linear(nn.Module):
             nn.init.ones_(self.gains)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+        for module in (self.router, self.shared):
+            if module is not None:
+                module.reset_parameters()
 
     def effective_factors(self) -> list[Tensor]:
         """The factors as they are applied: capped where the layer has a cap."""
@@ -84,8 +104,22 @@ class Linear(nn.Module):
         capped = zip(self.factors, self.gains, self._ceilings, strict=True)
         return [factor * (gain / _excess(factor, ceiling)).to(factor.dtype) for factor, gain, ceiling in capped]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._plan(*self.operands(x)).contiguous()
+    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
+        if self._routed_plan is None:
+            if routing is not None:
+                raise StructureError(f"cannot apply a layer of {self.structure!r} with a routing: it has no experts")
+            assert self._plan is not None
+            return self._plan(*self.operands(x)).contiguous()
+        if routing is None:
+            if self.router is None:
+                raise StructureError(
+                    f"cannot apply a layer of {self.structure!r} without a gate: it was made with router=False, so "
+                    f"pass layer(x, routing) with the routing that a Router made of the same tokens"
+                )
+            routing = self.router(x)
+        factors, tokens, bias = self.operands(x)
+        y = self._routed_plan(factors, tokens, routing, bias)
+        return (y if self.shared is None else y + self.shared(x)).contiguous()
 
     def operands(self, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor | None]:
         """The effective factors, `x` and the bias, in autocast's type where that is on."""
@@ -101,24 +135,42 @@ class Linear(nn.Module):
 
     @classmethod
     def from_dense(
-        cls, linear: nn.Linear, family: Family | Structure | str, moments: Tensor | Moments | None = None
+        cls,
+        linear: nn.Linear,
+        family: Family | Structure | str,
+        moments: Tensor | Moments | None = None,
+        *,
+        experts: int | None = None,
+        active: int | None = None,
     ) -> "Linear":
         """The layer nearest to a dense one (`einlinear.project`), bias kept.
 
         Nearest in Frobenius norm or, given second moments of the inputs, in the mean square of the outputs.
+        Each of its experts is that map, and weights of experts sum to one: the layer starts as without experts
+        (sparse upcycling, Komatsuzaki et al. 2022, https://arxiv.org/abs/2212.05055).
         """
         weight = linear.weight
-        options = {"device": weight.device, "dtype": weight.dtype}
+        options = {"device": weight.device, "dtype": weight.dtype, "experts": experts, "active": active}
         new = cls(linear.in_features, linear.out_features, family, linear.bias is not None, **options)  # type: ignore[arg-type]
+        one = new.structure.expert
         with torch.no_grad():
-            for factor, value in zip(new.factors, project(weight, new.structure, moments), strict=True):
-                factor.copy_(value.reshape(factor.shape))
+            for factor, value in zip(new.factors, project(weight, one, moments), strict=True):
+                factor.view(-1, *value.shape).copy_(value)
             if new.bias is not None:
                 new.bias.copy_(linear.bias)
         return new
 
     def to_dense(self) -> nn.Linear:
-        """A `torch.nn.Linear` that computes the same."""
+        """A `torch.nn.Linear` that computes the same.
+
+        Raises:
+            StructureError: for a layer with experts: it is no linear map.
+        """
+        if self.structure.routed:
+            raise StructureError(
+                f"cannot make a dense layer of {self.structure!r}: with experts it is another map for each token; "
+                f"einlinear.dense(structure, factors, gate) is the matrix of one gate"
+            )
         like = self.factors[0]
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device=like.device, dtype=like.dtype
@@ -134,7 +186,9 @@ class Linear(nn.Module):
         return ", ".join([repr(self.structure), *(f"{name}={value}" for name, value in options.items())])
 
 
-def _structure(d_in: int, d_out: int, family: Family | Structure | str) -> Structure:
+def _structure(
+    d_in: int, d_out: int, family: Family | Structure | str, experts: int | None, active: int | None, shared: bool
+) -> Structure:
     """What to build, with its factors stored as matrices."""
     if isinstance(family, str):
         family = family_of(family)
@@ -144,12 +198,31 @@ def _structure(d_in: int, d_out: int, family: Family | Structure | str) -> Struc
             f"cannot make a layer from {d_in} to {d_out} features: {found!r} maps {found.d_in} to {found.d_out}; "
             f"pass its own widths, or declare padding by .pad(d_in=..., d_out=...)"
         )
-    if found.routed:
-        raise StructureError(
-            f"cannot make a layer of {found!r}: a routed structure needs a gate for each token; "
-            f"apply it by einlinear.apply(structure, factors, x, gate)"
-        )
+    if (experts is None) != (active is None):
+        raise StructureError(f"cannot make a layer with {experts=} and {active=}: pass both, or neither")
+    if experts is not None and active is not None:
+        found = found.mixture(experts, active=active)
+    if shared and not found.routed:
+        raise StructureError(f"cannot make a layer of {found!r} with a shared expert: pass experts= and active= too")
     return found.canonical
+
+
+def _router(
+    structure: Structure, router: Router | bool | None, device: torch.device | str | None, dtype: torch.dtype | None
+) -> Router | None:
+    if structure.routed is None:
+        if router:
+            raise StructureError(f"cannot make a layer of {structure!r} with a router: pass experts= and active= too")
+        return None
+    experts, active = structure.sizes[structure.routed], structure.active
+    if isinstance(router, Router):
+        if (router.d_in, router.experts, router.active) != (structure.d_in, experts, active):
+            raise StructureError(
+                f"cannot make a layer of {structure!r} with {router}: it needs one of {structure.d_in} features "
+                f"for {active} of {experts} experts"
+            )
+        return router
+    return None if router is False else Router(structure.d_in, experts, active, device=device, dtype=dtype)
 
 
 def _excess(factor: Tensor, ceiling: float) -> Tensor:

@@ -39,6 +39,8 @@ class Link:
 @lru_cache(maxsize=4096)
 def links(structure: Structure) -> tuple[Link, ...] | str:
     """The chain of a canonical structure, or why there is none without a copy."""
+    if structure.routed:
+        return "its routed axis takes a gate"
     if structure.canonical.factors != structure.factors:
         return "its factors are not written in the order batch, new, summed; use structure.canonical"
     if any(step.inner for step in structure.steps):

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 
@@ -90,17 +91,18 @@ class Muon(torch.optim.Optimizer):
                 self._adamw_step(group, trained)
         return loss
 
-    def _orthogonal_step(self, group: dict[str, Any], trained: Sequence[Tensor]) -> None:
+    def _orthogonal_step(self, group: dict[str, Any], trained: list[Tensor]) -> None:
         for parameter in trained:
-            gradient = parameter.grad
-            assert gradient is not None
-            state = self.state[parameter]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(gradient)
-            momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-            update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(orthogonalize(update), alpha=-group["lr"])
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+        momenta = [self.state[parameter]["momentum_buffer"] for parameter in trained]
+        if not trained:
+            return
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(gradients, momenta, group["momentum"]) if group["nesterov"] else momenta
+        torch._foreach_mul_(trained, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(trained, _orthogonalized(ahead), alpha=-group["lr"])
 
     def _adamw_step(self, group: dict[str, Any], trained: list[Tensor]) -> None:
         for parameter in trained:
@@ -124,3 +126,19 @@ class Muon(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def _orthogonalized(updates: Sequence[Tensor]) -> list[Tensor]:
+    """Each update by `orthogonalize`, all matrices of one shape together: a few launches, however many layers."""
+    made = list(updates)
+    alike: dict[object, list[int]] = {}
+    for position, update in enumerate(updates):
+        # Sharded ones stay where they lie.
+        kind = position if isinstance(update, DTensor) else (update.shape[-2:], update.dtype, update.device)
+        alike.setdefault(kind, []).append(position)
+    for positions in alike.values():
+        stacks = [updates[position].reshape(-1, *updates[position].shape[-2:]) for position in positions]
+        joint = orthogonalize(torch.cat(stacks) if len(stacks) > 1 else stacks[0])
+        for position, stack in zip(positions, joint.split([len(stack) for stack in stacks]), strict=True):
+            made[position] = stack.reshape(updates[position].shape)
+    return made

@@ -14,14 +14,15 @@ from torch.optim import AdamW, Optimizer
 
 from einlinear.kernels import explain
 from einlinear.layer import Linear
+from einlinear.routing import Router
 from einlinear.scaling import rule, spectral
 from einlinear.structure import Structure
 from einlinear.structures import Dense
 
-Role = Literal["hidden", "embedding", "readout", "vector", "scalar", "gain"]
+Role = Literal["hidden", "embedding", "readout", "vector", "scalar", "gain", "router"]
 """What a parameter is to the width: `hidden` maps width to width, `embedding` a fixed number of
 features to width, `readout` width to a fixed number; a `vector` grows with the width, a `scalar`
-does not, and a `gain` is a scalar that is never decayed."""
+does not, a `gain` is a scalar that is never decayed, and a `router` chooses among experts."""
 
 Group = dict[str, Any]
 
@@ -123,7 +124,7 @@ def parameter_groups(
     for use in _resolved(model, readout, roles or {}):
         # Muon orthogonalises what maps width to width; AdamW updates the rest.
         by = "adamw" if optimizer == "muon" and use.role != "hidden" else optimizer
-        depth = depth_mult if use.in_block and use.role not in ("embedding", "readout", "gain") else 1.0
+        depth = depth_mult if use.in_block and use.role not in ("embedding", "readout", "gain", "router") else 1.0
         mult = _width_rate(use, by, width_mult) * _depth_rate(by, depth, depth_alpha)
         first, known = seen.setdefault(id(use.parameter), (use.name, mult))
         if known != mult:
@@ -149,7 +150,7 @@ def parameter_groups(
 def _width_rate(use: _Use, optimizer: str, width_mult: float) -> float:
     """The multiplier of the base rate: that of the dense layer, times that of the factor in it."""
     of = rule(optimizer)
-    if use.role in ("scalar", "gain"):
+    if use.role in ("scalar", "gain", "router"):
         return 1.0
     if use.role != "hidden":
         dense = of.of_vector(width_mult)
@@ -173,12 +174,12 @@ def _depth_rate(optimizer: str, depth_mult: float, alpha: float) -> float:
 
 def _gradient_size(use: _Use, width_mult: float) -> float:
     """How the gradient's entries scale: the loss is shared out over the outputs of a layer, or of a factor."""
-    if use.role in ("scalar", "gain"):
+    if use.role in ("scalar", "gain", "router"):
         return 1.0
     if use.structure is None or use.index is None:
         return 1 / width_mult
-    slices, out, _ = use.structure.matrix_shapes[use.index]
-    return use.structure.d_out / (slices * out) / width_mult
+    scale = spectral(use.structure)[use.index]  # of one expert, where there are several
+    return use.structure.d_out / (scale.slices * scale.fan_out) / width_mult
 
 
 def _resolved(model: nn.Module, readout: str | Sequence[str] | None, roles: Mapping[str, Role]) -> Iterator[_Use]:
@@ -246,6 +247,8 @@ def _own(name: str, module: nn.Module) -> Iterator[_Use]:
             )
         if isinstance(module, Linear) and local == "gains":
             yield _Use(name, local, parameter, "gain")
+        elif isinstance(module, Router):
+            yield _Use(name, local, parameter, "router")
         elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             yield _Use(name, local, parameter, "embedding")
         elif parameter.ndim <= 1 or local in ("bias_k", "bias_v"):

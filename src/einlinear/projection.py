@@ -92,8 +92,7 @@ def _weighted(plain: Target, target: Target, sweeps: int, tolerance: float | Non
         guess[reader] = torch.zeros_like(guess[reader])
         for _ in range(2):  # the second takes back the first one's ridge
             guess[reader] = plain.improved(guess, reader)
-        elsewhere = {axis for axes in (s.y, *s.factors[:reader], *s.factors[reader + 1 :]) for axis in axes}
-        if closed_form(s) and not elsewhere & {*s.x}:
+        if closed_form(s) and not _blocks_of_inputs(s, reader):
             return balanced(s, guess)
         starts.append(guess)
     start = min(starts, key=target.error)
@@ -159,6 +158,36 @@ def nested(structure: Structure) -> bool:
     return True
 
 
+def _blocks_of_inputs(structure: Structure, reader: int) -> bool:
+    """Whether the factor `reader` keeps some inputs apart: moments between those have no closed form."""
+    elsewhere = (structure.y, *structure.factors[:reader], *structure.factors[reader + 1 :])
+    return any(axis in axes for axes in elsewhere for axis in structure.x)
+
+
+def discarded(target: Target) -> tuple[Tensor | None, bool]:
+    """The squared errors of the nearest matrices of each rank, from 0 on, and whether that is what they are.
+
+    None where splitting is not the optimum even without moments. With moments that have no closed form, the errors
+    are those that there would be without moments between blocks of inputs, or without any.
+    """
+    s = target.structure
+    if len(s.factors) != 2 or not closed_form(s):
+        return None, False
+    exact = True
+    if target.gram is not None:
+        white = target.whitened()
+        exact = white is not None and not _blocks_of_inputs(s, white[0])
+        target = Target(target.weight if white is None else white[1], s)
+    axes, blocks = target.blocks()
+    groups, _ = _parting(s, 0, axes)
+    matrix = _unfolded(s, axes, blocks, groups)
+    if matrix.shape[-2] > matrix.shape[-1]:
+        matrix = matrix.mH
+    squares = torch.linalg.eigvalsh(matrix @ matrix.mH).clamp_min(0).sum(0)
+    outside = target.norm(target.weight) ** 2 - float(squares.sum())
+    return torch.cat([squares.cumsum(0).flip(0), squares.new_zeros(1)]) + max(outside, 0.0), exact
+
+
 def split(structure: Structure, axes: Axes, rest: Tensor, short: bool = False) -> list[Tensor]:
     """Splits off one factor at a time by a batched truncated SVD.
 
@@ -169,20 +198,30 @@ def split(structure: Structure, axes: Axes, rest: Tensor, short: bool = False) -
     """
     factors: list[Tensor] = []
     for position, factor in enumerate(structure.factors[:-1]):
-        later = {axis for other in structure.factors[position + 1 :] for axis in other}
-        shared = tuple(axis for axis in factor if axis in later)
-        batch = tuple(axis for axis in shared if axis in axes)
-        bond = tuple(axis for axis in shared if axis not in axes)
-        rows = tuple(axis for axis in factor if axis not in later and axis in axes)
-        columns = tuple(axis for axis in axes if axis not in factor)
-        matrix = contract([axes], [rest], batch + rows + columns)
-        matrix = matrix.reshape([structure.size(group) for group in (batch, rows, columns)])
-        left, right = _truncate(matrix, structure.size(bond), short)
+        groups, bond = _parting(structure, position, axes)
+        batch, rows, columns = groups
+        left, right = _truncate(_unfolded(structure, axes, rest, groups), structure.size(bond), short)
         factors.append(_spread(structure, left, batch + rows + bond, factor))
         axes = batch + bond + columns
         rest = right.reshape(structure.shape(axes))
     factors.append(_spread(structure, rest, axes, structure.factors[-1]))
     return factors
+
+
+def _parting(structure: Structure, position: int, axes: Axes) -> tuple[tuple[Axes, Axes, Axes], Axes]:
+    """How a factor parts the axes of what is left: those shared, its own, the others'; and the bond."""
+    factor = structure.factors[position]
+    later = {axis for other in structure.factors[position + 1 :] for axis in other}
+    batch = tuple(axis for axis in factor if axis in later and axis in axes)
+    rows = tuple(axis for axis in factor if axis not in later and axis in axes)
+    columns = tuple(axis for axis in axes if axis not in factor)
+    return (batch, rows, columns), tuple(axis for axis in factor if axis in later and axis not in axes)
+
+
+def _unfolded(structure: Structure, axes: Axes, tensor: Tensor, groups: tuple[Axes, Axes, Axes]) -> Tensor:
+    """`tensor` as a batch of matrices."""
+    batch, rows, columns = groups
+    return contract([axes], [tensor], batch + rows + columns).reshape([structure.size(group) for group in groups])
 
 
 def _truncate(matrix: Tensor, rank: int, short: bool) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from einlinear.contract import Factors, shaped
+from einlinear.contract import Factors, check, shaped
 from einlinear.moments import Moments, second_moments
 from einlinear.network import contract
 from einlinear.solving import conjugate_gradients, inverse, solve, square_root
@@ -55,6 +55,7 @@ def refine(
         StructureError: as `project`, and for factors that are not those of the structure.
     """
     target = Target(weight, structure, moments)
+    check(structure, factors, torch.empty(0, structure.d_in))
     start = [factor.detach().to(target.weight) for factor in shaped(structure, factors)]
     found, _ = descend(target, start, sweeps, tolerance)
     return [factor.to(weight.dtype) for factor in found]

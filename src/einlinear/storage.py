@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from einlinear.layer import Linear
+from einlinear.routing import Router
 from einlinear.scaling import spectral
 from einlinear.structure import Structure, StructureError
 
@@ -31,12 +32,17 @@ def layer_spec(layer: Linear) -> LayerSpec:
     """
     structure = layer.structure
     known = {f"factors.{k}" for k in range(len(structure.factors))} | {"gains", "bias"}
-    if unknown := sorted({*layer.state_dict()} - known):
+    of_experts = ("router.", "shared.") if structure.routed else ()
+    if unknown := sorted(name for name in {*layer.state_dict()} - known if not name.startswith(of_experts)):
         raise StructureError(
             f"cannot describe a layer of {structure!r}: it has the parameters {', '.join(unknown)}, "
             f"which the format has no place for"
         )
-    return {
+    routing: LayerSpec = {}
+    if structure.routed:
+        routing = {"routed": structure.routed, "active": structure.active, "shared": layer.shared is not None}
+        routing["router"] = None if layer.router is None else layer.router.options
+    return routing | {
         "expression": str(structure),
         "sizes": dict(structure.sizes),
         "d_in": structure.d_in,
@@ -55,15 +61,23 @@ def made_layer(spec: LayerSpec, device: torch.device | str | None = None, dtype:
     """
     try:
         structure = Structure.parse(spec["expression"], **spec["sizes"]).pad(d_in=spec["d_in"], d_out=spec["d_out"])
-        return Linear(structure.d_in, structure.d_out, structure, spec["bias"], device, dtype, cap=spec["cap"])
+        options: LayerSpec = {"cap": spec["cap"]}
+        if axis := spec.get("routed"):
+            structure, experts = structure.route(axis, active=spec["active"]), structure.sizes[axis]
+            options |= {"shared": spec["shared"], "router": False}
+            if (router := spec["router"]) is not None:
+                where: LayerSpec = {"device": device, "dtype": dtype}
+                options["router"] = Router(structure.d_in, experts, spec["active"], **router, **where)
+        return Linear(structure.d_in, structure.d_out, structure, spec["bias"], device, dtype, **options)
     except (KeyError, TypeError) as error:
         raise StructureError(f"cannot make a layer of the spec {spec!r}: {error!r}") from None
 
 
 def layer_specs(model: nn.Module) -> dict[str, LayerSpec]:
     """The spec of each structured layer of a model, by each of its names."""
-    named = model.named_modules(remove_duplicate=False)
-    return {name: layer_spec(module) for name, module in named if isinstance(module, Linear)}
+    named = list(model.named_modules(remove_duplicate=False))
+    inside = {module.shared for _, module in named if isinstance(module, Linear)}  # parts of other layers
+    return {n: layer_spec(module) for n, module in named if isinstance(module, Linear) and module not in inside}
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -146,6 +146,32 @@ class Structure:
             )
         return replace(self, routed=axis, active=active)
 
+    def mixture(self, experts: int, *, active: int) -> "Structure":
+        """So many maps of this structure, the experts, of which each token passes through `active`.
+
+        One more axis, carried by every factor and routed: factor k of all experts is one tensor, and
+        the experts of a BTT, a low-rank or a dense map are the same code. docs/mathematics.md section 4.
+        """
+        if self.routed:
+            raise StructureError(
+                f"cannot make experts of {self!r}: its axis '{self.routed}' is routed already, and a map has one such"
+            )
+        if isinstance(experts, bool) or not isinstance(experts, int) or experts < 1:
+            raise StructureError(f"cannot make {experts!r} experts of {self}: pass an integer of at least 1")
+        axis = next(
+            name for name in ("expert", *(f"expert{k}" for k in range(len(self.sizes)))) if name not in self.sizes
+        )
+        factors = tuple((axis, *axes) for axes in self.factors)
+        whole = replace(self, factors=factors, axis_sizes=(*self.axis_sizes, (axis, experts)))
+        return whole.route(axis, active=active)
+
+    @property
+    def expert(self) -> "Structure":
+        """The map of a single entry of the routed axis."""
+        left = tuple(tuple(axis for axis in axes if axis != self.routed) for axes in self.operands)
+        sizes = tuple(pair for pair in self.axis_sizes if pair[0] != self.routed)
+        return replace(self, x=left[0], factors=left[1:-1], y=left[-1], axis_sizes=sizes, routed=None, active=0)
+
     @property
     def operands(self) -> tuple[Axes, ...]:
         """The axes of the input, of each factor and of the output."""
@@ -182,14 +208,20 @@ class Structure:
 
         In this order a factor is a stack of `[slices, out, in]` matrices (`matrix_shapes`), which
         batched matmuls read without a copy, slice-wise optimizers update and sharding by the first
-        dimension keeps whole. The named families are written this way.
+        dimension keeps whole. The named families are written this way. A routed axis comes first in
+        every factor that carries it: the factor is one stack for each expert.
         """
-        return replace(self, factors=tuple((*s.inner, *s.batch, *s.new, *s.summed) for s in self.steps))
+        written = ((*s.inner, *s.batch, *s.new, *s.summed) for s in self.steps)
+        return replace(self, factors=tuple(tuple(sorted(axes, key=lambda a: a != self.routed)) for axes in written))
 
     @property
     def matrix_shapes(self) -> tuple[tuple[int, int, int], ...]:
-        """`(slices, out, in)` of each factor: how often, to what and from what it maps."""
-        return tuple((self.size(s.inner + s.batch), self.size(s.new), self.size(s.summed)) for s in self.steps)
+        """`(slices, out, in)` of each factor: how often, to what and from what it maps; experts are slices."""
+        shapes = []
+        for step in self.steps:
+            out, width = (self.size(axis for axis in axes if axis != self.routed) for axes in (step.new, step.summed))
+            shapes.append((self.size(step.factor) // (out * width), out, width))
+        return tuple(shapes)
 
     def shape(self, axes: Axes) -> tuple[int, ...]:
         """The sizes of `axes`."""

@@ -78,8 +78,8 @@ def stacked_weights(model: nn.Module) -> dict[str, str]:
     They belong to no layer: their owner multiplies by them in a way of its own.
     """
     return {
-        f"{name}.{local}": f"it is a stack of {len(weight)} matrices that {type(module).__name__}.forward multiplies by "
-        f"itself, and belongs to no layer that could be replaced"
+        f"{name}.{local}": f"it is a stack of {len(weight)} matrices that {type(module).__name__}.forward "
+        f"multiplies by itself, and belongs to no layer that could be replaced"
         for name, module in model.named_modules()
         if not isinstance(module, Linear | nn.ParameterList | _ConvNd)
         for local, weight in module.named_parameters(recurse=False)
@@ -88,7 +88,7 @@ def stacked_weights(model: nn.Module) -> dict[str, str]:
 
 
 def peft_patterns(modules: str | Sequence[str]) -> list[str]:
-    """`target_modules` or `exclude_modules` of PEFT as patterns: a list of names, a regular expression, or "all-linear"."""
+    """`target_modules` or `exclude_modules` of PEFT as patterns: names, a regular expression, or "all-linear"."""
     if isinstance(modules, str):
         return [modules if modules == ALL_LINEAR else REGEX + modules]
     return list(modules)

@@ -8,6 +8,10 @@ from einlinear.conversion import Report as Report
 from einlinear.conversion import convert as convert
 from einlinear.curves import candidates as candidates
 from einlinear.curves import error_curve as error_curve
+from einlinear.expert_mlp import MixtureMLP as MixtureMLP
+from einlinear.fusion import Fusion as Fusion
+from einlinear.fusion import fuse_mlps as fuse_mlps
+from einlinear.kernels import Routing as Routing
 from einlinear.kernels import explain as explain
 from einlinear.layer import Linear as Linear
 from einlinear.loading import compress_at_load as compress_at_load
@@ -21,6 +25,12 @@ from einlinear.optim import TrainerOptimizer as TrainerOptimizer
 from einlinear.optim import parameter_groups as parameter_groups
 from einlinear.projection import project as project
 from einlinear.refinement import refine as refine
+from einlinear.routing import Router as Router
+from einlinear.routing import RouterStatistics as RouterStatistics
+from einlinear.routing import balance_loss as balance_loss
+from einlinear.routing import rebalance as rebalance
+from einlinear.routing import router_statistics as router_statistics
+from einlinear.shared import Together as Together
 from einlinear.shared import shared_input as shared_input
 from einlinear.skeleton import Skeleton as Skeleton
 from einlinear.skeleton import cur as cur

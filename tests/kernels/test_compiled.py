@@ -9,9 +9,12 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: it compiles these kernels")
 
-SHARED, REGISTER_SPILLS = 227 * 1024, 512
-"""Bytes of shared memory a program may have, and bytes a thread may spill: the junction's backward, all
-accumulators in registers, spills some 300 and is faster than variants that spill nothing (benchmarks/NOTES.md)."""
+SHARED = 227 * 1024
+"""Bytes of shared memory that a program may have."""
+
+SPILLS = {"junction_backward": 512, "junction_backward gated": 1024}
+"""Bytes that a thread may spill: the junction's backward, all accumulators in registers, spills some 250, and 750 with
+a gate, and is faster than variants that spill less (benchmarks/NOTES.md)."""
 
 # In a process of its own: this one interprets kernels, and Triton decides that once.
 SCRIPT = """
@@ -19,31 +22,83 @@ import json, os, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from einlinear.kernels import tiles
+from einlinear.kernels import tiles, tiles_junction, tiles_pair, tiles_product, tiles_sets
 
-stage = dict(OUT=64, IN=64, BLOCK_OUT=64, BLOCK_IN=64, BLOCK_TOKENS=128, HAS_BIAS=False)
-into = dict(X_MINOR=False, Y_MINOR=True, x_feature=1, y_token=1)
-out = dict(X_MINOR=True, Y_MINOR=False, x_token=1, y_feature=1)
+half, sums = "*bf16", "*fp32"
 alone = dict(LEADS=False, FOLLOWS=False)
-junction = dict(IN=64, HIDDEN=256, OUT=64, BLOCK_IN=64, BLOCK_OUT=64, ACTIVATION="relu2", HAS_BIAS=False)
+
+def stage(parts=1, **more):
+    blocks = (64,) * parts
+    return dict(OUTS=blocks, IN=64, BLOCK_OUTS=blocks, BLOCK_IN=64, BLOCK_TOKENS=128, HAS_BIAS=False) | more
+
+def junction(parts, hidden, activation, **more):
+    return dict(IN=64, HIDDEN=hidden, OUT=64, BLOCK_IN=64, BLOCK_OUT=64, ACTIVATION=activation) | more
+
+def sets(**more):
+    return dict(SLICES=64, OUT=64, BLOCK_OUT=64, EXPERTS=16, ACTIVE=2) | more
+
+ins, state = dict(IN=64, BLOCK_IN=64), dict(STATE=64, BLOCK_STATE=64)
+into = dict(X_MINOR=False, Y_MINOR=True, x_feature=1)
+out = dict(X_MINOR=True, Y_MINOR=False, x_token=1)
+# Kernel, constants, how many tensors in each tuple of them, warps, pipeline stages.
 cases = {
-    "stage_forward into": (tiles.stage_forward, stage | into | alone, 4, 3),
-    "stage_forward out": (tiles.stage_forward, stage | out | alone, 4, 3),
-    "stage_forward follows": (tiles.stage_forward, stage | out | dict(LEADS=False, FOLLOWS=True), 4, 1),
-    "stage_backward into": (tiles.stage_backward, stage | into | dict(dx_feature=1), 8, 3),
-    "stage_backward out": (tiles.stage_backward, stage | out | dict(dx_token=1), 8, 3),
-    "junction_forward": (tiles.junction_forward, junction | dict(BLOCK_HIDDEN=128, BLOCK_TOKENS=64), 4, 3),
-    "junction_backward": (tiles.junction_backward, junction | dict(BLOCK_HIDDEN=64, BLOCK_TOKENS=128), 8, 2),
+    "stage_forward into": (tiles.stage_forward, stage() | into | alone | dict(y_token=1), 1, 4, 3),
+    "stage_forward out": (tiles.stage_forward, stage() | out | alone | dict(y_feature=1), 1, 4, 3),
+    "stage_forward follows": (
+        tiles.stage_forward, stage() | out | dict(y_feature=1, LEADS=False, FOLLOWS=True), 1, 4, 1),
+    "stage_forward of three": (tiles.stage_forward, stage(3) | into | alone | dict(y_token=1), 3, 4, 3),
+    "stage_backward into": (tiles.stage_backward, stage() | into | dict(dx_feature=1, y_tokens_apart=(1,)), 1, 8, 3),
+    "stage_backward out": (tiles.stage_backward, stage() | out | dict(dx_token=1, y_features=(1,)), 1, 8, 3),
+    "stage_backward of three": (
+        tiles.stage_backward, stage(3) | into | dict(dx_feature=1, y_tokens_apart=(1, 1, 1)), 3, 8, 3),
+    "junction_forward": (
+        tiles_junction.junction_forward, junction(1, 256, "relu2", BLOCK_HIDDEN=128, BLOCK_TOKENS=64), 1, 4, 3),
+    "junction_forward gated": (
+        tiles_junction.junction_forward, junction(2, 128, "silu", BLOCK_HIDDEN=128, BLOCK_TOKENS=64), 2, 4, 3),
+    "junction_backward": (
+        tiles_junction.junction_backward, junction(1, 256, "relu2", BLOCK_HIDDEN=64, BLOCK_TOKENS=128), 1, 8, 2),
+    "junction_backward gated": (
+        tiles_junction.junction_backward, junction(2, 128, "silu", BLOCK_HIDDEN=64, BLOCK_TOKENS=128), 2, 8, 2),
+    "pair_token of three": (
+        tiles_pair.pair_token, dict(G=64, A=64, RS=(1,) * 3, FS=(64,) * 3, ES=(64,) * 3, BLOCK_STATES=(64,) * 3,
+                                    BLOCK_A=64, BLOCK_ES=(64,) * 3), 3, 8, 3),
+    "product_blocks": (
+        tiles_product.product_blocks, dict(G=32, A=32, R=4, F=32, E=32, BLOCK_A=32, BLOCK_E=32), 1, 1, 3),
+    "route_forward": (
+        tiles_sets.route_forward, dict(EXPERTS=16, ACTIVE=2, TIE=1e-6, BLOCK_EXPERTS=16, BLOCK_TOKENS=64,
+                                       BLOCK_WIDTH=128, SPLIT=True, HAS_BIAS=True), 1, 4, 3),
+    "into_forward of experts": (tiles_sets.into_forward, sets(**ins, BLOCK=128), 1, 4, 1),
+    "out_forward of experts": (tiles_sets.out_forward, sets(**state, BLOCK=64, HAS_BIAS=False), 1, 4, 2),
+    "out_backward of experts": (tiles_sets.out_backward, sets(**state, TILE=64, SPLITS=1), 1, 4, 3),
+    "into_backward_input of experts": (tiles_sets.into_backward_input, sets(**ins, BLOCK=128), 1, 4, 1),
+    "into_backward_weight of experts": (tiles_sets.into_backward_weight, sets(**ins, TILE=64, SPLITS=1), 1, 4, 3),
 }
-sums = {"dweight", "dup", "ddown", "dbias"}
-tensors = {"x", "weight", "bias", "y", "grad", "dx", "z", "up", "down", "dz"}
+tuples = {"weights", "ys", "grads", "dweights", "y_slices", "y_features", "y_tokens_apart", "zs", "ups", "dzs", "dups",
+          "firsts", "seconds"}
+none = {"biases", "dbiases"}
+accumulated = {"dweight", "dweights", "dups", "ddown", "dbias"}
+accumulated |= {"dfirst", "dsecond", "dgate", "gates", "logits", "chosen"}
+integers = {"index", "totals", "run_set", "runs", "token_of", "listed"}
+tensors = {"x", "z", "dz", "weight", "bias", "y", "grad", "dx", "down", "first", "second"} | tuples
+numbers = {"y_slices", "y_features", "y_tokens_apart"}
 ptxas = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/ptxas")
-for name, (kernel, constants, warps, stages) in cases.items():
-    kinds = {n: "constexpr" if n in constants else "*fp32" if n in sums else "*bf16" if n in tensors else "i32"
-             for n in kernel.arg_names}
-    positions = {n: (i,) for i, n in enumerate(kernel.arg_names)}
-    aligned = {positions[n]: [["tt.divisibility", 16]] for n in kinds if kinds[n] != "constexpr"}
-    source = ASTSource(kernel, kinds, {positions[n]: value for n, value in constants.items()}, aligned)
+for name, (kernel, constants, parts, warps, stages) in cases.items():
+    kinds, aligned = {}, {}
+    for position, argument in enumerate(kernel.arg_names):
+        kind = sums if argument in accumulated else half if argument in tensors - numbers else "i32"
+        kind = "*i64" if argument == "index" else "*i32" if argument in integers else kind
+        if argument in constants:
+            kinds[argument] = "constexpr"
+        elif argument in none:
+            kinds[argument] = ()
+        elif argument in tuples:
+            kinds[argument] = (kind,) * parts
+            aligned |= {(position, part): [["tt.divisibility", 16]] for part in range(parts)}
+        else:
+            kinds[argument] = kind
+            aligned[position,] = [["tt.divisibility", 16]]
+    places = {argument: position for position, argument in enumerate(kernel.arg_names)}
+    source = ASTSource(kernel, kinds, {(places[n],): value for n, value in constants.items()}, aligned)
     made = triton.compile(source, GPUTarget("cuda", 90, 32), dict(num_warps=warps, num_stages=stages))
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(made.asm["ptx"])
@@ -60,9 +115,10 @@ def test_kernels_use_the_matrix_units_and_fit() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     ran = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
-    kernels = [json.loads(line) for line in ran.stdout.splitlines()]
-    assert len(kernels) == 7
-    for kernel in kernels:
-        assert kernel["wgmma"] > 0, kernel
+    kernels = {kernel["name"]: kernel for kernel in map(json.loads, ran.stdout.splitlines())}
+    assert len(kernels) == 19
+    for name, kernel in kernels.items():
+        # For one token, and for W, there is nothing to multiply by tiles.
+        assert (kernel["wgmma"] > 0) == (not name.startswith(("pair", "product"))), kernel
         assert kernel["shared"] <= SHARED, kernel
-        assert kernel["spilled"] <= (REGISTER_SPILLS if kernel["name"] == "junction_backward" else 0), kernel
+        assert kernel["spilled"] <= SPILLS.get(name, 0), kernel

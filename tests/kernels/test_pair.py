@@ -6,7 +6,7 @@ import einlinear as el
 from einlinear.kernels import pair as module
 from einlinear.kernels.chain import Tiles
 from einlinear.kernels.kernel import CUDA_HALF
-from einlinear.kernels.pair import AGAIN, Pair, pair
+from einlinear.kernels.pair import Pair, pair
 
 pytest.importorskip("triton", reason="Triton is not installed: its interpreter runs these kernels")
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -23,7 +23,7 @@ def test_a_layer_in_one_launch_is_the_reference_forward_and_each_gradient(
     structure = family(*widths).canonical
     assert Pair().refuses(structure, CUDA_HALF) is None
     tokens = 3 if way == "token" else 41
-    monkeypatch.setattr(module, "AGAIN", AGAIN if way == "token" else 0)
+    monkeypatch.setattr(module, "AGAIN", module.AGAIN if way == "token" else 0)
     x = torch.randn(tokens, widths[0], requires_grad=True)
     factors = [torch.randn(shape, requires_grad=True) for shape in structure.matrix_shapes]
     added = torch.randn(widths[1], requires_grad=True) if bias else None
@@ -65,11 +65,11 @@ def test_pair_is_a_proper_operator() -> None:
     torch.library.opcheck(pair, (x, firsts, seconds, []), test_utils=("test_schema", "test_faketensor"))
 
 
-def test_decode_is_chosen_for_few_tokens_only() -> None:
+def test_pair_is_chosen_for_few_tokens_only() -> None:
     structure = el.BTT()(1024, 1024).canonical
-    costs = [[kernel.cost(structure, tokens, CUDA_HALF) for kernel in (Pair(), Tiles())] for tokens in (63, 65)]
-    assert costs[0][0] < costs[0][1]
-    assert costs[1][0] > costs[1][1]
+    few, many = ([k.seconds(structure, tokens, CUDA_HALF) for k in (Pair(), Tiles())] for tokens in (8, 4096))
+    assert few[0] < few[1]
+    assert many[0] > many[1]
     assert "two block-diagonal" in str(Pair().refuses(el.BlockDiagonal(blocks=4)(256, 256).canonical, CUDA_HALF))
 
 

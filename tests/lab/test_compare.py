@@ -16,10 +16,11 @@ import einlinear as el
 from einlinear.lab import sweep as sweeping
 from einlinear.lab.compare import Plan, Progress, compare, default_plan
 from einlinear.lab.data import Examples, Sequences, Task, load
+from einlinear.lab.machine import Machine
 from einlinear.lab.models import counted
 from einlinear.lab.run import Run
 from einlinear.lab.store import Store, StoreError
-from einlinear.lab.sweep import Machine, Sweep
+from einlinear.lab.sweep import Sweep
 from einlinear.lab.train import Recipe, Trunk, train
 
 HERE = Machine(workers=0)
@@ -273,7 +274,8 @@ import sys, torch
 from pathlib import Path
 from einlinear.lab.data import Sequences
 from einlinear.lab.store import Store
-from einlinear.lab.sweep import Machine, Sweep
+from einlinear.lab.machine import Machine
+from einlinear.lab.sweep import Sweep
 from einlinear.lab.train import Recipe, Trunk
 
 if __name__ == "__main__":

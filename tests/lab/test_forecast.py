@@ -6,12 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from einlinear.lab.compare import Plan, default_plan
 from einlinear.lab.data import Sequences, load
 from einlinear.lab.forecast import NOISE, RESOLVED, SLOPE, Forecast, forecast, interval
+from einlinear.lab.machine import Machine
 from einlinear.lab.models import counted
-from einlinear.lab.sweep import Machine
 from einlinear.lab.train import Recipe
 
 HERE = Machine(workers=0)
@@ -68,7 +69,8 @@ def test_the_interval_is_that_of_simulated_studies() -> None:
         design = np.stack([np.ones(2 * trunks), cost, group], axis=1)
         noise = NOISE * random.normal(size=(2 * trunks, 4000))
         shift = np.linalg.lstsq(design, -SLOPE * (cost + 0.4 * group)[:, None] + noise)[0][2] / -SLOPE
-        assert shift.std() == pytest.approx(NOISE * math.sqrt(2 / trunks) / SLOPE, rel=0.2)
+        times = stats.t.ppf(0.975, 2 * trunks - 4)
+        assert math.log(interval(trunks)) == pytest.approx(times * shift.std(), rel=0.2)
     factors = [interval(trunks) for trunks in (2, 4, 8, 16, 64)]
     assert factors == sorted(factors, reverse=True) and factors[-1] == pytest.approx(1.025, abs=0.005)
 

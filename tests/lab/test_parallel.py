@@ -71,6 +71,10 @@ def test_a_batch_that_cannot_be_cut_is_refused(task: Sequences) -> None:
             Execution(**wrong)
 
 
+def test_one_process_shards_nothing(task: Sequences, alone: list[Run]) -> None:
+    assert losses(train(TRUNK, task, execution=Execution(shard=True))) == losses(alone)
+
+
 def test_shares_make_up_the_batch() -> None:
     batch = torch.arange(6)
     assert torch.cat([World(rank, 3).share(batch) for rank in range(3)]).sort().values.tolist() == batch.tolist()

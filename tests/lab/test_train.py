@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +11,16 @@ import pytest
 import torch
 
 from einlinear.lab import checkpoint
-from einlinear.lab import train as training
 from einlinear.lab.data import Sequences
 from einlinear.lab.models import counted
 from einlinear.lab.run import Run
-from einlinear.lab.step import Step
+from einlinear.lab.step import Execution, Step
 from einlinear.lab.train import CHUNK, Recipe, Training, Trunk, schedule, train
 
 RECIPE = Recipe(batch=2, base_width=16, base_depth=1, head=8, warmup=5)
 TRUNK = Trunk(family="low_rank(rank=4)", width=16, depth=1, rate=0.02, seed=0, horizons=(25, 60), recipe=RECIPE)
+
+GUIDE = Path(__file__).parents[2] / "docs" / "training.md"
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +79,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(task: Sequences, whole: list[Run
 
 
 def test_a_killed_run_loses_only_what_came_after_the_last_save(
-    task: Sequences, whole: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    task: Sequences, whole: list[Run], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(training, "PATIENCE", -1.0)
+    eager = Execution(patience=0.0)
     file, told = tmp_path / "trunk.safetensors", []
 
     def killed(event: int | Run) -> None:
@@ -88,7 +90,7 @@ def test_a_killed_run_loses_only_what_came_after_the_last_save(
             raise SystemExit
 
     with pytest.raises(SystemExit):
-        train(TRUNK, task, file=file, tell=killed)
+        train(TRUNK, task, execution=eager, file=file, tell=killed)
     rest: list[int | Run] = []
     resumed = train(replace(TRUNK, horizons=(60,)), task, file=file, tell=rest.append)
     assert outcome(resumed) == outcome(whole[1:])
@@ -252,3 +254,9 @@ def test_a_damaged_file_is_named(task: Sequences, tmp_path: Path) -> None:
     file.write_bytes(b"no tensors here")
     with pytest.raises(ValueError, match=r"Resuming from .*a\.safetensors: the file is damaged .* Remove it"):
         train(TRUNK, task, file=file)
+
+
+def test_the_guide_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (snippet,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    exec(compile(snippet, GUIDE.name, "exec"), {})
+    assert re.fullmatch(r"(\d+ tokens: loss \d\.\d{3}\n){2}", capsys.readouterr().out)

@@ -7,7 +7,6 @@ from functools import lru_cache, singledispatch
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from einlinear.clock import dense_seconds
 from einlinear.contract import check, pad_last
@@ -16,6 +15,10 @@ from einlinear.kernels.kernel import CPU, CUDA, CUDA_HALF, Runner, Target
 from einlinear.kernels.kernel import Kernel as Kernel
 from einlinear.kernels.pair import Pair
 from einlinear.kernels.reference import Materialised, MatmulRunner, Reference
+from einlinear.kernels.routed import Routing as Routing
+from einlinear.kernels.routed import explain_routed
+from einlinear.kernels.routed import routed_plan as routed_plan
+from einlinear.kernels.transforms import transformed as transformed
 from einlinear.structure import Structure
 
 KERNELS: tuple[Kernel, ...] = (Pair(), Tiles(), Chain(), Reference(), Materialised())
@@ -119,14 +122,6 @@ def _fastest(
     return min(kernels, key=lambda kernel: kernel.seconds(structure, tokens, target, training))
 
 
-def transformed(*tensors: Tensor) -> bool:
-    """Whether forward-mode derivatives or a `torch.func` transform are at work: custom ops know neither."""
-    if torch.compiler.is_compiling():
-        return False
-    dual = any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
-    return dual or torch._C._are_functorch_transforms_active()
-
-
 @singledispatch
 def explain(subject: object, *args: object, **options: object) -> str:
     """Says what will be done with `subject` and why, as text to print.
@@ -147,7 +142,7 @@ def _(
     training: bool = False,
 ) -> str:
     if structure.routed:
-        return f"{structure!r}\nruns by the reference contraction, einlinear.apply: no kernel takes a gate"
+        return explain_routed(structure, tokens, device, dtype)
     canonical, target = structure.canonical, Target.of(device, dtype)
     refusals = {kernel: kernel.refuses(canonical, target) for kernel in KERNELS}
     fitting = [kernel for kernel in KERNELS if refusals[kernel] is None]
@@ -158,15 +153,16 @@ def _(
         f"{structure!r}",
         f"runs {tokens} tokens by '{chosen.name}' on {device} in {dtype}, {mode}; modelled: {target.machine.name}",
     ]
-    for kernel, refusal in refusals.items():
-        time = kernel.seconds(canonical, tokens, target, training)
-        fits = f"fits, modelled {_units(time)}, {time / dense:.3g} of dense"
-        lines.append(f"  {kernel.name:13} {refusal or fits}")
+    for kernel, verdict in refusals.items():
+        if verdict is None:
+            time = kernel.seconds(canonical, tokens, target, training)
+            verdict = f"fits, modelled {_units(time)}, {time / dense:.3g} of dense"
+        lines.append(f"  {kernel.name:13} {verdict}")
     return "\n".join(lines)
 
 
 def _units(seconds: float) -> str:
-    scale, unit = next(
-        pair for pair in ((1, "s"), (1e3, "ms"), (1e6, "µs")) if seconds * pair[0] >= 1 or pair[0] == 1e6
-    )
-    return f"{seconds * scale:.3g} {unit}"
+    for scale, unit in ((1.0, "s"), (1e3, "ms")):
+        if seconds * scale >= 1:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"

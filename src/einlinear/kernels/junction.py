@@ -37,6 +37,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """The activations that a junction knows, by name."""
 
+CHEAP = ("identity", "relu", "relu2")
+"""Those that take no exponential."""
+
 
 @torch.library.custom_op("einlinear::junction", mutates_args=())
 def junction(
@@ -57,7 +60,7 @@ def junction(
     Returns:
         `[slices, out, tokens]`.
     """
-    return launch_forward(zs, ups, biases, down, activation, forward_launch(ups, down))
+    return launch_forward(zs, ups, biases, down, activation, forward_launch(ups, down, activation))
 
 
 @junction.register_fake
@@ -72,7 +75,7 @@ def junction_backward(
     """The gradients of every z, up and bias, and of `down`."""
     # Half as many hidden features at a time where the compiler else runs out of registers (benchmarks/NOTES.md).
     crowded = activation.startswith("gelu") and len(ups) == 1 and not biases and _size(ups, down) > 128 * 128
-    launch = backward_launch(ups, down)
+    launch = backward_launch(ups, biases, down, activation)
     return launch_backward(grad, zs, ups, biases, down, activation, launch, 32 if crowded else 64)
 
 
@@ -232,13 +235,17 @@ def fits(hidden: int, width: int, out: int) -> bool:
     return min(hidden, width, out) >= 8 and tile(hidden) * (tile(width) + tile(out)) <= 256 * 128
 
 
-def forward_launch(ups: Sequence[Tensor], down: Tensor) -> Launch:
+def forward_launch(ups: Sequence[Tensor], down: Tensor, activation: str) -> Launch:
     """The fastest of those measured (benchmarks/NOTES.md)."""
-    return Launch(tokens=64, resident=4)
+    cheap = len(ups) == 1 and activation in CHEAP and _size(ups, down) <= 128 * 128
+    return Launch(tokens=128 if cheap else 64, resident=4)
 
 
-def backward_launch(ups: Sequence[Tensor], down: Tensor) -> Launch:
+def backward_launch(ups: Sequence[Tensor], biases: Sequence[Tensor], down: Tensor, activation: str) -> Launch:
     """The fastest of those measured (benchmarks/NOTES.md)."""
+    cheap = len(ups) == 1 and activation in CHEAP and not biases
+    if cheap and _size(ups, down) <= 128 * 64:
+        return Launch(tokens=64)
     small = len(ups) == 1 and _size(ups, down) <= 128 * 128
     return Launch(tokens=128, warps=8, stages=3 if small else 2, resident=1)
 

@@ -27,7 +27,11 @@ def pairwise(a: Tensor, b: Tensor, spec: str) -> Tensor:
 
     The derivatives of a contraction are contractions: the op is its own backward, to any order.
     """
-    out = _empty(a, b, spec)
+    return fill(_empty(a, b, spec), a, b, spec)
+
+
+def fill(out: Tensor, a: Tensor, b: Tensor, spec: str) -> Tensor:
+    """Writes the contraction into `out`, whose strides are its own affair."""
     matmul = _as_matmul(*_names(spec))
     if matmul is None:
         return out.copy_(torch.einsum(spec, a, b))

@@ -16,6 +16,7 @@ from einlinear.cost import flops
 from einlinear.family import Family
 from einlinear.lab.train import checked_out
 from einlinear.layer import Linear
+from einlinear.structure import Structure
 
 Row = dict[str, Any]
 
@@ -79,6 +80,19 @@ def bench(
                             **here,
                         }
                     )
+    return rows
+
+
+def bench_structure(structure: Structure, tokens: int, device: str, dtype: str) -> list[Row]:
+    """Times one structure as a layer without bias against dense: `mode`, `ms`, `ratio_to_dense` and provenance."""
+    kind = getattr(torch, dtype)
+    options: dict[str, Any] = {"bias": False, "device": torch.device(device), "dtype": kind}
+    d_in, d_out = structure.d_in, structure.d_out
+    rows: list[Row] = []
+    for mode in MODES:
+        plain = milliseconds(partial(nn.Linear, d_in, d_out, **options), d_in, tokens, mode)
+        ms = milliseconds(partial(Linear, d_in, d_out, structure, **options), d_in, tokens, mode)
+        rows.append({"mode": mode, "ms": ms, "ratio_to_dense": plain / ms, **provenance(torch.device(device), kind)})
     return rows
 
 

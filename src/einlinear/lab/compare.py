@@ -6,10 +6,12 @@ from itertools import product
 from pathlib import Path
 
 import einlinear as el
+from einlinear.lab.crew import Event
 from einlinear.lab.data import Sequences, Task
+from einlinear.lab.machine import Machine
 from einlinear.lab.run import Run
 from einlinear.lab.store import Store
-from einlinear.lab.sweep import Event, Machine, Sweep
+from einlinear.lab.sweep import Sweep
 from einlinear.lab.train import Recipe, Trunk
 
 OVERHEAD = 500_000  # FLOPs in whose time a CPU does what a token costs besides; it only serves to predict times

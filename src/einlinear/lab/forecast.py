@@ -8,7 +8,7 @@ from scipy import stats  # type: ignore[import-untyped]
 
 from einlinear.lab.compare import Plan, work
 from einlinear.lab.data import Task
-from einlinear.lab.sweep import Machine
+from einlinear.lab.machine import Machine
 from einlinear.lab.train import CHUNK, Training
 
 NOISE, SLOPE = 0.014, 0.2

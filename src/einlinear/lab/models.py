@@ -13,12 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from einlinear.cost import flops
+from einlinear.expert_mlp import MixtureMLP
+from einlinear.family import Family
+from einlinear.family import structure as family_of
 from einlinear.lab.data import Examples, Sequences, Task
 from einlinear.layer import Linear
 from einlinear.mlp import StructuredMLP
 from einlinear.optim import Role
+from einlinear.routing import Router
 from einlinear.scaling import residual_scale
 from einlinear.shared import Together
+from einlinear.structure import Structure
 
 EXPANSION = 4  # hidden features of a feed-forward block, in widths
 SHARPNESS = 8.0  # largest attention logit: queries and keys have norm √K, and muP divides their product by K
@@ -26,12 +31,31 @@ SHARPNESS = 8.0  # largest attention logit: queries and keys have norm √K, and
 EMBEDDING = 0.1  # standard deviation of the embedding's entries
 
 
+@dataclass(frozen=True, repr=False)
+class Moe(Family, listed=False):
+    """The standard mixture of experts: layers of the family `of`, and feed-forward blocks that are mixtures of MLPs.
+
+    Each token passes through `active` of `experts` MLPs. With experts in every linear layer instead, the family is
+    `mixture(of='btt', experts=16, active=2)`.
+    """
+
+    experts: int
+    active: int
+    of: str = "dense"
+    example: ClassVar = {"experts": 8, "active": 2}
+    source: ClassVar = "Lepikhin et al. 2020 (GShard), https://arxiv.org/abs/2006.16668"
+
+    def __call__(self, d_in: int, d_out: int) -> Structure:
+        return family_of(self.of)(d_in, d_out)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """The shape of a model, and that of the smaller one whose learning rate it takes over by muP.
 
-    `family` is the short text of a structure ("btt(rank=2)"); a width is a multiple of `head`, the features
-    of an attention head, which stays the same at every width.
+    `family` is the short text of a structure ("btt(rank=2)"), with experts in every layer ("mixture(of='btt',
+    experts=16, active=2)") or in feed-forward blocks ("moe(experts=8, active=2)"); a width is a multiple of `head`,
+    the features of an attention head, which stays the same at every width.
     """
 
     family: str = "dense"
@@ -107,7 +131,7 @@ class MLP(nn.Module):
     def __init__(self, architecture: Architecture, d_in: int, d_out: int) -> None:
         super().__init__()
         self.input = nn.Linear(d_in, architecture.width)
-        self.blocks = nn.ModuleList(FeedForward(architecture) for _ in range(architecture.depth))
+        self.blocks = nn.ModuleList(feed_forward(architecture) for _ in range(architecture.depth))
         self.branch = residual_scale(architecture.depth_mult)
         self.readout = Readout(architecture, d_out)
 
@@ -125,7 +149,7 @@ class Block(nn.Module):
     def __init__(self, architecture: Architecture, context: int) -> None:
         super().__init__()
         self.attention = Attention(architecture, context)
-        self.feed_forward = FeedForward(architecture)
+        self.feed_forward = feed_forward(architecture)
         self.branch = residual_scale(architecture.depth_mult)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -149,8 +173,8 @@ class Attention(nn.Module):
         width, family = architecture.width, architecture.family
         self.head, self.context = architecture.head, context
         self.query = Linear(width, width, family, bias=False)
-        self.key = Linear(width, width, family, bias=False)
-        self.value = Linear(width, width, family, bias=False)
+        self.key = Linear(width, width, family, bias=False, router=False)
+        self.value = Linear(width, width, family, bias=False, router=False)
         self.output = Linear(width, width, family, bias=False, zero=True)
         self._together = Together.of(self.query, self.key, self.value)
         half = self.head // 2
@@ -160,7 +184,12 @@ class Attention(nn.Module):
         self.register_buffer("sin_TK", sign_K * angle_TK.sin(), persistent=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        three = self._together(x_BTD, self.query, self.key, self.value)
+        layers = (self.query, self.key, self.value)
+        if self.query.router is None:
+            three = self._together(x_BTD, *layers)
+        else:  # one routing for all three: they read the same tokens
+            routing = self.query.router(x_BTD)
+            three = [layer(x_BTD, routing) for layer in layers]
         q_BHTK, k_BHTK, v_BHTK = (self._heads(y_BTD) for y_BTD in three)
         q_BHTK, k_BHTK = (self._turned(_normed(x_BHTK)) for x_BHTK in (q_BHTK, k_BHTK))
         mixed_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True, scale=SHARPNESS / self.head)
@@ -175,6 +204,15 @@ class Attention(nn.Module):
         """Feature k and feature k + K/2 are turned together, by an angle that grows with the position."""
         cos_TK, sin_TK = (table[: x_BHTK.shape[2]].to(x_BHTK.dtype) for table in (self.cos_TK, self.sin_TK))
         return x_BHTK * cos_TK + x_BHTK.roll(self.head // 2, -1) * sin_TK
+
+
+def feed_forward(architecture: Architecture) -> "FeedForward | MixtureMLP":
+    """The feed-forward block of a family: one MLP, or with `Moe` many."""
+    family, width = family_of(architecture.family), architecture.width
+    if isinstance(family, Moe):
+        options = {"experts": family.experts, "active": family.active, "zero": True}
+        return MixtureMLP(width, EXPANSION * width, family.of, "relu2", **options)  # type: ignore[arg-type]
+    return FeedForward(architecture)
 
 
 class FeedForward(StructuredMLP):
@@ -203,7 +241,7 @@ class Flops:
     """Floating-point operations of one forward pass, by part, for one token (or example).
 
     A multiply-add counts as two, padding of structures counts, embeddings, norms and activations do not.
-    Attention counts the full T × T products, not the causal half.
+    Attention counts the full T × T products, not the causal half; of experts those that are active, and routers.
     """
 
     linear: int  # the layers that a structure replaces
@@ -230,6 +268,8 @@ def forward_flops(model: GPT | MLP) -> Flops:
         match module:
             case Linear():
                 linear += flops(module.structure)
+            case Router():
+                linear += 2 * module.d_in * module.experts
             case nn.Linear():
                 ends += 2 * module.in_features * module.out_features
             case Attention():

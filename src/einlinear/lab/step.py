@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from einlinear.lab.parallel import World, replicated
+from einlinear.routing import Router, balance_loss, rebalance
 
+BALANCE = 0.1  # weight of `balance_loss` in what a model with experts is trained by
+REBALANCE = 0.01  # by how much the bias of a router moves at a step
 WARMING = 3  # steps before a graph is recorded, as torch.cuda.graph asks for
 
 
@@ -24,7 +27,8 @@ class Execution:
     `compiled` compiles each kind of block once with torch.compile: for long runs of wide models. `graphed` records
     a whole step as a CUDA graph and replays it: wherever a step is many small launches. `accumulate` cuts a batch
     into so many parts, one after the other, to save memory. Under `torchrun` every process takes its share of each
-    batch; with `shard` it also keeps only its share of parameters and optimizer state (FSDP2).
+    batch; with `shard` it also keeps only its share of parameters and optimizer state (FSDP2). `patience` is how many
+    seconds of training a killed process may lose: so often states are kept.
 
     Raises:
         ValueError: for what does not go together.
@@ -35,6 +39,7 @@ class Execution:
     graphed: bool = False
     accumulate: int = 1
     shard: bool = False
+    patience: float = 20.0
 
     def __post_init__(self) -> None:
         if self.accumulate < 1:
@@ -91,6 +96,7 @@ class Step:
                 module.compile(fullgraph=True, dynamic=False)
             self._loss = torch.compile(loss, fullgraph=True, dynamic=False)
         device = self._parameters[0].device
+        self._routed = any(isinstance(module, Router) for module in model.modules())
         self._factor = torch.zeros((), device=device)
         self._rates = torch.tensor([group["lr"] for group in optimizer.param_groups], device=device)
         self._now = torch.zeros_like(self._rates)
@@ -149,11 +155,13 @@ class Step:
         parts, total = self._execution.accumulate, torch.zeros((), device=inputs.device)
         for x, y in zip(inputs.chunk(parts), targets.chunk(parts), strict=True):
             loss = self.loss(x, y) / parts
-            loss.backward()
+            (loss + BALANCE / parts * balance_loss(self.working) if self._routed else loss).backward()
             total = total + loss.detach()
             self._gather()
         clip_grad_norm_(self._parameters, self._clip)
         self.optimizer.step()
+        if self._routed:
+            rebalance(self.working, REBALANCE * self._factor)
         self.renew()
         return total
 
@@ -176,8 +184,12 @@ def _gradients(parameters: list[Tensor]) -> list[Tensor]:
 
 
 def _halved(model: nn.Module) -> nn.Module:
-    """A copy with parameters in bfloat16; buffers stay as they are."""
+    """A copy with parameters in bfloat16; buffers and routers stay as they are."""
     copied = copy.deepcopy(model)
+    exact = {
+        parameter for module in copied.modules() if isinstance(module, Router) for parameter in module.parameters()
+    }
     for parameter in copied.parameters():
-        parameter.data = parameter.data.bfloat16()
+        if parameter not in exact:
+            parameter.data = parameter.data.bfloat16()
     return copied

@@ -32,7 +32,6 @@ from einlinear.optim import parameter_groups
 
 CHUNK = 10  # steps between two looks at the loss, the clock and whether to stop
 MARGIN = 1.0  # how far above its first value (nats) the loss counts as diverged
-PATIENCE = 20.0  # seconds of training that a killed process may lose
 POINTS = 100  # of the training curve that a run keeps
 EVALUATED = 8192  # tokens (or examples) evaluated at once
 
@@ -138,7 +137,7 @@ def train(
         trunk: what to train.
         task: on what.
         execution: how.
-        file: where the state is kept every 20 seconds and when stopped, and resumed from; the caller removes it.
+        file: where the state is kept in between and when stopped, and resumed from; the caller removes it.
         tell: called with each run as soon as it is finished, diverged ones included, and in between with the
             number of steps trained since last told.
         stop: asked every ten steps; once it answers True the state is kept and KeyboardInterrupt raised.
@@ -164,7 +163,7 @@ def train(
         for steps in training.advance(until, branch):
             if first:
                 tell(steps)
-            told, due = world.agreed((stop(), file is not None and time.monotonic() - saved > PATIENCE))
+            told, due = world.agreed((stop(), file is not None and time.monotonic() - saved > execution.patience))
             if told or due:
                 states = kept | {name: training.state()}
                 if file and first:
@@ -222,8 +221,8 @@ class Training:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(trunk.seed)
             self.model = models.build(task, architecture).to(self.device)
-        half = recipe.precision == "bfloat16"
-        if execution.shard:
+        half, sharded = recipe.precision == "bfloat16", execution.shard and self.world.size > 1
+        if sharded:
             shard(self.model, half)
         groups = parameter_groups(
             self.model, trunk.rate, recipe.weight_decay, readout="readout", roles=self.model.roles,
@@ -234,7 +233,7 @@ class Training:
         )
         self.update = Step(
             self.model, optimizer, partial(models.loss, task), clip=recipe.clip,
-            half=half and not execution.shard,  # where it shards, FSDP2 makes the copies
+            half=half and not sharded,  # where it shards, FSDP2 makes the copies
             execution=execution, world=self.world,
         )  # fmt: skip
         self.step, self.seconds, self.curve = 0, 0.0, list[tuple[int, float]]()
@@ -298,7 +297,10 @@ class Training:
         self.step, self.seconds, self.curve = state.step, state.seconds, list(state.curve)
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Parameters and the optimizer's state, by name."""
+        """Parameters, the optimizer's state and the biases of routers, by name."""
+        for name, buffer in self.update.working.named_buffers():
+            if isinstance(self.update.working.get_submodule(name.rpartition(".")[0]), el.Router):
+                yield f"buffer.{name}", buffer
         for name, parameter in self.model.named_parameters():
             yield f"model.{name}", parameter
             for slot, value in self.update.optimizer.state[parameter].items():

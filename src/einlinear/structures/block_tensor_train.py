@@ -12,8 +12,8 @@ from einlinear.family import Family, block_size, equal_split, prime_factors
 from einlinear.structure import Structure, StructureError
 
 FAST = "fast"
-TILE = 16
-"""Matrix units multiply this many rows or columns at a time."""
+TILE, WIDEST = 16, 1 << 17
+"""Matrix units multiply so many rows or columns at a time; beyond so many features times mean nothing."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -142,6 +142,8 @@ def _full_rank_blocks(ins: tuple[int, ...], outs: tuple[int, ...]) -> tuple[tupl
 def _fast(d_in: int, d_out: int, rank: int, tokens: int = 16384) -> Structure:
     """The fastest of the splits into equal blocks that have the FLOPs and the rank of the balanced one."""
     balanced = BTT(rank)(d_in, d_out)
+    if max(d_in, d_out) > WIDEST:
+        return balanced
     budget, needed = parameters(balanced), generic_rank(balanced)
     candidates = [balanced]
     for g, f in product(_divisors(d_in), _divisors(d_out)):

@@ -48,11 +48,10 @@ def law_chart(card: Card, table: Table) -> Specification:
         optimum = [{"parameters": float(n), "loss": float(loss)} for n, loss in zip(best, losses, strict=True)]
     x = logarithmic(alt.X, "parameters", "parameters", own.parameters.tolist(), "~s")
     y = logarithmic(alt.Y, "loss", f"loss ({table.unit})", own.loss.tolist(), "~g")
-    ends = float(own.flops.min()), float(own.flops.max())
+    ends = [float(own.flops.min()), float(own.flops.max())]
     decades = [10.0**k for k in range(int(np.ceil(np.log10(ends[0]))), int(np.log10(ends[1])) + 1)]
-    colour = alt.Color("flops:Q", scale=alt.Scale(type="log", scheme="viridis"),
-                       legend=alt.Legend(title="training FLOPs", type="gradient", values=decades if len(decades) > 1 else ends, format="~e",
-                                         gradientLength=260, direction="horizontal"))  # fmt: skip
+    legend = alt.Legend(title="training FLOPs", values=decades if len(decades) > 1 else ends, format="~e")
+    colour = alt.Color("flops:Q", scale=alt.Scale(type="log", scheme="viridis"), legend=legend)
     layers = [
         plotted(curves).mark_line(strokeWidth=1.3).encode(x=x, y=y, color=colour, detail="curve:N"),
         plotted(points).mark_point(size=38, filled=True, opacity=0.9).encode(x=x, y=y, color=colour),

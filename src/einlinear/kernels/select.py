@@ -1,0 +1,114 @@
+"""Logits, choice and weights of a router in one pass over its input.
+
+A router reads as many bytes as half the layer behind it. Here each row is read once, in the type it has;
+the product is that of float32 all the same, and nothing waits for the device.
+"""
+
+import math
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from einlinear.kernels.stage import tile
+
+TIE = 1e-6
+"""What parts equal logits: at the start all are zero, and not all tokens should choose the first experts."""
+
+
+TRITON = find_spec("triton") is not None
+
+
+def routes(tokens: Tensor, experts: int) -> bool:
+    """Whether `route` takes these tokens."""
+    return tokens.is_cuda and tokens.element_size() == 2 and experts <= 64 and TRITON
+
+
+@torch.library.custom_op("einlinear::route", mutates_args=())
+def route(tokens: Tensor, weight: Tensor, bias: Tensor | None, active: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits `[tokens, experts]`, the `active` largest of each token, and their softmax; of `bias` only choices know.
+
+    Args:
+        tokens: `[tokens, width]`.
+        weight: `[experts, width]`.
+        bias: `[experts]`, float32.
+        active: how many are chosen.
+    """
+    from einlinear.kernels import tiles_sets
+
+    (count, width), experts, tokens = tokens.shape, len(weight), tokens.contiguous()
+    logits, index, chosen = _empty(tokens, weight, active)
+    half = tokens.element_size() == 2
+    with torch.cuda.device_of(tokens):
+        tiles_sets.route_forward[(-(-count // 64),)](
+            tokens, weight.contiguous(), bias, logits, index, chosen, count, width, width,
+            EXPERTS=experts, ACTIVE=active, TIE=TIE, BLOCK_EXPERTS=tile(experts), BLOCK_TOKENS=64, BLOCK_WIDTH=128,
+            SPLIT=half, HAS_BIAS=bias is not None, num_warps=4, num_stages=3,
+        )  # fmt: skip
+    return logits, index, chosen
+
+
+@route.register_fake
+def _(tokens: Tensor, weight: Tensor, bias: Tensor | None, active: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(tokens, weight, active)
+
+
+@torch.library.custom_op("einlinear::route_backward", mutates_args=())
+def route_backward(
+    dlogits: Tensor | None, dchosen: Tensor | None, tokens: Tensor, weight: Tensor, index: Tensor, chosen: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `tokens` and `weight`."""
+    from einlinear.kernels import tiles_sets
+
+    count, experts = len(tokens), len(weight)
+    dlogits = dlogits.contiguous() if dlogits is not None else chosen.new_zeros(count, experts)
+    dchosen = dchosen.contiguous() if dchosen is not None else torch.zeros_like(chosen)
+    total = tokens.new_empty(count, experts)
+    with torch.cuda.device_of(tokens):
+        tiles_sets.route_backward[(-(-count // 64),)](
+            dlogits, dchosen, index, chosen, total, count,
+            EXPERTS=experts, ACTIVE=index.shape[1], BLOCK_EXPERTS=tile(experts), BLOCK_TOKENS=64,
+        )  # fmt: skip
+    return total @ weight.to(tokens.dtype), (total.mT @ tokens).to(weight.dtype)
+
+
+@route_backward.register_fake
+def _(
+    dlogits: Tensor | None, dchosen: Tensor | None, tokens: Tensor, weight: Tensor, index: Tensor, chosen: Tensor
+) -> tuple[Tensor, Tensor]:
+    return tokens.new_empty(tokens.shape), weight.new_empty(weight.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    tokens, weight, _, _ = inputs
+    ctx.save_for_backward(tokens, weight, *output[1:])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dlogits: Tensor | None, _: None, dchosen: Tensor | None) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    dtokens, dweight = route_backward(dlogits, dchosen, *ctx.saved_tensors)
+    return dtokens, dweight, None, None
+
+
+route.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.einlinear.route)
+def _(tokens: list[int], weight: list[int], *_: object, **__: object) -> int:
+    return 2 * tokens[0] * math.prod(weight)
+
+
+@register_flop_formula(torch.ops.einlinear.route_backward)
+def _(dlogits: object, dchosen: object, tokens: list[int], weight: list[int], *_: object, **__: object) -> int:
+    return 4 * tokens[0] * math.prod(weight)
+
+
+def _empty(tokens: Tensor, weight: Tensor, active: int) -> tuple[Tensor, Tensor, Tensor]:
+    count, experts = tokens.shape[0], weight.shape[0]
+    return (
+        tokens.new_empty(count, experts, dtype=torch.float32),
+        tokens.new_empty(count, active, dtype=torch.int64),
+        tokens.new_empty(count, active, dtype=torch.float32),
+    )

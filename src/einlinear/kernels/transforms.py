@@ -1,0 +1,13 @@
+"""Where custom operators cannot go."""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def transformed(*tensors: Tensor) -> bool:
+    """Whether forward-mode derivatives or a `torch.func` transform are at work: custom ops know neither."""
+    if torch.compiler.is_compiling():
+        return False
+    dual = any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    return dual or torch._C._are_functorch_transforms_active()

@@ -1,0 +1,103 @@
+"""Routing and set-sorted tiles in Triton's interpreter, against float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import einlinear as el
+from einlinear.kernels.select import route
+from einlinear.kernels.sets import Sizes, set_layout, set_pair
+
+pytest.importorskip("triton", reason="Triton is not installed: its interpreter runs these kernels")
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+CASES = [  # tokens, experts, active, family, d_in, d_out
+    (41, 3, 2, el.BTT(), 64, 96),
+    (7, 2, 1, el.BTT(rank=2), 64, 64),
+    (5, 3, 3, el.BTT(), 72, 64),
+    (300, 2, 1, el.BTT(blocks=(2, 2)), 32, 32),  # more tokens of a set than one run or tile takes
+]
+
+
+def _drawn(tokens: int, experts: int, active: int, family: el.Family, d_in: int, d_out: int) -> dict[str, Tensor]:
+    one = family(d_in, d_out).canonical
+    first, second = (torch.randn(experts, *shape) / shape[-1] ** 0.5 for shape in one.matrix_shapes)
+    index = torch.stack([torch.randperm(experts)[:active] for _ in range(tokens)])
+    if tokens > 256:
+        index[:290] = 1
+    weight = torch.rand(tokens, active)
+    weight[0, 0] = 0
+    named = {"x": torch.randn(tokens, d_in), "first": first, "second": second, "bias": torch.randn(d_out)}
+    named["weight"] = weight
+    return {"index": index, **{name: value.requires_grad_() for name, value in named.items()}}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_set_sorted_tiles_are_the_reference_with_every_gradient(case) -> None:
+    tokens, experts, active, family, d_in, d_out = case
+    drawn = _drawn(*case)
+    x, first, second, bias, index, weight = (drawn[n] for n in ("x", "first", "second", "bias", "index", "weight"))
+    y, _ = set_pair(x, first, second, bias, index, weight, *set_layout(index, weight.detach(), experts))
+    structure = family(d_in, d_out).mixture(experts, active=active).canonical
+    exact = {name: value.detach().double().requires_grad_() for name, value in drawn.items() if name != "index"}
+    gate = torch.zeros(tokens, experts, dtype=torch.float64).scatter(1, index, exact["weight"])
+    factors = [exact[n].reshape(shape) for n, shape in zip(("first", "second"), structure.factor_shapes, strict=True)]
+    expected = el.apply(structure, factors, exact["x"], gate) + exact["bias"]
+    _close("y", y, expected)
+    direction = torch.randn_like(y)
+    ours = torch.autograd.grad(y, [drawn[name] for name in exact], direction)
+    theirs = torch.autograd.grad(expected, list(exact.values()), direction.double())
+    for name, mine, their in zip(exact, ours, theirs, strict=True):
+        _close(f"the gradient of {name}", mine, their)
+
+
+@pytest.mark.parametrize("bias", [None, torch.tensor([0.0, 9.0, 0.0])], ids=["without bias", "with bias"])
+def test_routing_is_that_of_the_router(bias: Tensor | None) -> None:
+    router = el.Router(40, 3, 2, bias=bias is not None)
+    torch.nn.init.normal_(router.weight)
+    if bias is not None:
+        router.bias.copy_(bias)
+    x = torch.randn(70, 40, requires_grad=True)
+    wanted = router(x)
+    logits, index, weight = route(x, router._scaled(), router.bias, 2)
+    assert (index == wanted.chosen).all()
+    _close("weights", weight, wanted.weight)
+    _close("logits", logits, router.latest.logits)
+    directions = torch.randn_like(weight), torch.randn_like(logits)
+    leaves = (x, router.weight)
+    ours = torch.autograd.grad((weight, logits), leaves, directions)
+    theirs = torch.autograd.grad((wanted.weight, router.latest.logits), leaves, directions)
+    for name, mine, their in zip(("x", "weight"), ours, theirs, strict=True):
+        _close(f"the gradient of {name}", mine, their)
+
+
+def test_a_new_router_spreads_its_tokens_like_the_kernel() -> None:
+    router, x = el.Router(16, 5, 2), torch.randn(33, 16)
+    _, index, weight = route(x, router._scaled(), None, 2)
+    assert (index.sort(-1).values == router(x).chosen.sort(-1).values).all()
+    assert (weight == 0.5).all()
+
+
+def test_the_operators_are_proper() -> None:
+    drawn = _drawn(9, 2, 1, el.BTT(), 64, 64)
+    layout = set_layout(drawn["index"], drawn["weight"].detach(), 2)
+    names = ("x", "first", "second", "bias", "index", "weight")
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(set_pair, (*(drawn[name] for name in names), *layout), test_utils=checks)
+    torch.library.opcheck(route, (drawn["x"], torch.randn(3, 64, requires_grad=True), None, 2), test_utils=checks)
+
+
+def test_a_layout_has_room_for_any_routing() -> None:
+    """Every set padded to a multiple of 16, cut into runs and into tiles that are not full."""
+    for tokens, experts, active in [(1, 4, 2), (100, 4, 2), (1000, 16, 2), (16384, 8, 2)]:
+        sizes = Sizes(tokens, experts, active)
+        per_set = torch.full((sizes.filled,), tokens // sizes.filled)
+        per_set[: tokens % sizes.filled] += 1
+        assert (-(-per_set // 16) * 16).sum() <= sizes.positions
+        assert (-(-per_set // 256)).sum() <= sizes.runs
+        assert (-(-per_set // sizes.tile)).sum() <= sizes.tiles
+
+
+def _close(what: str, mine: Tensor, theirs: Tensor) -> None:
+    error = (mine.double() - theirs.double()).norm() / theirs.double().norm()
+    assert error < 1e-6, f"{what} differs by {error:.2g}"

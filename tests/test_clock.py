@@ -1,0 +1,103 @@
+"""The model of seconds, held to what an H200 took (benchmarks/results/nvidia_h200)."""
+
+import csv
+import statistics
+from pathlib import Path
+
+import pytest
+
+import einlinear as el
+from einlinear import clock
+from einlinear.clock import CPU, CUDA, CUDA_HALF, WAYS, machine
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "nvidia_h200"
+FITTED = ("512", "1024", "2048", "4096")
+"""Widths whose kernels the constants were read off; the other rows of layers.csv were held back."""
+
+
+def rows(name: str) -> list[dict[str, str]]:
+    with (RESULTS / f"{name}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def errors(table: list[dict[str, str]]) -> list[float]:
+    """Relative ones, of what the chosen way, or the kernel of the row, is modelled to take."""
+    found = []
+    for row in table:
+        structure = el.structure(row["family"])(int(row["d_in"]), int(row["d_out"])).canonical
+        tokens, training = int(row["tokens"]), row["mode"] == "training"
+        if "kernel" in row:
+            time = WAYS[row["kernel"]][1](structure, tokens, CUDA_HALF, training)
+        else:
+            time = el.seconds(structure, tokens, "cuda", mode=row["mode"])
+        found.append(1e3 * time / float(row["ms"]) - 1)
+    return found
+
+
+def within(found: list[float], bound: float = 0.25) -> float:
+    return sum(abs(error) <= bound for error in found) / len(found)
+
+
+def test_layers_of_widths_held_back_are_foretold_within_a_quarter() -> None:
+    held = [row for row in rows("layers") if row["d_in"] not in FITTED or row["d_out"] not in FITTED]
+    assert len(held) == 42
+    found = errors(held)
+    assert within(found) >= 0.95, sorted(found)
+    assert statistics.median(map(abs, found)) < 0.08
+
+
+@pytest.mark.parametrize("name, share", [("layers", 0.95), ("kernels", 0.95), ("decode", 0.9)])
+def test_all_that_was_measured_is_foretold(name: str, share: float) -> None:
+    found = errors(rows(name))
+    assert within(found) >= share
+    assert max(map(abs, found)) < 0.6
+    assert statistics.median(map(abs, found)) < 0.1
+
+
+def test_the_way_modelled_fastest_is_near_the_fastest() -> None:
+    """What a planner loses by believing the model: the time of its choice over that of the best, for every layer."""
+    cases: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for row in rows("kernels"):
+        cases.setdefault((row["family"], row["d_in"], row["tokens"], row["mode"]), []).append(row)
+    losses = []
+    for ways in (ways for ways in cases.values() if len(ways) > 1):
+        structure = el.structure(ways[0]["family"])(int(ways[0]["d_in"]), int(ways[0]["d_out"])).canonical
+        training, tokens = ways[0]["mode"] == "training", int(ways[0]["tokens"])
+        chosen = min(ways, key=lambda row: WAYS[row["kernel"]][1](structure, tokens, CUDA_HALF, training))
+        losses.append(float(chosen["ms"]) / min(float(row["ms"]) for row in ways))
+    assert statistics.median(losses) == 1.0
+    assert statistics.quantiles(losses, n=20)[-1] < 1.15
+    assert max(losses) < 1.5
+
+
+@pytest.mark.parametrize("device, dtype", [("cpu", None), ("cuda", "float32"), ("cuda", "bfloat16")])
+@pytest.mark.parametrize("mode", ["forward", "training"])
+def test_seconds_grow_with_tokens_and_training_takes_longer(
+    family: el.Family, device: str, dtype: str | None, mode: str
+) -> None:
+    structure = family(64, 64)
+    times = [el.seconds(structure, tokens, device, dtype, mode) for tokens in (1, 64, 4096, 10**6)]
+    assert times == sorted(times)
+    assert times[0] > 0
+    assert el.seconds(structure, 4096, device, dtype, "training") > el.seconds(structure, 4096, device, dtype)
+
+
+def test_the_machine_follows_device_and_type() -> None:
+    torch = pytest.importorskip("torch")
+    assert machine() is machine("cpu", torch.bfloat16) is CPU
+    assert machine("cuda") is machine("cuda:1", torch.float16) is CUDA_HALF
+    assert machine("cuda", "float32") is CUDA
+
+
+def test_what_cannot_be_foretold_is_said() -> None:
+    routed = el.BTT(rank=4)(16, 16).route("r", active=1)
+    for arguments, says in (((routed, 8), "routed"), ((el.BTT()(16, 16), 8, "tpu"), "only for cpu and cuda")):
+        with pytest.raises(el.StructureError, match=says):
+            el.seconds(*arguments)
+    with pytest.raises(el.StructureError, match="pass 'forward' or 'training'"):
+        el.seconds(el.BTT()(16, 16), 8, mode="decode")
+
+
+def test_every_kernel_is_modelled() -> None:
+    kernels = pytest.importorskip("einlinear.kernels")
+    assert [kernel.name for kernel in kernels.KERNELS] == [*clock.WAYS]

@@ -1,0 +1,81 @@
+"""Two processes on the CPU hold half of the experts each, and compute what one process does with all of them."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import einlinear as el
+from einlinear.expert_parallel import parallelize_experts
+
+gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        el.Linear(12, 16, "btt", experts=4, active=2),
+        el.MixtureMLP(16, 24, "dense", experts=4, active=2),
+        el.Linear(16, 5, "low_rank(rank=3)", experts=4, active=1),
+    ).double()
+    for module in layers.modules():
+        if isinstance(module, el.Router):
+            nn.init.normal_(module.weight)
+    return layers
+
+
+def half_of_it(rank: int, folder: str, x: Tensor) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    layers = parallelize_experts(model(), dist.init_device_mesh("cpu", (2,)))
+    loss = layers(x.chunk(2)[rank]).square().mean()
+    loss.backward()
+    results = {"loss": loss.detach()}
+    for name, parameter in layers.named_parameters():
+        grad = parameter.grad
+        results[name] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+        if grad is results[name]:  # whole on both: as DistributedDataParallel does
+            dist.all_reduce(grad)
+            grad /= 2
+    dist.all_reduce(results["loss"])
+    results["loss"] /= 2
+    if rank == 0:
+        assert [tuple(f.to_local().shape) for f in layers[0].factors] == [
+            (shape[0] // 2, *shape[1:]) for shape in model()[0].structure.matrix_shapes
+        ]
+        torch.save(results, f"{folder}/results")
+    dist.destroy_process_group()
+
+
+@gloo
+def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
+    x = torch.randn(40, 12, dtype=torch.float64)
+    torch.multiprocessing.spawn(half_of_it, (str(tmp_path), x), nprocs=2)
+    found = torch.load(tmp_path / "results", weights_only=True)
+    whole = model()
+    loss = whole(x).square().mean()
+    loss.backward()
+    assert_close(found.pop("loss"), loss.detach())
+    assert_close(found, {name: parameter.grad for name, parameter in whole.named_parameters()})
+
+
+@gloo
+def test_what_cannot_be_placed_is_one_sentence(tmp_path: Path) -> None:
+    class Three:
+        ndim = 1
+
+        def size(self) -> int:
+            return 3
+
+    layers = model()
+    before = copy.deepcopy(layers.state_dict())
+    with pytest.raises(el.StructureError, match=r"the 4 experts of '0' on 3 devices.*a multiple of 3"):
+        parallelize_experts(layers, Three())
+    assert_close(layers.state_dict(), before)
+    Three.ndim = 2
+    with pytest.raises(el.StructureError, match="a mesh of 2 dimensions"):
+        parallelize_experts(layers, Three())
