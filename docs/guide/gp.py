@@ -28,11 +28,11 @@ def main(path: Path = FIGURE, n: int = 100_000, rank: int = 30) -> None:
     truth = torch.sin(12 * x) * torch.exp(-x)
     y = truth + NOISE * torch.randn(n, dtype=torch.float64)
     drawn = torch.randn(rank, dtype=torch.float64), 2 * math.pi * torch.rand(rank, dtype=torch.float64)
-    log_scale = torch.tensor(math.log(0.3), dtype=torch.float64, requires_grad=True)
+    log_scale = torch.tensor(math.log(0.1), dtype=torch.float64, requires_grad=True)
     log_noise = torch.tensor(math.log(0.5), dtype=torch.float64, requires_grad=True)
     optimizer, steps = torch.optim.Adam([log_scale, log_noise], lr=0.2), []
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 35)
-    for step in range(35):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 24)
+    for step in range(24):
         left = features(x, log_scale, *drawn)
         inverse = la.inverse(la.LowRankUpdate(log_noise.exp() * la.Identity(n, dtype=torch.float64), left))
         loss = (y @ (inverse @ y) - la.logdet(inverse)) / (2 * n)
