@@ -22,25 +22,29 @@ def features(x: Tensor, log_scale: Tensor, frequency: Tensor, phase: Tensor) -> 
     return (2 / len(phase)) ** 0.5 * torch.cos(x[:, None] * frequency / log_scale.exp() + phase)
 
 
-def main(path: Path = FIGURE, n: int = 100_000, rank: int = 50) -> None:
+def main(path: Path = FIGURE, n: int = 100_000, rank: int = 30) -> None:
     torch.manual_seed(0)
     x = torch.rand(n, dtype=torch.float64)
     truth = torch.sin(12 * x) * torch.exp(-x)
     y = truth + NOISE * torch.randn(n, dtype=torch.float64)
     drawn = torch.randn(rank, dtype=torch.float64), 2 * math.pi * torch.rand(rank, dtype=torch.float64)
-    log_scale = torch.tensor(math.log(1.0), dtype=torch.float64, requires_grad=True)
-    log_noise = torch.tensor(math.log(1.0), dtype=torch.float64, requires_grad=True)
-    optimizer, steps = torch.optim.Adam([log_scale, log_noise], lr=0.25), []
-    for step in range(25):
+    log_scale = torch.tensor(math.log(0.1), dtype=torch.float64, requires_grad=True)
+    log_noise = torch.tensor(math.log(0.5), dtype=torch.float64, requires_grad=True)
+    optimizer, steps = torch.optim.Adam([log_scale, log_noise], lr=0.2), []
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 24)
+    for step in range(24):
         left = features(x, log_scale, *drawn)
         inverse = la.inverse(la.LowRankUpdate(log_noise.exp() * la.Identity(n, dtype=torch.float64), left))
         loss = (y @ (inverse @ y) - la.logdet(inverse)) / (2 * n)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
         for name, value in (("length scale", log_scale.exp()), ("noise", (log_noise / 2).exp())):
             steps.append({"step": step, "value": value.item(), "of": name})
     with torch.no_grad():
+        left = features(x, log_scale, *drawn)
+        inverse = la.inverse(la.LowRankUpdate(log_noise.exp() * la.Identity(n, dtype=torch.float64), left))
         at = torch.linspace(0, 1, 300, dtype=torch.float64)
         weights = inverse @ y
         mean = features(at, log_scale, *drawn) @ (left.mT @ weights)

@@ -32,6 +32,12 @@ def test_repeated_eigenvalues_are_all_found(find, dtype, k, which):
     assert (true <= 3.6 * found.residual + 1e-13).all() and (true < 1e-9).all()
 
 
+def test_one_krylov_space_finds_every_copy_of_an_eigenvalue():
+    a = spectrum(REPEATED)
+    found = eigenpairs(lambda x: a @ x, a.shape, 6, block=1, dtype=a.dtype, generator=generator())
+    torch.testing.assert_close(found.value.values, torch.full((6,), 3.5).double(), rtol=0, atol=1e-9)
+
+
 @BOTH
 def test_small_matrices_are_solved_whole(find):
     for values in ([3.0], [1.0, 1.0, 1.0], [0.0, 0.0, 2.0, -1.0]):

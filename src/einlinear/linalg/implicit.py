@@ -216,7 +216,7 @@ def logdet(value: Tensor, operator: Map, probe: Tensor, solver: Solver) -> Tenso
 
 
 def quadratic(operator: Map, rhs: Tensor, solver: Solver) -> Tensor:
-    """bᴴ A⁻¹ b [..., k] of Hermitian A, for each column of `rhs` [..., n, k]; its gradient needs no solve of its own."""
+    """bᴴ A⁻¹ b [..., k] of Hermitian A, for each column of `rhs` [..., n, k]; its gradient needs no further solve."""
     return _form(operator, rhs, solve(operator, rhs, solver))
 
 

@@ -118,7 +118,8 @@ def eigenpairs(
         few = min(k, values.shape[-1])
         theta, y = values[..., :few], coordinates[..., :few]
         vectors = basis.to(y.dtype) @ y
-        residual = divide(norm(image.to(y.dtype) @ y - vectors * theta.unsqueeze(-2)).squeeze(-2), scale)
+        rest = image.to(y.dtype) @ y - vectors * theta.unsqueeze(-2)
+        residual = divide(norm(rest).squeeze(-2), scale)
         done = few == k and bool((residual <= wanted).all())
         whole = basis.shape[-1] == n
         settled = done and seen is not None and bool(((theta - seen).abs() <= wanted * scale).all())
@@ -128,6 +129,11 @@ def eigenpairs(
         pushed = image[..., -block:]
         if done:
             seen, pushed = theta, random(pushed.shape, pushed, generator)
+        elif seen is not None:
+            # A random block has parted the basis from its Krylov space: the way on is the residuals themselves.
+            worst = residual.topk(min(block, few), -1).indices.unsqueeze(-2)
+            pushed = rest.gather(-1, worst.expand(*rest.shape[:-1], worst.shape[-1]))
+            pushed = pushed if basis.is_complex() else pushed.real
         fresh = complement(pushed, basis if basis.shape[-1] + block <= n else basis @ kept, generator)
         basis, image = torch.cat([basis @ kept, fresh], -1), torch.cat([image @ kept, product(fresh)], -1)
         spent += 1
