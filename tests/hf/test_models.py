@@ -69,6 +69,14 @@ def test_a_body_loads_under_a_head_and_a_head_without_one(tmp_path: Path):
     assert torch.equal(headed.model(**example("llama"))[0], model.model(**example("llama"))[0])
 
 
+def test_the_config_of_other_models_stays_as_it_is():
+    dense = tiny("bert")
+    other = type(dense)(dense.config)
+    el.convert(other, "btt")
+    assert type(dense.config) is transformers.BertConfig and not hasattr(dense.config, "einlinear")
+    assert other.encoder.layer[0].attention.self.config is other.config
+
+
 ELSEWHERE = """
 import json, os, sys
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -6,6 +6,7 @@ that say what they are: transformers without einlinear refuses them, or runs the
 trusted, and never fills them with random weights.
 """
 
+import copy
 import inspect
 import json
 from dataclasses import fields
@@ -125,10 +126,19 @@ def _parts(root: PreTrainedModel) -> list[PreTrainedModel]:
     return [part for part in root.modules() if isinstance(part, PreTrainedModel) and part.config is root.config]
 
 
+def _own_config(root: PreTrainedModel) -> PreTrainedConfig:
+    """A copy of the model's config in its place, wherever its modules keep it: others may go by the same object."""
+    old, own = root.config, copy.deepcopy(root.config)
+    for module in root.modules():
+        if vars(module).get("config") is old:
+            module.config = own
+    return own
+
+
 def _change(root: PreTrainedModel, parts: list[PreTrainedModel]) -> None:
     config: Any = type(root.config)
     if not issubclass(config, portable.StructuredConfig):
-        config = root.config.__class__ = config_class(root.config.model_type)
+        config = _own_config(root).__class__ = config_class(root.config.model_type)
     for part in parts:
         if not isinstance(part, NativeModel):
             dense: Any = type(part)
@@ -138,7 +148,7 @@ def _change(root: PreTrainedModel, parts: list[PreTrainedModel]) -> None:
 
 
 def _change_back(root: PreTrainedModel, parts: list[PreTrainedModel]) -> None:
-    root.config.__class__ = _dense(type(root.config))
+    _own_config(root).__class__ = _dense(type(root.config))
     delattr(root.config, KEY)
     for part in parts:
         part.__class__ = _dense(type(part))
