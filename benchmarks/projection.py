@@ -180,6 +180,17 @@ def written(page: str) -> str:
             },
         ),
         "speed": table("projection_speed.csv", {"task": "task", "family": "family", "error": "error", "seconds": "s"}),
+        "aware": table(
+            "projection_aware.csv",
+            {
+                "weight": "weight",
+                "family": "family",
+                "error_plain": "plain",
+                "error_aware": "aware",
+                "seconds_plain": "s",
+                "seconds_aware": "s, aware",
+            },
+        ),
     }
     for name, text in tables.items():
         before, _, rest = page.partition(f"<!-- {name} -->\n")
