@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 
 import einlinear as el
-from einlinear.allocation import allocate
-from einlinear.compression import Survey, Work, apply_plan, survey
-from einlinear.recovery import distil
+from einlinear.compression.allocation import allocate
+from einlinear.compression.pipeline import Survey, Work, apply_plan, survey
+from einlinear.compression.recovery import distil
 
 RESULTS = Path(__file__).parent / "results" / "minilm.csv"
 CURVES = Path(__file__).parent / "results" / "minilm_curves.csv"
