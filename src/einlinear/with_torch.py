@@ -2,6 +2,7 @@
 
 from einlinear import linalg as linalg
 from einlinear.compression.curves import error_curve as error_curve
+from einlinear.compression.curves import layer_candidates as layer_candidates
 from einlinear.compression.pipeline import compress as compress
 from einlinear.contract import apply as apply
 from einlinear.contract import dense as dense
