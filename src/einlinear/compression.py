@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from einlinear.allocation import Allocation, Cost, Curve, Point, allocate
 from einlinear.calibration import Batch, calibrate
 from einlinear.conversion import Report, choose, convert
-from einlinear.curves import candidates, error_curve
+from einlinear.curves import error_curve, layer_candidates
 from einlinear.family import Family
 from einlinear.family import structure as family_of
 from einlinear.moments import Moments
@@ -125,7 +125,7 @@ def survey(
         progress("error curves", done, len(layers))
         weight = layer.linear.weight
         try:
-            offered = candidates(structure, weight.shape[1], weight.shape[0])
+            offered = layer_candidates(structure, weight.shape[1], weight.shape[0])
         except StructureError as error:
             skipped[name] = str(error)
             continue

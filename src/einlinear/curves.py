@@ -32,7 +32,7 @@ GUIDED = (1 / 4, 3 / 4)
 """The same where the closed form without moments between blocks leads the way."""
 
 
-def candidates(family: str, d_in: int, d_out: int) -> tuple[Family, ...]:
+def layer_candidates(family: str, d_in: int, d_out: int) -> tuple[Family, ...]:
     """Settings of a family at many costs, cheapest first, none dearer than a dense layer.
 
     Args:
@@ -41,7 +41,7 @@ def candidates(family: str, d_in: int, d_out: int) -> tuple[Family, ...]:
         d_in, d_out: widths of the layer.
 
     Example:
-        >>> print(*candidates("block_diagonal", 64, 64)[-3:])
+        >>> print(*layer_candidates("block_diagonal", 64, 64)[-3:])
         block_diagonal(blocks=8) block_diagonal(blocks=4) block_diagonal(blocks=2)
 
     Raises:
@@ -75,7 +75,7 @@ def error_curve(
 
     Args:
         weight: `[d_out, d_in]`.
-        candidates: families with settings, as from `candidates` (`einlinear.layer_candidates`).
+        candidates: families with settings, as from `layer_candidates`.
         moments: second moments of inputs, `[d_in, d_in]` or `Moments`; errors are then E‖(W − Ŵ) x‖².
         sweeps: rounds of alternating least squares for a point without a closed form.
 

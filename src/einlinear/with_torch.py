@@ -6,8 +6,8 @@ from einlinear.contract import apply as apply
 from einlinear.contract import dense as dense
 from einlinear.conversion import Report as Report
 from einlinear.conversion import convert as convert
-from einlinear.curves import candidates as layer_candidates
 from einlinear.curves import error_curve as error_curve
+from einlinear.curves import layer_candidates as layer_candidates
 from einlinear.expert_mlp import MixtureMLP as MixtureMLP
 from einlinear.fusion import Fusion as Fusion
 from einlinear.fusion import fuse_mlps as fuse_mlps
