@@ -66,6 +66,20 @@ def test_a_compressed_checkpoint_is_complete_and_within_budget(dense: Path, tmp_
     assert model(**tokenizer("structured", return_tensors="pt"))[0].isfinite().all()
 
 
+def test_more_sweeps_come_nearer(dense: Path, tmp_path: Path):
+    (tmp_path / "plan.toml").write_text('[layers]\n"encoder.layer.0.output.dense" = "blast(blocks=4, rank=8)"\n')
+    weight = tiny("bert").encoder.layer[0].output.dense.weight
+    errors = []
+    for sweeps in (0, 4):
+        out = tmp_path / f"after-{sweeps}"
+        common = ["compress", dense / "bert", "--out", out, "--plan", tmp_path / "plan.toml"]
+        code, _, err = run(*common, "--sweeps", sweeps)
+        assert code == 0, err
+        found = transformers.AutoModel.from_pretrained(out).encoder.layer[0].output.dense
+        errors.append(float((el.dense(found.structure, list(found.factors)) - weight).detach().norm()))
+    assert errors[1] < 0.99 * errors[0]
+
+
 def test_a_plan_is_written_edited_and_followed(dense: Path, tmp_path: Path):
     common = ["compress", dense / "bert", "--out", tmp_path / "small", "-s", "low_rank"]
     plan = tmp_path / "plan.toml"

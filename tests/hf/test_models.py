@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import einlinear as el
+from einlinear.hf import portable
+from einlinear.storage import layer_spec
 
 from .conftest import MODELS, Saved, example, tiny
 
@@ -121,6 +123,17 @@ def test_without_einlinear_it_is_trusted_or_refused(tmp_path: Path):
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == [word for name in asked for word in (name, "loaded")]
+
+
+def test_experts_load_with_einlinear_alone(tmp_path: Path):
+    model = tiny("bert")
+    el.convert(model, {"*.intermediate.dense": "btt(rank=2)"}, experts=4, active=2)
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(model(**example("bert"))[0], again(**example("bert"))[0])
+    layer = model.encoder.layer[0].intermediate.dense
+    with pytest.raises(ValueError, match="import einlinear"):
+        portable.StructuredLinear(layer_spec(layer))
 
 
 def test_einlinear_may_be_imported_after_transformers(saved: Saved):

@@ -44,7 +44,7 @@ def shaken(model: nn.Module) -> nn.Module:
 def test_flops_are_those_torch_counts(
     family: el.Family, sequences: Sequences, examples: Examples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The structure's own FLOPs count; where a planner makes W of so small a layer, that takes more of them, and less time.
+    # The structure's own FLOPs count: where a planner makes W of so small a layer, it takes more of them and less time.
     monkeypatch.setattr(Materialised, "refuses", lambda *_: "the structure's own FLOPs are counted")
     plan.cache_clear()
     for task, inputs in ((sequences, torch.zeros(3, CONTEXT, dtype=torch.long)), (examples, torch.ones(3, 5))):

@@ -40,6 +40,9 @@ def compress(
         int, typer.Option(min=0, help="Steps of distillation from the dense model, on the calibration data.")
     ] = 0,
     rate: Annotated[float, typer.Option(help="Learning rate of the distillation.")] = 1e-3,
+    sweeps: Annotated[
+        int, typer.Option(min=0, help="Rounds of alternating least squares at most, where a layer has no closed form.")
+    ] = 100,
 ) -> None:
     """A dense model of transformers to a structured one within a budget, in a directory that loads like any other.
 
@@ -62,6 +65,7 @@ def compress(
         tokens,
         finetune=finetune,
         rate=rate,
+        sweeps=sweeps,
     )
     with _stages() as progress:
         if write_plan:

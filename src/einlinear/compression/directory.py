@@ -40,6 +40,7 @@ class Settings:
     batch: int = 8
     finetune: int = 0
     rate: float = 1e-3
+    sweeps: int = 100
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def compress_checkpoint(
         plan=rules,
         target_modules=settings.target_modules,
         exclude_modules=settings.exclude_modules,
+        sweeps=settings.sweeps,
         work=work,
         progress=progress,
     )

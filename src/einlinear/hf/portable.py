@@ -25,6 +25,11 @@ class StructuredLinear(nn.Module):
 
     def __init__(self, spec, device=None, dtype=None):
         super().__init__()
+        if spec.get("routed"):
+            raise ValueError(
+                "cannot make a layer with experts in plain torch: its router is einlinear's; import einlinear, then "
+                "load the model by AutoModel... as before"
+            )
         inputs, *factors = (operand.split() for operand in spec["expression"].split("->")[0].split(","))
         outputs, sizes = spec["expression"].split("->")[1].split(), spec["sizes"]
         letter = dict(zip(sizes, string.ascii_letters, strict=False))
