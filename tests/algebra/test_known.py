@@ -200,3 +200,30 @@ def test_functions_of_nothing():
     nothing = torch.zeros(0, 0, dtype=f64)
     for answer in (la.sqrt(nothing), la.pow(nothing, 0.3), la.apply(nothing, torch.cos), la.exp(nothing)):
         assert answer.shape == (0, 0)
+
+
+@pytest.mark.parametrize("which", ["SA", "LA", "LM", "SM"])
+def test_the_ends_of_a_long_laplacian(which):
+    """Its ends are so crowded that a Krylov space does not tell their eigenvalues apart."""
+    n = 3000
+    A, values = poisson(n), poisson_values(n)
+    wanted = values[-3:] if which in ("LA", "LM") else values[:3]
+    found, vectors = la.eigh(A, 3, which)
+    assert_close(found, wanted, atol=1e-13, rtol=0)
+    assert_close(A @ vectors.dense(), vectors.dense() * found, atol=1e-12, rtol=0)
+
+
+def test_all_eigenvalues_of_a_complex_band_matrix():
+    above = torch.randn(300, dtype=torch.complex128)
+    above[-2:] = 0
+    bands = torch.stack([above.roll(2).conj(), torch.randn(300, dtype=f64) + 0j, above])
+    A = la.Banded(bands, (-2, 0, 2)).claim("hermitian", check=True)
+    wanted = torch.linalg.eigvalsh(A.dense())
+    assert_close(la.eigvalsh(A), wanted)
+    assert_close(la.eigh(A, 4, "LM").values, wanted[wanted.abs().argsort()[-4:]].sort().values)
+
+
+def test_eigenvalues_that_krylov_spaces_do_not_find_are_found_from_the_matrix(recwarn):
+    A = la.Dense(poisson(600).dense())
+    assert_close(la.eigh(A, 3, "SA").values, poisson_values(600)[:3], atol=1e-12, rtol=0)
+    assert not [w for w in recwarn if "stopped after" in str(w.message)]

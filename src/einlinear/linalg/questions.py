@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from einlinear.kernels import explain
 from einlinear.layer import Linear
 from einlinear.linalg.adapters import from_scipy
-from einlinear.linalg.direct import written
+from einlinear.linalg.direct import affordable, written
 from einlinear.linalg.iterative import extreme
+from einlinear.linalg.rules.banded import SMALL, by_band
 from einlinear.linalg.rules.determinant import SLOGDET, Determinant, real_if_real
 from einlinear.linalg.rules.factors import CHOLESKY, LU, PLU
 from einlinear.linalg.rules.functions import APPLY, EXP, LOG, SQRT, TRACE_OF, Function, power
@@ -23,7 +24,7 @@ from einlinear.linalg.rules.spectral import EIG, EIGH, EIGVALS, EIGVALSH, Spectr
 from einlinear.linalg.rules.trace import DIAGONAL, TRACE
 from einlinear.linalg.table import Table
 from einlinear.operator import Dense, Operator, OperatorError, lift, product, refute, transformed
-from einlinear.operators import Selection, Sparse, Structured
+from einlinear.operators import Banded, Selection, Sparse, Structured
 from einlinear.structure import Structure
 
 Subject = Operator | Tensor | nn.Module
@@ -186,9 +187,8 @@ def eigh(A: Subject, k: int | None = None, which: str = "LA") -> Spectrum:
     """
     A = _hermitian(A, "find the eigenvalues of")
     _choosable(k, A.shape[-1], which)
-    if k is not None and few(A, k, which):
-        values, found = extreme(A, k, which)
-        return _chosen(values, Dense(found), None if k == 0 else k, which, "ascending")
+    if k is not None and few(A, k, which) and (found := extreme(A, k, which, _patience(A))):
+        return _chosen(found[0], Dense(found[1]), k, which, "ascending")
     values, vectors = EIGH(A)
     values = (values.real if values.is_complex() else values).expand(*A.batch_shape, -1)
     return _chosen(values, vectors, k, which, "ascending")
@@ -385,11 +385,21 @@ def _hermitian(subject: Subject, doing: str) -> Operator:
 
 def few(A: Operator, k: int, which: str) -> bool:
     """Whether k eigenpairs come cheaper from products than all of them from the matrix."""
-    if which not in ("LA", "SA", "LM") or not 0 < k < A.shape[-1] or transformed(*A.tensors):
+    if which not in ("LA", "SA", "LM", "SM") or not 0 < k < A.shape[-1] or transformed(*A.tensors):
+        return False
+    if isinstance(A, Banded) and by_band(A):
+        return A.shape[-1] > SMALL
+    if which == "SM":
         return False
     *_, (_, whole, rule, cost) = EIGH.plan(A)
     structured = rule.kind is not Operator or whole.shape[-1] < A.shape[-1]
     return not structured and A.shape[-1] > 512 and cost > 60 * (2 * k + 30) * A.flops
+
+
+def _patience(A: Operator) -> int | None:
+    """Products worth four times the whole spectrum, after which that is taken; None where it cannot be had."""
+    *_, (*_, cost) = EIGH.plan(A)
+    return int(4 * cost / (60 * A.flops)) if affordable(A) else None
 
 
 def _matching(A: Operator, b: Tensor) -> Tensor:
