@@ -587,6 +587,8 @@ def common(*batches: Batch) -> Batch:
 
 def broadcast(doing: str, *operators: Operator, shape: Batch = ()) -> Batch:
     """The common batch of operators, or a sentence where there is none."""
+    if not operators:
+        raise OperatorError(f"cannot {doing} operators: pass at least one")
     batches = [operator.batch_shape for operator in operators]
     try:
         return common(tuple(shape), *batches) if shape else common(*batches)
@@ -595,8 +597,17 @@ def broadcast(doing: str, *operators: Operator, shape: Batch = ()) -> Batch:
         raise OperatorError(f"cannot {doing} operators whose batches {found} do not broadcast") from None
 
 
-def inexact(tensor: Tensor) -> Tensor:
-    """The tensor, in float64 where it holds integers or truth values: those are exact data."""
+def inexact(tensor: Tensor, dimensions: int = 0) -> Tensor:
+    """The tensor, in float64 where it holds integers or truth values: those are exact data.
+
+    Raises:
+        OperatorError: if it has fewer than so many dimensions.
+    """
+    if tensor.ndim < dimensions:
+        raise OperatorError(
+            f"cannot make an operator of a tensor of shape {tuple(tensor.shape)}: it needs at least {dimensions} "
+            f"{'dimension' if dimensions == 1 else 'dimensions'}"
+        )
     return tensor if tensor.is_floating_point() or tensor.is_complex() else tensor.to(torch.float64)
 
 
@@ -654,7 +665,7 @@ def refute(operator: Operator, name: str) -> None:
         "upper": lambda: (operator.matmul(x * half) * ~half).norm() / scale,
     }
     wanted = {"psd": ("hermitian", "psd"), "diagonal": ("lower", "upper")}.get(name, (name,))
-    worst = max(float(deviation[part]()) for part in wanted)
+    worst = max(float(deviation[part]().detach()) for part in wanted)
     if not worst <= CHECK_TOLERANCE[torch.finfo(operator.dtype).bits // 8]:
         raise OperatorError(f"cannot claim {name!r} of {operator!r}: a random probe deviates from it by {worst:.2g}")
 
