@@ -36,10 +36,10 @@ import torch
 from torch import Tensor, nn
 
 import einlinear as el
-from einlinear.allocation import Curve, allocate
-from einlinear.compression import Work, apply_plan, survey
-from einlinear.moments import Moments
-from einlinear.recovery import distil
+from einlinear.compression.allocation import Curve, allocate
+from einlinear.compression.pipeline import Work, apply_plan, survey
+from einlinear.compression.recovery import distil
+from einlinear.projection.moments import Moments
 
 RESULTS = Path(__file__).parent / "results"
 BUDGETS = (0.5, 0.25)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import einlinear as el
-from einlinear.calibration import calibrate
+from einlinear.compression.calibration import calibrate
 
 
 class Attention(nn.Module):

@@ -124,7 +124,7 @@ def test_an_interrupt_says_what_is_kept(monkeypatch: pytest.MonkeyPatch):
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("einlinear.cli._row", interrupted)
+    monkeypatch.setattr("einlinear.cli.structures._row", interrupted)
     done = run("table")
     assert done.returncode == 130
     assert "the same command goes on" in done.stderr

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import einlinear as el
-from einlinear.moments import second_moments
+from einlinear.projection.moments import second_moments
 
 
 def test_streaming_in_pieces_is_the_whole():

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import einlinear as el
-from einlinear.projection import closed_form, split
-from einlinear.refinement import Target
+from einlinear.projection.nearest import closed_form, split
+from einlinear.projection.refinement import Target
 
 EXTRA = [
     el.BTT(rank=2, cores=3),

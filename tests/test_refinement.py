@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import einlinear as el
-from einlinear.network import contract
-from einlinear.refinement import Target, balanced, descend
+from einlinear.projection.network import contract
+from einlinear.projection.refinement import Target, balanced, descend
 
 EXTRA = [el.BTT(rank=2, cores=3), el.Theta(theta=(0.4, 0.3, 0.3, 0.3, 0.3, 0.4, 0, 0.2, 0.1, 0.2))]
 
@@ -85,9 +85,9 @@ def test_conjugate_gradients_and_direct_solves_agree(family, monkeypatch):
     weight, gram = torch.randn(64, 36, dtype=torch.float64), moments_of(36)
     start = el.project(weight, structure)
     direct = el.refine(weight, structure, start, 5, 0.0, gram)
-    monkeypatch.setattr("einlinear.refinement.CHEAP", 0)
-    monkeypatch.setattr("einlinear.refinement.FORMED", 0)
-    monkeypatch.setattr("einlinear.solving.STEPS", 60)
+    monkeypatch.setattr("einlinear.projection.refinement.CHEAP", 0)
+    monkeypatch.setattr("einlinear.projection.refinement.FORMED", 0)
+    monkeypatch.setattr("einlinear.projection.solving.STEPS", 60)
     entries = []
 
     def counted(*operands):
@@ -95,7 +95,7 @@ def test_conjugate_gradients_and_direct_solves_agree(family, monkeypatch):
         entries.append(found.numel())
         return found
 
-    monkeypatch.setattr("einlinear.refinement.contract", counted)
+    monkeypatch.setattr("einlinear.projection.refinement.contract", counted)
     without = el.refine(weight, structure, start, 5, 0.0, gram)
     assert max(entries) <= 2 * weight.numel(), "nothing is held that is much larger than the matrix"
     errors = [weighted_error(weight, structure, found, gram) for found in (direct, without)]

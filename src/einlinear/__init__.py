@@ -7,12 +7,12 @@ that describing a structure, and the command line's help, need not wait for torc
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from einlinear.allocation import Allocation as Allocation
-from einlinear.allocation import Curve as Curve
-from einlinear.allocation import Point as Point
-from einlinear.allocation import allocate as allocate
-from einlinear.allocation import read_plan as read_plan
 from einlinear.clock import seconds as seconds
+from einlinear.compression.allocation import Allocation as Allocation
+from einlinear.compression.allocation import Curve as Curve
+from einlinear.compression.allocation import Point as Point
+from einlinear.compression.allocation import allocate as allocate
+from einlinear.compression.allocation import read_plan as read_plan
 from einlinear.cost import cheapest as cheapest
 from einlinear.cost import flops as flops
 from einlinear.cost import generic_rank as generic_rank

@@ -18,8 +18,8 @@ from einlinear.cost import flops, parameters
 from einlinear.family import Family
 from einlinear.family import structure as family_of
 from einlinear.layer import Linear
-from einlinear.moments import Moments
-from einlinear.projection import project
+from einlinear.projection.moments import Moments
+from einlinear.projection.nearest import project
 from einlinear.structure import Structure, StructureError
 from einlinear.structures import Dense, Mixture
 from einlinear.targeting import (

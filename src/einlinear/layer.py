@@ -7,8 +7,8 @@ from einlinear.contract import dense
 from einlinear.family import Family
 from einlinear.family import structure as family_of
 from einlinear.kernels import Routing, plan, routed_plan
-from einlinear.moments import Moments
-from einlinear.projection import project
+from einlinear.projection.moments import Moments
+from einlinear.projection.nearest import project
 from einlinear.routing import Router
 from einlinear.scaling import spectral
 from einlinear.structure import Structure, StructureError

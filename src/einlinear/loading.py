@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from einlinear.conversion import Rules, choose, structured
-from einlinear.moments import Moments
-from einlinear.projection import project
+from einlinear.projection.moments import Moments
+from einlinear.projection.nearest import project
 from einlinear.structure import Structure
 from einlinear.targeting import LinearLayer
 

@@ -1,13 +1,13 @@
 """The public names that need torch. Modules have other names than these, so that neither hides the other."""
 
 from einlinear import linalg as linalg
-from einlinear.compression import compress as compress
+from einlinear.compression.curves import error_curve as error_curve
+from einlinear.compression.curves import layer_candidates as layer_candidates
+from einlinear.compression.pipeline import compress as compress
 from einlinear.contract import apply as apply
 from einlinear.contract import dense as dense
 from einlinear.conversion import Report as Report
 from einlinear.conversion import convert as convert
-from einlinear.curves import error_curve as error_curve
-from einlinear.curves import layer_candidates as layer_candidates
 from einlinear.expert_mlp import MixtureMLP as MixtureMLP
 from einlinear.fusion import Fusion as Fusion
 from einlinear.fusion import fuse_mlps as fuse_mlps
@@ -16,15 +16,17 @@ from einlinear.kernels import explain as explain
 from einlinear.layer import Linear as Linear
 from einlinear.loading import compress_at_load as compress_at_load
 from einlinear.mlp import StructuredMLP as StructuredMLP
-from einlinear.moments import Moments as Moments
 from einlinear.muon import Muon as Muon
 from einlinear.muon import orthogonalize as orthogonalize
 from einlinear.operator import Operator as Operator
 from einlinear.operator import OperatorError as OperatorError
 from einlinear.optim import TrainerOptimizer as TrainerOptimizer
 from einlinear.optim import parameter_groups as parameter_groups
-from einlinear.projection import project as project
-from einlinear.refinement import refine as refine
+from einlinear.projection.moments import Moments as Moments
+from einlinear.projection.nearest import project as project
+from einlinear.projection.refinement import refine as refine
+from einlinear.projection.skeleton import Skeleton as Skeleton
+from einlinear.projection.skeleton import cur as cur
 from einlinear.routing import Router as Router
 from einlinear.routing import RouterStatistics as RouterStatistics
 from einlinear.routing import balance_loss as balance_loss
@@ -32,8 +34,6 @@ from einlinear.routing import rebalance as rebalance
 from einlinear.routing import router_statistics as router_statistics
 from einlinear.shared import Together as Together
 from einlinear.shared import shared_input as shared_input
-from einlinear.skeleton import Skeleton as Skeleton
-from einlinear.skeleton import cur as cur
 from einlinear.storage import load as load
 from einlinear.storage import save as save
 from einlinear.transfer import CheckReport as CheckReport

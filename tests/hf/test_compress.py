@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import einlinear as el
-from einlinear.allocation import read_plan
 from einlinear.cli import main
+from einlinear.compression.allocation import read_plan
 
 from .conftest import example, tiny
 
@@ -108,7 +108,12 @@ def _widths(layer: nn.Linear) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    "stage", ["einlinear.compression.error_curve", "einlinear.compression.project", "einlinear.hf.models.align"]
+    "stage",
+    [
+        "einlinear.compression.pipeline.error_curve",
+        "einlinear.compression.pipeline.project",
+        "einlinear.hf.models.align",
+    ],
 )
 def test_an_interrupt_leaves_no_model_and_is_gone_on_from(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
@@ -138,7 +143,7 @@ def test_an_interrupt_leaves_no_model_and_is_gone_on_from(
     with monkeypatch.context() as patched:
         patched.setattr(stage, counted)
         if "compression" in stage:
-            patched.setattr("einlinear.compression.calibrate", lambda *_: pytest.fail("calibrated again"))
+            patched.setattr("einlinear.compression.pipeline.calibrate", lambda *_: pytest.fail("calibrated again"))
         code, _, err = run(*command)
     assert code == 0, err
     model = transformers.AutoModel.from_pretrained(tmp_path / "small")

@@ -37,7 +37,7 @@ def test_a_layer_in_one_launch_is_the_reference_forward_and_each_gradient(
         _close(name, mine, their)
 
 
-@pytest.mark.parametrize("tokens", [2, 300])
+@pytest.mark.parametrize("tokens", [2, 70])
 def test_layers_that_share_an_input(tokens: int) -> None:
     structures = [el.BTT(rank=rank, blocks=(4, f))(64, out).canonical for rank, f, out in ((1, 8, 64), (2, 4, 48))]
     x = torch.randn(tokens, 64, requires_grad=True)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from einlinear.network import contract
+from einlinear.projection.network import contract
 from einlinear.structure import Axes, Structure
 
 NONSENSE = 1e8

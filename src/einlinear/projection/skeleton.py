@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from einlinear.moments import Moments, second_moments
+from einlinear.projection.moments import Moments, second_moments
 from einlinear.structure import Structure, StructureError
 
 

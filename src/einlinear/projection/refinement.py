@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from einlinear.contract import Factors, check, shaped
-from einlinear.moments import Moments, second_moments
-from einlinear.network import contract
-from einlinear.solving import conjugate_gradients, inverse, solve, square_root
+from einlinear.projection.moments import Moments, second_moments
+from einlinear.projection.network import contract
+from einlinear.projection.solving import conjugate_gradients, inverse, solve, square_root
 from einlinear.structure import Axes, Structure, StructureError
 
 FORMED = 2**27

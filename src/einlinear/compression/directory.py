@@ -13,11 +13,11 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import nn
 
-from einlinear.allocation import Allocation, Cost, allocate, read_plan
-from einlinear.calibration import Batch
-from einlinear.compression import Progress, Work, compress, survey
+from einlinear.compression.allocation import Allocation, Cost, allocate, read_plan
+from einlinear.compression.calibration import Batch
+from einlinear.compression.pipeline import Progress, Work, compress, survey
+from einlinear.compression.recovery import Fidelity, distil, fidelity, outputs
 from einlinear.conversion import Report
-from einlinear.recovery import Fidelity, distil, fidelity, outputs
 
 HELD_OUT = 10
 """Of so many batches, one is held out to compare outputs on."""

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from einlinear.moments import Moments
+from einlinear.projection.moments import Moments
 from einlinear.structure import StructureError
 
 Batch = Tensor | Mapping[str, Any] | Sequence[Any]

@@ -11,10 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from einlinear.diagonalisation import diagonalised
-from einlinear.moments import Moments
-from einlinear.network import contract
-from einlinear.refinement import Target, balanced, descend
+from einlinear.projection.diagonalisation import diagonalised
+from einlinear.projection.moments import Moments
+from einlinear.projection.network import contract
+from einlinear.projection.refinement import Target, balanced, descend
 from einlinear.structure import Axes, Structure
 
 RACE = (6, 24)

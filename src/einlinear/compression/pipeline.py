@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from einlinear.allocation import Allocation, Cost, Curve, Point, allocate
-from einlinear.calibration import Batch, calibrate
+from einlinear.compression.allocation import Allocation, Cost, Curve, Point, allocate
+from einlinear.compression.calibration import Batch, calibrate
+from einlinear.compression.curves import error_curve, layer_candidates
 from einlinear.conversion import Report, choose, convert
-from einlinear.curves import error_curve, layer_candidates
 from einlinear.family import Family
 from einlinear.family import structure as family_of
-from einlinear.moments import Moments
-from einlinear.projection import project
+from einlinear.projection.moments import Moments
+from einlinear.projection.nearest import project
 from einlinear.structure import Structure, StructureError
 from einlinear.structures import Dense
 from einlinear.targeting import LinearLayer

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from einlinear.calibration import Batch, kept_tokens, output_of
+from einlinear.compression.calibration import Batch, kept_tokens, output_of
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from itertools import product
 
 from torch import Tensor
 
-from einlinear.allocation import Curve, Point
+from einlinear.compression.allocation import Curve, Point
 from einlinear.cost import flops, parameters
 from einlinear.family import Family, families
 from einlinear.family import structure as family_of
-from einlinear.moments import Moments
-from einlinear.projection import discarded, project
-from einlinear.refinement import Target
+from einlinear.projection.moments import Moments
+from einlinear.projection.nearest import discarded, project
+from einlinear.projection.refinement import Target
 from einlinear.structure import Structure, StructureError
 from einlinear.structures import Dense
 

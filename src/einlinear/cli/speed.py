@@ -1,0 +1,43 @@
+"""Layers against the clock: `bench`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import einlinear as el
+from einlinear.cli.options import numbers, print_table, torch_type
+
+
+def bench(
+    structure: Annotated[
+        list[str] | None, typer.Option("--structure", "-s", help="What to time; repeatable. By default, a few.")
+    ] = None,
+    widths: Annotated[str, typer.Option(help="Widths of square layers.")] = "1024,2048",
+    tokens: Annotated[str, typer.Option(help="Numbers of vectors.")] = "1024",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    file: Annotated[Path | None, typer.Option(help="Also write the rows as CSV.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Also draw speed against FLOPs saved: .svg or .png.")] = None,
+) -> None:
+    """Times layers against dense ones of the same widths, in one process: ratios of medians."""
+    import csv
+
+    from einlinear.lab.bench import bench
+
+    kind = torch_type(dtype)
+    families = [el.structure(text) for text in structure or ["btt", "monarch(blocks=16)", "low_rank", "kronecker"]]
+    rows = bench(families, numbers("widths", widths, int), numbers("tokens", tokens, int), device, kind)
+    shown = ("family", "d_in", "tokens", "mode", "ms", "ratio_to_dense", "flop_ratio", "floor_ms", "reach")
+    cells = [[f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name]) for name in shown] for row in rows]
+    print_table(f"{rows[0]['device']}, {dtype}, one process, medians", shown, cells)
+    if file:
+        with file.open("w", newline="") as opened:
+            writer = csv.DictWriter(opened, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+    if figure:
+        from einlinear.lab.speed import speed_figure
+
+        speed_figure(rows, figure)
+        typer.echo(f"figure: {figure}")
