@@ -13,6 +13,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 GUIDE = ROOT / "docs" / "guide" / "compress.md"
 IMAGES = ROOT / "docs" / "img"
 
+PANELS = ("plain", "calibrated", "calibrated, then trained")
+
 Row = dict[str, str]
 
 
@@ -98,19 +100,21 @@ def figures() -> None:
             "family": row["family"],
             "share": float(row["share"]),
             "spearman": float(row["spearman"]),
-            "projection": "calibrated" if row["calibrated"] == "True" else "plain",
+            "how": PANELS[(row["calibrated"] == "True") + (row["recovery_steps"] != "0")],
         }
         for row in rows("minilm")
-        if row["allocation"] == "uniform" and row["recovery_steps"] == "0"
+        if row["allocation"] == "uniform"
     ]
-    base = alt.Chart(alt.Data(values=values)).encode(
-        x=alt.X("share:Q", title="parameters of linear layers, share of dense"),
-        y=alt.Y("spearman:Q", title="Spearman correlation with the dense model's similarities"),
+    base = alt.Chart().encode(
+        x=alt.X("share:Q", title="parameters, share of dense", scale=alt.Scale(domain=[0, 0.8])),
+        y=alt.Y("spearman:Q", title="Spearman with dense", scale=alt.Scale(domain=[0, 1])),
         color=alt.Color("family:N", title="family"),
-        strokeDash=alt.StrokeDash("projection:N", title="projection"),
     )
-    chart = (base.mark_line() + base.mark_point(filled=True, size=70)).properties(width=460, height=300)
-    chart.save(IMAGES / "minilm_frontier.svg")
+    layers = alt.layer(
+        base.mark_line(strokeWidth=1), base.mark_point(size=50, filled=True), data=alt.Data(values=values)
+    )
+    panels = layers.properties(width=230, height=260).facet(column=alt.Column("how:N", title=None, sort=PANELS))
+    panels.save(IMAGES / "minilm_frontier.svg")
 
     points = [
         {
