@@ -79,14 +79,25 @@ def test_a_solve_leaves_no_gradient_in_its_factor(structure, factors, weight, aw
         assert tracked[position].grad.norm() < 1e-6 * tried[position].grad.norm() + 1e-9
 
 
-def test_conjugate_gradients_and_direct_solves_agree(monkeypatch):
-    structure = el.BTT(rank=2, blocks=(4, 6))(36, 64)
+@pytest.mark.parametrize("family", ["btt(rank=2, blocks=(4, 6))", "blast(blocks=4, rank=6)", "tensor_train(rank=6)"])
+def test_conjugate_gradients_and_direct_solves_agree(family, monkeypatch):
+    structure = el.structure(family)(36, 64)
     weight, gram = torch.randn(64, 36, dtype=torch.float64), moments_of(36)
     start = el.project(weight, structure)
     direct = el.refine(weight, structure, start, 5, 0.0, gram)
     monkeypatch.setattr("einlinear.projection.refinement.CHEAP", 0)
+    monkeypatch.setattr("einlinear.projection.refinement.FORMED", 0)
     monkeypatch.setattr("einlinear.projection.solving.STEPS", 60)
+    entries = []
+
+    def counted(*operands):
+        found = contract(*operands)
+        entries.append(found.numel())
+        return found
+
+    monkeypatch.setattr("einlinear.projection.refinement.contract", counted)
     without = el.refine(weight, structure, start, 5, 0.0, gram)
+    assert max(entries) <= 2 * weight.numel(), "nothing is held that is much larger than the matrix"
     errors = [weighted_error(weight, structure, found, gram) for found in (direct, without)]
     assert errors[0] == pytest.approx(errors[1], rel=1e-4)
     assert errors[0] < 0.9 * weighted_error(weight, structure, start, gram)

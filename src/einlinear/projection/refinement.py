@@ -178,8 +178,14 @@ class Target:
     ) -> Tensor:
         """A step along conjugate gradients, where the normal equations are too many to be formed.
 
-        Only moments make them so. What surrounds the factor is contracted once, the moments last.
+        Only moments make them so. Around a factor that reads every input, the rest is contracted once, the moments
+        last. Around any other that would have the features of the rest twice, more entries than the matrix: the step
+        goes through one tensor after the other instead.
         """
+        if not {*self.structure.x} <= {*outer}:
+            return conjugate_gradients(
+                lambda step: contract([*network, twin], [*parts, step], outer), lambda step: step, gradient
+            )
         x = (*self.structure.x, *map(_prime, self.structure.x))
         *network, ends = network
         *parts, gram = parts
@@ -193,10 +199,8 @@ class Target:
         return conjugate_gradients(apply, precondition, gradient)
 
     def _preconditioner(self, around: Axes, held: Tensor, outer: Axes, twin: Axes) -> Callable[[Tensor], Tensor]:
-        """Solves the equations without moments between input blocks, where the factor reads every input."""
+        """Solves the equations of a factor that reads every input, without moments between its blocks."""
         s = self.structure
-        if not {*s.x} <= {*outer}:
-            return lambda step: step
         mixed = [axis for axis, other in zip(outer, twin, strict=True) if axis != other and axis in s.x]
         blocks = tuple(axis for axis in mixed if axis in around)
         own = tuple(axis for axis in mixed if axis not in around)
