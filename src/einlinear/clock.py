@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from einlinear.links import INTO, OUT_OF, links
+from einlinear.links import INTO, OUT_OF, STAGES, links
 from einlinear.structure import Step, Structure, StructureError
 
 Mode = Literal["forward", "training"]
@@ -38,7 +38,8 @@ class Machine:
     """Of one small matmul in a batch with one for each token."""
 
 
-CPU = Machine("one CPU core, float32", 4, matmul=8e10, memory=5e9)
+CPU = Machine("one CPU core, float32", 4, matmul=9.2e10, memory=5e9)
+CPU_HALF = Machine("one CPU core, 16 bits", 2, matmul=2.1e11, memory=5e9, narrow=2e9)
 CUDA = Machine("H200, float32", 4, matmul=5e13, memory=3.8e12, launch=3e-6, batch=2.6e-6, kernel=1.3e-6, tiny=8e-9)
 CUDA_HALF = Machine(
     "H200, 16 bits", 2, matmul=6.9e14, memory=3.8e12, launch=3e-6, batch=2.6e-6, kernel=1.3e-6, narrow=1.7e12, tiny=6e-9
@@ -59,9 +60,10 @@ def machine(device: str = "cpu", dtype: object = None) -> Machine:
     name = str(dtype or ("float32" if device == "cpu" else "bfloat16")).removeprefix("torch.")
     if device.partition(":")[0] not in ("cpu", "cuda"):
         raise StructureError(f"cannot foretell times on the device '{device}': only for cpu and cuda")
+    half = name in ("bfloat16", "float16")
     if device == "cpu":
-        return CPU
-    return CUDA_HALF if name in ("bfloat16", "float16") else CUDA
+        return CPU_HALF if half else CPU
+    return CUDA_HALF if half else CUDA
 
 
 def seconds(
@@ -97,6 +99,17 @@ def seconds(
 def refuses_chain(structure: Structure, here: Machine) -> str | None:
     found = links(structure)
     return found if isinstance(found, str) else None
+
+
+def refuses_blocked(structure: Structure, here: Machine) -> str | None:
+    if here not in (CPU, CPU_HALF):
+        return "its blocks of tokens are sized for a CPU's cache"
+    found = links(structure)
+    if isinstance(found, str):
+        return found
+    if len(found) < 2 or any(link.spec not in STAGES for link in found):
+        return "it takes two or more block-diagonal factors"
+    return None
 
 
 def refuses_tiles(structure: Structure, here: Machine) -> str | None:
@@ -137,6 +150,16 @@ def chain(structure: Structure, tokens: int, here: Machine, training: bool) -> f
         else:
             total += 3 * each if training else each
     return total
+
+
+def blocked(structure: Structure, tokens: int, here: Machine, training: bool) -> float:
+    """A block of tokens after the other, states in cache."""
+    return 0.0
+
+
+def turned(structure: Structure, tokens: int, here: Machine, training: bool) -> float:
+    """The same on a transposed input."""
+    return 0.0
 
 
 def tiles(structure: Structure, tokens: int, here: Machine, training: bool) -> float:
@@ -189,7 +212,7 @@ def materialised(structure: Structure, tokens: int, here: Machine, training: boo
     if len(structure.factors) != 2 or bond < 1 or {*structure.x} & {*structure.y}:
         making = reference(structure, rows, here, training)
     elif bond > 16 or here.kernel == 0.0:
-        copies = 3 if here is CPU else 1
+        copies = 3 if here in (CPU, CPU_HALF) else 1
         moved = copies * whole + here.bytes * sum(math.prod(shape) for shape in structure.factor_shapes)
         making = here.launch + _both(here, 2 * bond * rows * columns / here.matmul, moved / here.memory)
         making *= 3 if training else 1
@@ -212,6 +235,8 @@ Way = Callable[[Structure, int, Machine, bool], float]
 WAYS: dict[str, tuple[Refusal, Way]] = {
     "pair": (refuses_pair, pair),
     "tiles": (refuses_tiles, tiles),
+    "blocked": (refuses_blocked, blocked),
+    "turned": (refuses_blocked, turned),
     "chain": (refuses_chain, chain),
     "reference": (refuses_nothing, reference),
     "materialised": (refuses_nothing, materialised),
@@ -229,7 +254,7 @@ def _steps(structure: Structure) -> list[tuple[Step, tuple[int, int, int, int, i
 
 def _both(here: Machine, working: float, moving: float) -> float:
     """A GPU moves bytes while it works; one core of a CPU does one thing at a time."""
-    return working + moving if here is CPU else max(working, moving)
+    return working + moving if here in (CPU, CPU_HALF) else max(working, moving)
 
 
 def _latency(here: Machine, made: int, summed: int) -> float:
