@@ -34,12 +34,16 @@ class Machine:
     """Of a Triton kernel."""
     narrow: float = math.inf
     """FLOPs per second, for each row or column of its smaller side, that a batched matmul of small blocks reaches."""
+    cached: float = math.inf
+    """Bytes per second of a CPU's larger caches; one that has them does not move bytes while it works."""
+    across: float = 1.0
+    """What a batched matmul keeps of its speed where its operands do not lie along the tokens."""
     tiny: float = 0.0
     """Of one small matmul in a batch with one for each token."""
 
 
-CPU = Machine("one CPU core, float32", 4, matmul=9.2e10, memory=5e9)
-CPU_HALF = Machine("one CPU core, 16 bits", 2, matmul=2.1e11, memory=5e9, narrow=2e9)
+CPU = Machine("one CPU core, float32", 4, matmul=9.2e10, memory=5e9, cached=2e10)
+CPU_HALF = Machine("one CPU core, 16 bits", 2, matmul=2.1e11, memory=5e9, cached=2e10, narrow=2e9, across=0.35)
 CUDA = Machine("H200, float32", 4, matmul=5e13, memory=3.8e12, launch=3e-6, batch=2.6e-6, kernel=1.3e-6, tiny=8e-9)
 CUDA_HALF = Machine(
     "H200, 16 bits", 2, matmul=6.9e14, memory=3.8e12, launch=3e-6, batch=2.6e-6, kernel=1.3e-6, narrow=1.7e12, tiny=6e-9
@@ -140,8 +144,10 @@ def chain(structure: Structure, tokens: int, here: Machine, training: bool) -> f
     for k, (step, (slices, made, summed, state, result)) in enumerate(_steps(structure)):
         weights = slices * made * summed
         work = 2.0 * weights * structure.size(step.passive) * tokens
-        moved = here.bytes * (weights + tokens * (state + result))
-        rate = min(0.7 * here.matmul, here.narrow * math.sqrt(made * summed)) if slices > 1 else here.matmul
+        moved: float = here.bytes * (weights + tokens * (state + result))
+        if here.cached < math.inf:  # states no wider than the ends mostly stay in the last cache
+            moved = _through_cache(structure, step, here, tokens) + here.bytes * weights
+        rate = here.across * _rate(here, made, summed) if slices > 1 else here.matmul
         fixed = here.batch if slices > 1 else here.launch + _latency(here, made, summed)
         each = fixed + _both(here, work / rate, moved / here.memory)
         if here.tiny and not isinstance(found, str) and found[k].spec == "bkq,nk->bnq":  # one small matmul a token
@@ -152,14 +158,33 @@ def chain(structure: Structure, tokens: int, here: Machine, training: bool) -> f
     return total
 
 
-def blocked(structure: Structure, tokens: int, here: Machine, training: bool) -> float:
-    """A block of tokens after the other, states in cache."""
-    return 0.0
+def blocked(structure: Structure, tokens: int, here: Machine, training: bool, along: bool = False) -> float:
+    """One block of tokens after the other, states in cache; weights are read for each, and states made again backward.
+
+    With `along`, the input and the output are transposed, so that all operands lie along the tokens.
+    """
+    shapes, count = structure.matrix_shapes, math.ceil(tokens / block(structure))
+    across = 1.0 if along else here.across
+    work = [
+        2.0 * tokens * structure.size(step.passive) * math.prod(shape) / (across * _rate(here, *shape[1:]))
+        for step, shape in zip(structure.steps, shapes, strict=True)
+    ]
+    ends = (structure.size(structure.x), structure.size(structure.y))
+    copied = tokens * (sum(ends) if along else ends[1])
+    weights = sum(map(math.prod, shapes))
+    around = here.bytes * ((tokens * sum(ends) + weights) / here.memory + (copied + count * weights) / here.cached)
+    around += count * 3e-5
+    return 3 * sum(work) + sum(work[:-1]) + 2.5 * around if training else sum(work) + around
 
 
 def turned(structure: Structure, tokens: int, here: Machine, training: bool) -> float:
-    """The same on a transposed input."""
-    return 0.0
+    """The same, transposed."""
+    return blocked(structure, tokens, here, training, along=True)
+
+
+def block(structure: Structure) -> int:
+    """Tokens of a block: states then mostly stay in a core's cache (benchmarks/NOTES.md)."""
+    return 256 if max(structure.size(step.state) for step in structure.steps) <= 1024 else 128
 
 
 def tiles(structure: Structure, tokens: int, here: Machine, training: bool) -> float:
@@ -252,9 +277,25 @@ def _steps(structure: Structure) -> list[tuple[Step, tuple[int, int, int, int, i
     ]
 
 
+def _through_cache(structure: Structure, step: Step, here: Machine, tokens: int) -> float:
+    """Bytes that a step moves in memory, counting as fewer those that it moves in the last cache."""
+    ends, steps = (structure.size(structure.x), structure.size(structure.y)), structure.steps
+    total = 0.0
+    for axes, inner in ((step.state, step is not steps[0]), (step.result, step is not steps[-1])):
+        size = structure.size(axes)
+        kept = min(size, max(ends)) if inner else 0
+        total += (size - kept) + kept * here.memory / here.cached
+    return here.bytes * tokens * total
+
+
+def _rate(here: Machine, made: int, summed: int) -> float:
+    """Of a batched matmul."""
+    return min(0.7 * here.matmul, here.narrow * math.sqrt(made * summed))
+
+
 def _both(here: Machine, working: float, moving: float) -> float:
     """A GPU moves bytes while it works; one core of a CPU does one thing at a time."""
-    return working + moving if here in (CPU, CPU_HALF) else max(working, moving)
+    return working + moving if here.cached < math.inf else max(working, moving)
 
 
 def _latency(here: Machine, made: int, summed: int) -> float:

@@ -68,11 +68,8 @@ class Plan:
         if x.ndim == 0 or x.shape[-1] != self.d_in:
             check(self.structure, factors, x)
         tokens = pad_last(x, self.pad_in).reshape(-1, self.d_in + self.pad_in)
-        half = x.element_size() == 2
-        if x.is_cuda:
-            choice = self.cuda_half if half else self.cuda
-        else:
-            choice = self.cpu_half if half else self.cpu
+        single, halved = (self.cuda, self.cuda_half) if x.is_cuda else (self.cpu, self.cpu_half)
+        choice = halved if x.element_size() == 2 else single
         # Of torch.compile too, torch says that it is exporting.
         exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
         if exporting or transformed(x, *factors):

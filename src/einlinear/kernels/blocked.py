@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from einlinear.clock import block
 from einlinear.kernels.kernel import Kernel, Runner
 from einlinear.kernels.pairwise import fill, pairwise
 from einlinear.links import Link, chain_of
@@ -59,7 +60,7 @@ class Blocked(Kernel):
         specs = [link.spec for link in chain]
         specs[0] = specs[0].replace("mbk", self.reads)
         specs[-1] = specs[-1].replace("mbn", self.writes(chain[-1]))
-        return BlockedRunner(chain, ";".join(specs), structure.size(structure.y), _block(structure))
+        return BlockedRunner(chain, ";".join(specs), structure.size(structure.y), block(structure))
 
     def writes(self, last: Link) -> str:
         """The order in which the last link makes its result."""
@@ -75,12 +76,6 @@ class Turned(Blocked):
 
     def writes(self, last: Link) -> str:
         return "bnm"
-
-
-def _block(structure: Structure) -> int:
-    """Tokens whose largest state is half a megabyte or so (benchmarks/NOTES.md), which a core's cache holds."""
-    widest = max(structure.size(step.state) for step in structure.steps)
-    return 256 if widest <= 1024 else 128
 
 
 @dataclass(frozen=True)
@@ -138,7 +133,13 @@ def _(
 
 @torch.library.custom_op("einlinear::blocked_backward", mutates_args=())
 def blocked_backward(
-    grad: Tensor, x: Tensor, weights: Sequence[Tensor], specs: str, views: Sequence[int], needs: Sequence[bool], block: int
+    grad: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    specs: str,
+    views: Sequence[int],
+    needs: Sequence[bool],
+    block: int,
 ) -> list[Tensor]:
     """The gradients of `x` and of each weight, where `needs` says so; empty ones elsewhere."""
     chain, (needs_x, *needs_weights) = _chained(specs, views), needs
@@ -160,7 +161,13 @@ def blocked_backward(
 
 @blocked_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, weights: Sequence[Tensor], specs: str, views: Sequence[int], needs: Sequence[bool], block: int
+    grad: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    specs: str,
+    views: Sequence[int],
+    needs: Sequence[bool],
+    block: int,
 ) -> list[Tensor]:
     return [like.new_empty(like.shape if needed else 0) for like, needed in zip((x, *weights), needs, strict=True)]
 
@@ -204,9 +211,10 @@ def _(x: list[int], weights: list[list[int]], *_: object, **__: object) -> int:
 def _(
     grad: object, x: list[int], weights: list[list[int]], specs: object, views: object, needs: list[bool], **_: object
 ) -> int:
-    """The states again, and what is needed of two products for each link."""
+    """The states again, the gradient of each, and those of the weights that are asked for."""
     work = _work(x, weights)
-    return sum(work[:-1]) + sum(work[needs[0] is False :]) + sum(w for w, needed in zip(work, needs[1:]) if needed)
+    asked = sum(part for part, needed in zip((work[0], *work), needs, strict=True) if needed)
+    return sum(work[:-1]) + sum(work[1:]) + asked
 
 
 def _work(x: Sequence[int], weights: Sequence[Sequence[int]]) -> list[int]:
