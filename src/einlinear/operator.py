@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import reduce, singledispatch
 from itertools import pairwise
 from typing import Any, Generic, Self, TypeVar, overload
 
@@ -280,6 +280,16 @@ class Operator(ABC):
                 "torch.compile cannot tell A @ x from x @ A here: write A.matmul(x), A.matvec(x) or A.T.matmul(x.mT).mT"
             )
         return fits_left
+
+    def __getitem__(self, index: Any) -> "Operator | Tensor":
+        """What `A.dense()[..., *index]` holds: single rows, columns and entries as tensors, a submatrix as an operator.
+
+        `index` is for rows, or for rows and columns: whole numbers, slices, index tensors, lists or masks. Two lists
+        or tensors name entries in pairs, as in torch; `einlinear.linalg.select` takes the submatrix of all pairs.
+        """
+        return indexed(self, index)
+
+    __iter__ = None  # a matrix is no sequence, for all that it can be indexed
 
     def __repr__(self) -> str:
         text = self._text()
@@ -595,6 +605,12 @@ def broadcast(doing: str, *operators: Operator, shape: Batch = ()) -> Batch:
     except RuntimeError:
         found = ", ".join(str(tuple(batch)) for batch in [*([shape] if shape else []), *batches])
         raise OperatorError(f"cannot {doing} operators whose batches {found} do not broadcast") from None
+
+
+@singledispatch
+def indexed(operator: Operator, index: Any) -> "Operator | Tensor":
+    """What `operator[index]` is. It takes operators of selection, so that `einlinear.operators.selection` says it."""
+    raise TypeError(f"cannot index a {type(operator).__name__}")
 
 
 def inexact(tensor: Tensor, dimensions: int = 0) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from einlinear.kernels import explain
 from einlinear.layer import Linear
-from einlinear.linalg.adapters import from_scipy
+from einlinear.linalg.adapters import from_cola, from_scipy
 from einlinear.linalg.direct import affordable, written
 from einlinear.linalg.iterative import extreme
 from einlinear.linalg.rules.banded import SMALL, by_band
@@ -47,7 +47,7 @@ def operator(subject: Any, factors: Any = None) -> Operator:
 
     A tensor, dense or torch-sparse; a `Structure` with its factors; the weight of an
     `einlinear.Linear` or `torch.nn.Linear` (the bias is no part of it); a matrix, sparse matrix or
-    `LinearOperator` of NumPy or scipy.
+    `LinearOperator` of NumPy or scipy; an operator of CoLA.
     """
     match subject:
         case Operator():
@@ -60,8 +60,11 @@ def operator(subject: Any, factors: Any = None) -> Operator:
             return Dense(subject.weight)
         case Tensor():
             return lift(subject) if subject.layout == torch.strided else Sparse.of(subject)
-    if type(subject).__module__.startswith(("numpy", "scipy")):
+    library = type(subject).__module__.partition(".")[0]
+    if library in ("numpy", "scipy"):
         return from_scipy(subject)
+    if library == "cola":
+        return from_cola(subject)
     raise OperatorError(
         f"cannot make an operator of a {type(subject).__name__}: pass an Operator, a tensor, a Structure with its "
         f"factors, a linear layer, or a matrix of NumPy or scipy"
