@@ -224,8 +224,8 @@ def test_all_eigenvalues_of_a_complex_band_matrix():
 
 
 def test_eigenvalues_that_krylov_spaces_do_not_find_are_found_from_the_matrix(recwarn):
-    A = la.Dense(poisson(600).dense())
-    assert_close(la.eigh(A, 3, "SA").values, poisson_values(600)[:3], atol=1e-12, rtol=0)
+    A = la.Dense(poisson(900).dense())
+    assert_close(la.eigh(A, 3, "SA").values, poisson_values(900)[:3], atol=1e-12, rtol=0)
     assert not [w for w in recwarn if "stopped after" in str(w.message)]
 
 
