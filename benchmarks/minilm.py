@@ -11,9 +11,9 @@ pairwise similarities, which is what search and clustering read.
 A budget is a share of the parameters of all layers that embeddings read, embedding tables aside. `uniform` gives
 every layer that share of its own, by the setting that spends most of it; where a family has blocks besides ranks,
 their number is the one with the least error on the layers of `PILOTS`, calibrated, for each pair of widths. `allocated`
-minimises the summed error of outputs (`einlinear.allocate`) over ranks and dense layers, `relative` that of each layer's
-share of its output; `auto` offers low rank, BTT
-and block-diagonal layers together. Recovery is distillation from the dense model, on the sentences that calibrated.
+minimises the summed error of outputs (`einlinear.allocate`) over ranks and dense layers, `relative` the sum of each
+layer's share of its own; `auto` offers low rank, BTT and block-diagonal layers together. Recovery is distillation from
+the dense model, on the sentences that calibrated.
 
 Times (last, into a table of their own) are medians of the process's CPU time on one thread, all models in turns.
 A row is appended as soon as it is found; rows that are there are not measured again. One hour on one core.
