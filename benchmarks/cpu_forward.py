@@ -2,8 +2,8 @@
 
     python benchmarks/cpu_forward.py [results.csv]
 
-`einlinear bench` on the grid that the project is held to: one process, medians of the thread's own
-CPU time (on a machine that others use, wall time measures them too).
+`einlinear bench` on the grid that the project is held to, in float32 and in bfloat16: one process, medians of the
+thread's own CPU time (on a machine that others use, wall time measures them too).
 """
 
 import csv
@@ -15,17 +15,28 @@ import torch
 import einlinear as el
 from einlinear.lab.bench import bench
 
-FAMILIES = (el.BTT(), el.BTT(rank=4), el.Monarch(blocks=16), el.Monarch(blocks=4), el.LowRank(), el.Kronecker())
+FAMILIES = (
+    *(el.BTT(rank=rank) for rank in (1, 2, 4)),
+    *(el.Monarch(blocks=blocks) for blocks in (16, 8, 4)),
+    el.LowRank(),
+    el.Kronecker(),
+)
 RESULTS = Path(__file__).parent / "results" / "cpu_forward.csv"
 
 
 def main(path: Path = RESULTS) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rows = bench(FAMILIES, (1024, 2048, 4096), (256, 1024), modes=("forward",))
+    rows = [
+        row
+        for dtype in (torch.float32, torch.bfloat16)
+        for row in bench(FAMILIES, (1024, 2048, 4096), (256, 1024), dtype=dtype, modes=("forward",))
+    ]
     for row in rows:
         saving = 1 / row["flop_ratio"]
-        print(f"{row['family']:20} {row['d_in']:5} x {row['tokens']:5}  {row['ratio_to_dense']:6.2f} of {saving:.1f}")
+        print(
+            f"{row['dtype']:9} {row['family']:20} {row['d_in']:5} x {row['tokens']:5}  {row['ratio_to_dense']:6.2f} of {saving:.1f}"
+        )
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()

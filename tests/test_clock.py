@@ -8,7 +8,7 @@ import pytest
 
 import einlinear as el
 from einlinear import clock
-from einlinear.clock import CPU, CUDA, CUDA_HALF, WAYS, machine
+from einlinear.clock import CPU, CPU_HALF, CUDA, CUDA_HALF, WAYS, machine
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "nvidia_h200"
 FITTED = ("512", "1024", "2048", "4096")
@@ -84,7 +84,8 @@ def test_seconds_grow_with_tokens_and_training_takes_longer(
 
 def test_the_machine_follows_device_and_type() -> None:
     torch = pytest.importorskip("torch")
-    assert machine() is machine("cpu", torch.bfloat16) is CPU
+    assert machine() is machine("cpu", torch.float64) is CPU
+    assert machine("cpu", torch.bfloat16) is CPU_HALF
     assert machine("cuda") is machine("cuda:1", torch.float16) is CUDA_HALF
     assert machine("cuda", "float32") is CUDA
 

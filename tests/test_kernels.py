@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import einlinear as el
 from einlinear.kernels import KERNELS, Choice, _choice, plan
 from einlinear.kernels import pairwise as pairwise_module
+from einlinear.kernels.blocked import Blocked, BlockedRunner, Turned
 from einlinear.kernels.chain import Chain
-from einlinear.kernels.kernel import CPU, CUDA, CUDA_HALF, Kernel
+from einlinear.kernels.kernel import CPU, CPU_HALF, CUDA, CUDA_HALF, Kernel
 from einlinear.kernels.pairwise import pairwise
 from einlinear.kernels.reference import Materialised, Reference
 
@@ -33,7 +34,7 @@ CHAINED = [
 """What runs as a chain of matmuls without a copy."""
 
 
-@pytest.fixture(params=[Chain(), Reference(), Materialised()], ids=lambda kernel: kernel.name)
+@pytest.fixture(params=[Chain(), Blocked(), Turned(), Reference(), Materialised()], ids=lambda kernel: kernel.name)
 def kernel(request) -> Kernel:
     return request.param
 
@@ -130,6 +131,78 @@ def test_second_derivatives(family, draw):
     assert torch.autograd.gradgradcheck(lambda x, *factors: run(factors, x), leaves)
 
 
+# Blocks of tokens
+
+BLOCKED = [el.BTT(rank=1), el.BTT(rank=3), el.Monarch(blocks=3), el.BLAST(blocks=3, rank=5)]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("family", BLOCKED, ids=str)
+@pytest.mark.parametrize("kind", [Blocked(), Turned()], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("tokens", [0, 1, 4, 11])
+def test_blocks_of_tokens_are_the_reference_with_every_gradient(family, kind, tokens, draw, assert_same):
+    """Whole blocks, a last one that is shorter, and none."""
+    structure = family(36, 48)
+    assert kind.refuses(structure) is None
+    leaves = leaves_of(structure, draw(structure), tokens)
+    grad = torch.randn(tokens, 48, dtype=torch.float64)
+    runner = replace(kind.prepare(structure), block=4)
+    assert_same(with_gradients(runner, leaves, grad), with_gradients(by_reference(structure), leaves, grad))
+
+
+@pytest.mark.parametrize("kind", [Blocked(), Turned()], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("family", [el.BTT(rank=2), el.BLAST(blocks=2, rank=2)], ids=str)
+def test_blocks_of_tokens_any_strides_complex_and_second_derivatives(kind, family, draw, assert_same):
+    structure = family(8, 6)
+    run = replace(kind.prepare(structure), block=2)
+    x, factors = torch.randn(8, 3, dtype=torch.complex128).mT, [f.to(torch.complex128) for f in draw(structure)]
+    leaves = leaves_of(structure, factors, 3, dtype=torch.complex128) | {"x": x}
+    grad = torch.randn(6, 3, dtype=torch.complex128).mT
+    assert_same(with_gradients(run, leaves, grad), with_gradients(by_reference(structure), leaves, grad))
+    leaves = [leaf.real.clone().requires_grad_() for leaf in (x, *factors)]
+    assert torch.autograd.gradgradcheck(lambda x, *factors: run(factors, x), leaves)
+
+
+@pytest.mark.parametrize("kind", [Blocked(), Turned()], ids=lambda kernel: kernel.name)
+def test_blocks_of_tokens_are_registered_soundly_and_repeat_to_the_bit(kind, draw):
+    structure = el.BTT(rank=3)(36, 48)
+    run = kind.prepare(structure)
+    assert isinstance(run, BlockedRunner)
+    weights = [f.reshape(link.weight).requires_grad_() for f, link in zip(draw(structure), run.links, strict=True)]
+    x, views = torch.randn(7, 36, dtype=torch.float64, requires_grad=True), [n for link in run.links for n in link.view]
+    arguments = (x, weights, torch.randn(48, dtype=torch.float64), run.specs, views, 48, 4)
+    torch.library.opcheck(torch.ops.einlinear.blocked.default, arguments)
+    one, other = (torch.autograd.grad(run(weights, x).square().sum(), [x, *weights]) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("frozen", ["x", "factor 0", "factor 1"])
+def test_blocks_of_tokens_compute_only_the_gradients_that_are_asked_for(frozen, draw, assert_same):
+    structure = el.BTT(rank=2)(36, 48)
+    leaves = leaves_of(structure, draw(structure), 5)
+    own = {name: leaf.clone().requires_grad_(name != frozen) for name, leaf in leaves.items()}
+    y = replace(Blocked().prepare(structure), block=2)([own["factor 0"], own["factor 1"]], own["x"], own["bias"])
+    asked = {name: leaf for name, leaf in own.items() if name != frozen}
+    with FlopCounterMode(display=False) as counter:
+        found = dict(zip(asked, torch.autograd.grad(y, [*asked.values()], torch.ones_like(y)), strict=True))
+    wanted = with_gradients(by_reference(structure), leaves, torch.ones_like(y))
+    assert_same(found, {name: wanted[name] for name in found})
+    first, second = (
+        2 * 5 * structure.size(step.passive) * factor.numel()
+        for step, factor in zip(structure.steps, (leaves["factor 0"], leaves["factor 1"]), strict=True)
+    )
+    parts = {"x": first, "factor 0": first, "factor 1": second}
+    assert counter.get_total_flops() == first + second + sum(parts.values()) - parts[frozen]
+
+
+def test_on_a_cpu_wide_states_go_in_blocks_and_16_bits_along_the_tokens():
+    wide, lone = el.BTT(rank=4)(1024, 1024), el.LowRank()(1024, 1024)
+    assert plan(wide).cpu(1024, False) == plan(wide).cpu(1024, True) == Blocked().prepare(wide)
+    assert plan(wide).cpu_half(1024, True) == Turned().prepare(wide)
+    assert plan(lone).cpu(1024, False) == plan(lone).cpu_half(1024, False) == Chain().prepare(lone)
+    assert "a CPU's cache" in Blocked().refuses(wide, CUDA)
+
+
 # The custom operation under the chain
 
 CONTRACTIONS = [
@@ -199,11 +272,11 @@ def test_only_the_gradients_that_are_asked_for_are_computed():
 # Choice
 
 
-TARGETS = [CPU, CUDA, CUDA_HALF]
+TARGETS = [CPU, CPU_HALF, CUDA, CUDA_HALF]
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("target", TARGETS, ids=["cpu", "cuda", "half"])
+@pytest.mark.parametrize("target", TARGETS, ids=["cpu", "cpu half", "cuda", "half"])
 @pytest.mark.parametrize("family", [*CHAINED, *el.families()], ids=str)
 def test_a_plan_takes_what_is_modelled_fastest(family, target, training):
     """Near the middle of the range of tokens that a choice is for; elsewhere it may be a little off."""
@@ -251,7 +324,8 @@ def test_the_matrix_is_made_for_many_tokens_of_a_structure_dearer_than_dense():
 
 def test_the_matrix_is_never_made_for_a_structure_cheaper_than_dense():
     structure = el.BTT(rank=1)(1024, 1024)
-    assert {run for _, run in plan(structure).cpu.forward} == {Chain().prepare(structure)}
+    cheap = {kernel.prepare(structure) for kernel in (Chain(), Blocked(), Turned())}
+    assert {run for _, run in plan(structure).cpu.forward} <= cheap
 
 
 def test_all_choices_compute_the_same(draw):
@@ -266,8 +340,9 @@ def test_all_choices_compute_the_same(draw):
 
 def test_explain_says_what_runs_and_why():
     cheap = el.explain(el.BTT(rank=1)(1024, 1024))
-    assert "runs 1024 tokens by 'chain' on cpu in torch.float32, forward" in cheap
+    assert "runs 1024 tokens by 'blocked' on cpu in torch.float32, forward" in cheap
     assert "chain         fits, modelled" in cheap
+    assert "by 'turned'" in el.explain(el.BTT(rank=1)(1024, 1024), dtype=torch.bfloat16)
     dear = el.BTT(rank=16)(64, 64)
     assert "by 'chain'" in el.explain(dear, tokens=1)
     assert "by 'materialised'" in el.explain(dear, tokens=10**6)

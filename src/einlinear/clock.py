@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from einlinear.links import INTO, OUT_OF, links
+from einlinear.links import INTO, OUT_OF, STAGES, links
 from einlinear.structure import Step, Structure, StructureError
 
 Mode = Literal["forward", "training"]
@@ -34,11 +34,16 @@ class Machine:
     """Of a Triton kernel."""
     narrow: float = math.inf
     """FLOPs per second, for each row or column of its smaller side, that a batched matmul of small blocks reaches."""
+    cached: float = math.inf
+    """Bytes per second of a CPU's larger caches; one that has them does not move bytes while it works."""
+    across: float = 1.0
+    """What a batched matmul keeps of its speed where its operands do not lie along the tokens."""
     tiny: float = 0.0
     """Of one small matmul in a batch with one for each token."""
 
 
-CPU = Machine("one CPU core, float32", 4, matmul=8e10, memory=5e9)
+CPU = Machine("one CPU core, float32", 4, matmul=9.2e10, memory=5e9, cached=2e10)
+CPU_HALF = Machine("one CPU core, 16 bits", 2, matmul=2.1e11, memory=5e9, cached=2e10, narrow=2e9, across=0.35)
 CUDA = Machine("H200, float32", 4, matmul=5e13, memory=3.8e12, launch=3e-6, batch=2.6e-6, kernel=1.3e-6, tiny=8e-9)
 CUDA_HALF = Machine(
     "H200, 16 bits", 2, matmul=6.9e14, memory=3.8e12, launch=3e-6, batch=2.6e-6, kernel=1.3e-6, narrow=1.7e12, tiny=6e-9
@@ -59,9 +64,10 @@ def machine(device: str = "cpu", dtype: object = None) -> Machine:
     name = str(dtype or ("float32" if device == "cpu" else "bfloat16")).removeprefix("torch.")
     if device.partition(":")[0] not in ("cpu", "cuda"):
         raise StructureError(f"cannot foretell times on the device '{device}': only for cpu and cuda")
+    half = name in ("bfloat16", "float16")
     if device == "cpu":
-        return CPU
-    return CUDA_HALF if name in ("bfloat16", "float16") else CUDA
+        return CPU_HALF if half else CPU
+    return CUDA_HALF if half else CUDA
 
 
 def seconds(
@@ -99,6 +105,17 @@ def refuses_chain(structure: Structure, here: Machine) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def refuses_blocked(structure: Structure, here: Machine) -> str | None:
+    if here not in (CPU, CPU_HALF):
+        return "its blocks of tokens are sized for a CPU's cache"
+    found = links(structure)
+    if isinstance(found, str):
+        return found
+    if len(found) < 2 or any(link.spec not in STAGES for link in found):
+        return "it takes two or more block-diagonal factors"
+    return None
+
+
 def refuses_tiles(structure: Structure, here: Machine) -> str | None:
     if here is not CUDA_HALF:
         return "it takes numbers of 16 bits on a CUDA device"
@@ -127,8 +144,10 @@ def chain(structure: Structure, tokens: int, here: Machine, training: bool) -> f
     for k, (step, (slices, made, summed, state, result)) in enumerate(_steps(structure)):
         weights = slices * made * summed
         work = 2.0 * weights * structure.size(step.passive) * tokens
-        moved = here.bytes * (weights + tokens * (state + result))
-        rate = min(0.7 * here.matmul, here.narrow * math.sqrt(made * summed)) if slices > 1 else here.matmul
+        moved: float = here.bytes * (weights + tokens * (state + result))
+        if here.cached < math.inf:  # states no wider than the ends mostly stay in the last cache
+            moved = _through_cache(structure, step, here, tokens) + here.bytes * weights
+        rate = here.across * _rate(here, made, summed) if slices > 1 else here.matmul
         fixed = here.batch if slices > 1 else here.launch + _latency(here, made, summed)
         each = fixed + _both(here, work / rate, moved / here.memory)
         if here.tiny and not isinstance(found, str) and found[k].spec == "bkq,nk->bnq":  # one small matmul a token
@@ -137,6 +156,35 @@ def chain(structure: Structure, tokens: int, here: Machine, training: bool) -> f
         else:
             total += 3 * each if training else each
     return total
+
+
+def blocked(structure: Structure, tokens: int, here: Machine, training: bool, along: bool = False) -> float:
+    """One block of tokens after the other, states in cache; weights are read for each, and states made again backward.
+
+    With `along`, the input and the output are transposed, so that all operands lie along the tokens.
+    """
+    shapes, count = structure.matrix_shapes, math.ceil(tokens / block(structure))
+    across = 1.0 if along else here.across
+    work = [
+        2.0 * tokens * structure.size(step.passive) * math.prod(shape) / (across * _rate(here, *shape[1:]))
+        for step, shape in zip(structure.steps, shapes, strict=True)
+    ]
+    ends = (structure.size(structure.x), structure.size(structure.y))
+    copied = tokens * (sum(ends) if along else ends[1])
+    weights = sum(map(math.prod, shapes))
+    around = here.bytes * ((tokens * sum(ends) + weights) / here.memory + (copied + count * weights) / here.cached)
+    around += count * 3e-5
+    return 3 * sum(work) + sum(work[:-1]) + 2.5 * around if training else sum(work) + around
+
+
+def turned(structure: Structure, tokens: int, here: Machine, training: bool) -> float:
+    """The same, transposed."""
+    return blocked(structure, tokens, here, training, along=True)
+
+
+def block(structure: Structure) -> int:
+    """Tokens of a block: states then mostly stay in a core's cache (benchmarks/NOTES.md)."""
+    return 256 if max(structure.size(step.state) for step in structure.steps) <= 1024 else 128
 
 
 def tiles(structure: Structure, tokens: int, here: Machine, training: bool) -> float:
@@ -189,7 +237,7 @@ def materialised(structure: Structure, tokens: int, here: Machine, training: boo
     if len(structure.factors) != 2 or bond < 1 or {*structure.x} & {*structure.y}:
         making = reference(structure, rows, here, training)
     elif bond > 16 or here.kernel == 0.0:
-        copies = 3 if here is CPU else 1
+        copies = 3 if here in (CPU, CPU_HALF) else 1
         moved = copies * whole + here.bytes * sum(math.prod(shape) for shape in structure.factor_shapes)
         making = here.launch + _both(here, 2 * bond * rows * columns / here.matmul, moved / here.memory)
         making *= 3 if training else 1
@@ -212,6 +260,8 @@ Way = Callable[[Structure, int, Machine, bool], float]
 WAYS: dict[str, tuple[Refusal, Way]] = {
     "pair": (refuses_pair, pair),
     "tiles": (refuses_tiles, tiles),
+    "blocked": (refuses_blocked, blocked),
+    "turned": (refuses_blocked, turned),
     "chain": (refuses_chain, chain),
     "reference": (refuses_nothing, reference),
     "materialised": (refuses_nothing, materialised),
@@ -227,9 +277,25 @@ def _steps(structure: Structure) -> list[tuple[Step, tuple[int, int, int, int, i
     ]
 
 
+def _through_cache(structure: Structure, step: Step, here: Machine, tokens: int) -> float:
+    """Bytes that a step moves in memory, counting as fewer those that it moves in the last cache."""
+    ends, steps = (structure.size(structure.x), structure.size(structure.y)), structure.steps
+    total = 0.0
+    for axes, inner in ((step.state, step is not steps[0]), (step.result, step is not steps[-1])):
+        size = structure.size(axes)
+        kept = min(size, max(ends)) if inner else 0
+        total += (size - kept) + kept * here.memory / here.cached
+    return here.bytes * tokens * total
+
+
+def _rate(here: Machine, made: int, summed: int) -> float:
+    """Of a batched matmul."""
+    return min(0.7 * here.matmul, here.narrow * math.sqrt(made * summed))
+
+
 def _both(here: Machine, working: float, moving: float) -> float:
     """A GPU moves bytes while it works; one core of a CPU does one thing at a time."""
-    return working + moving if here is CPU else max(working, moving)
+    return working + moving if here.cached < math.inf else max(working, moving)
 
 
 def _latency(here: Machine, made: int, summed: int) -> float:

@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import reduce, singledispatch
 from itertools import pairwise
 from typing import Any, Generic, Self, TypeVar, overload
 
@@ -280,6 +280,16 @@ class Operator(ABC):
                 "torch.compile cannot tell A @ x from x @ A here: write A.matmul(x), A.matvec(x) or A.T.matmul(x.mT).mT"
             )
         return fits_left
+
+    def __getitem__(self, index: Any) -> "Operator | Tensor":
+        """What `A.dense()[..., *index]` holds: single rows, columns and entries as tensors, a submatrix as an operator.
+
+        `index` is for rows, or for rows and columns: whole numbers, slices, index tensors, lists or masks. Two lists
+        or tensors name entries in pairs, as in torch; `einlinear.linalg.select` takes the submatrix of all pairs.
+        """
+        return indexed(self, index)
+
+    __iter__ = None  # a matrix is no sequence, for all that it can be indexed
 
     def __repr__(self) -> str:
         text = self._text()
@@ -587,6 +597,8 @@ def common(*batches: Batch) -> Batch:
 
 def broadcast(doing: str, *operators: Operator, shape: Batch = ()) -> Batch:
     """The common batch of operators, or a sentence where there is none."""
+    if not operators:
+        raise OperatorError(f"cannot {doing} operators: pass at least one")
     batches = [operator.batch_shape for operator in operators]
     try:
         return common(tuple(shape), *batches) if shape else common(*batches)
@@ -595,8 +607,23 @@ def broadcast(doing: str, *operators: Operator, shape: Batch = ()) -> Batch:
         raise OperatorError(f"cannot {doing} operators whose batches {found} do not broadcast") from None
 
 
-def inexact(tensor: Tensor) -> Tensor:
-    """The tensor, in float64 where it holds integers or truth values: those are exact data."""
+@singledispatch
+def indexed(operator: Operator, index: Any) -> "Operator | Tensor":
+    """What `operator[index]` is. It takes operators of selection, so that `einlinear.operators.selection` says it."""
+    raise TypeError(f"cannot index a {type(operator).__name__}")
+
+
+def inexact(tensor: Tensor, dimensions: int = 0) -> Tensor:
+    """The tensor, in float64 where it holds integers or truth values: those are exact data.
+
+    Raises:
+        OperatorError: if it has fewer than so many dimensions.
+    """
+    if tensor.ndim < dimensions:
+        raise OperatorError(
+            f"cannot make an operator of a tensor of shape {tuple(tensor.shape)}: it needs at least {dimensions} "
+            f"{'dimension' if dimensions == 1 else 'dimensions'}"
+        )
     return tensor if tensor.is_floating_point() or tensor.is_complex() else tensor.to(torch.float64)
 
 
@@ -654,7 +681,7 @@ def refute(operator: Operator, name: str) -> None:
         "upper": lambda: (operator.matmul(x * half) * ~half).norm() / scale,
     }
     wanted = {"psd": ("hermitian", "psd"), "diagonal": ("lower", "upper")}.get(name, (name,))
-    worst = max(float(deviation[part]()) for part in wanted)
+    worst = max(float(deviation[part]().detach()) for part in wanted)
     if not worst <= CHECK_TOLERANCE[torch.finfo(operator.dtype).bits // 8]:
         raise OperatorError(f"cannot claim {name!r} of {operator!r}: a random probe deviates from it by {worst:.2g}")
 

@@ -93,6 +93,32 @@ def test_cola():
         assert_close(there @ x, case @ x)
 
 
+def test_from_cola():
+    cola = pytest.importorskip("cola")
+    ops, kind = cola.ops, torch.float64
+    a, b = torch.randn(3, 3, dtype=kind), torch.randn(2, 2, dtype=kind)
+    A, B = ops.Dense(a), ops.Dense(b)
+    cases = [
+        (A, "Dense"),
+        (ops.Diagonal(a[0]), "Diagonal"),
+        (ops.Triangular(a.tril(), lower=True), "Triangular"),
+        (ops.Kronecker(A, B), "⊗"),
+        (ops.KronSum(A, B), "⊕"),
+        (ops.BlockDiag(A, B, multiplicities=[2, 1]), "DirectSum"),
+        (ops.Product(A, A), "@"),
+        (ops.Sum(A, A), "+"),
+        (ops.ScalarMul(2.5, (3, 3), dtype=kind), "2.5·Identity"),
+        (ops.Permutation(torch.tensor([2, 0, 1]), dtype=kind), "Permutation"),
+        (ops.Tridiagonal(a[0, :2], a[1], a[2, :2]), "Dense"),
+        (A.T, "Dense"),
+    ]
+    for there, text in cases:
+        here = la.operator(there)
+        assert text in repr(here)
+        assert_close(here.dense(), there.to_dense().to(kind))
+    assert "psd" in la.from_cola(cola.PSD(ops.Dense(a @ a.mT))).properties
+
+
 def test_lineax():
     pytest.importorskip("lineax")
     A = la.Dense(torch.tensor([[2.0, 1.0], [1.0, 3.0]])).claim("psd")

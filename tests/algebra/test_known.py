@@ -162,3 +162,68 @@ def test_woodbury_against_dense(dtype):
         assert_close(tuple(la.slogdet(A)), tuple(torch.linalg.slogdet(A.dense())))
         inverse = la.inverse(A)
         assert_close(la.slogdet(inverse).logabsdet, -la.slogdet(A).logabsdet)
+
+
+def test_functions_of_kronecker_products_and_sums_of_jordan_blocks():
+    """Their eigenvectors are dependent: V Λ V⁻¹ is another operator."""
+    block = torch.tensor([[2, 1, 0], [0, 2, 1], [0, 0, 2]], dtype=f64)
+    pair = torch.tensor([[1, 1], [0, 1]], dtype=f64)
+    for A in (la.kronsum(pair, block), la.kron(pair, block), la.kronsum(block, torch.randn(2, 2, dtype=f64))):
+        matrix = A.dense()
+        assert_close(la.pow(A, 3).dense(), matrix @ matrix @ matrix)
+        assert_close(la.exp(A).dense(), torch.linalg.matrix_exp(matrix))
+    A = la.kronsum(pair, block)
+    root = la.sqrt(A)
+    assert_close((root @ root).dense(), A.dense())
+    assert_close(la.exp(la.log(A)).dense(), A.dense())
+
+
+def test_roots_of_singular_semidefinite_operators():
+    """What rounding alone makes negative is zero."""
+    free = la.tridiagonal(*(torch.tensor(v, dtype=f64) for v in ([-1, -1, -1], [1, 2, 2, 1], [-1, -1, -1])))
+    thin = la.Dense(torch.randn(6, 2, dtype=f64))
+    for A in (la.kronsum(free, free), thin @ thin.T, la.Dense(torch.ones(3, 3)).claim("psd")):
+        root = la.sqrt(A)
+        tolerance = {"atol": 1e-5, "rtol": 0} if A.dtype == torch.float32 else {}
+        assert_close((root @ root).dense(), A.dense(), **tolerance)
+    assert_close(la.trace(la.Dense(torch.ones(4, 4, dtype=f64)).claim("psd"), la.sqrt), torch.tensor(2.0, dtype=f64))
+
+
+def test_the_condition_of_singular_operators_is_infinite():
+    assert la.cond(la.Zero(2, 2)) == math.inf
+    assert la.cond(torch.ones(2, 2)) > 1e6
+    batch = torch.stack([torch.ones(2, 2), 2 * torch.eye(2)])
+    assert la.cond(batch, 1).tolist() == [math.inf, 1.0]
+
+
+def test_functions_of_nothing():
+    nothing = torch.zeros(0, 0, dtype=f64)
+    for answer in (la.sqrt(nothing), la.pow(nothing, 0.3), la.apply(nothing, torch.cos), la.exp(nothing)):
+        assert answer.shape == (0, 0)
+
+
+@pytest.mark.parametrize("which", ["SA", "LA", "LM", "SM"])
+def test_the_ends_of_a_long_laplacian(which):
+    """Its ends are so crowded that a Krylov space does not tell their eigenvalues apart."""
+    n = 3000
+    A, values = poisson(n), poisson_values(n)
+    wanted = values[-3:] if which in ("LA", "LM") else values[:3]
+    found, vectors = la.eigh(A, 3, which)
+    assert_close(found, wanted, atol=1e-13, rtol=0)
+    assert_close(A @ vectors.dense(), vectors.dense() * found, atol=1e-12, rtol=0)
+
+
+def test_all_eigenvalues_of_a_complex_band_matrix():
+    above = torch.randn(300, dtype=torch.complex128)
+    above[-2:] = 0
+    bands = torch.stack([above.roll(2).conj(), torch.randn(300, dtype=f64) + 0j, above])
+    A = la.Banded(bands, (-2, 0, 2)).claim("hermitian", check=True)
+    wanted = torch.linalg.eigvalsh(A.dense())
+    assert_close(la.eigvalsh(A), wanted)
+    assert_close(la.eigh(A, 4, "LM").values, wanted[wanted.abs().argsort()[-4:]].sort().values)
+
+
+def test_eigenvalues_that_krylov_spaces_do_not_find_are_found_from_the_matrix(recwarn):
+    A = la.Dense(poisson(600).dense())
+    assert_close(la.eigh(A, 3, "SA").values, poisson_values(600)[:3], atol=1e-12, rtol=0)
+    assert not [w for w in recwarn if "stopped after" in str(w.message)]

@@ -171,3 +171,44 @@ def test_sparse_of_torch_and_of_rows():
         la.masked(la.Dense(dense), torch.tensor([False, True]), torch.tensor([True, False, True])).dense(),
         dense[1:, ::2],
     )
+
+
+@pytest.mark.parametrize("kind", ["dense", "kronecker, batched", "transform", "sparse"])
+def test_an_index_finds_what_it_finds_in_the_matrix(kind):
+    A = {
+        "dense": la.Dense(torch.randn(5, 6)),
+        "kronecker, batched": la.kron(torch.randn(2, 2, 3), torch.randn(3, 2)),
+        "transform": la.Fourier(6, dtype=torch.complex64),
+        "sparse": la.Sparse(torch.ones(3), torch.tensor([0, 4, 4]), torch.tensor([1, 1, 2]), (5, 6)),
+    }[kind]
+    matrix, every = A.dense(), slice(None)
+    mask = torch.arange(A.shape[-2]) % 2 == 0
+    for rows, columns in [(1, 2), (-1, -2), (0, slice(1, 4)), (every, 3), (slice(1, 4), slice(0, 5, 2)), (mask, 1),
+                          (every, torch.tensor([2, 0])), ([0, 2], every), ([0, 1, 4], [2, 2, 0]),
+                          (torch.tensor(2), slice(1, 3)), ([1, 2], 0), (mask, every)]:  # fmt: skip
+        found = A[rows, columns]
+        found = found.dense() if isinstance(found, la.Operator) else found
+        assert_close(found, matrix[..., rows, columns])
+    assert_close(A[2], matrix[..., 2, :])
+    assert_close(A[..., 2:, 1:3].dense(), matrix[..., 2:, 1:3])
+
+
+@pytest.mark.parametrize(
+    ("index", "sentence"),
+    [
+        (None, "cannot index"),
+        ((1, 2, 3), "cannot index"),
+        (7, "out of bounds"),
+        ("a", "cannot select"),
+        (slice(None, None, -1), "greater than zero"),
+        (([0, 1], [0, 1, 2]), "in pairs"),
+    ],
+)
+def test_an_index_that_finds_nothing_is_refused_in_a_sentence(index, sentence):
+    with pytest.raises(el.OperatorError, match=sentence):
+        la.Dense(torch.ones(5, 6))[index]
+
+
+def test_an_operator_is_no_sequence():
+    with pytest.raises(TypeError, match="not iterable"):
+        list(la.Identity(3))

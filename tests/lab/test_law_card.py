@@ -113,6 +113,9 @@ def test_one_size_has_a_frontier_and_no_surface():
 def test_too_few_runs_are_refused_in_a_sentence():
     with pytest.raises(NoFit, match=r"^Fitting runs\.csv: no law can be had\. .*4 different pairs"):
         law_card(from_frame(runs({"dense": 1.0}).iloc[:4], source="runs.csv"))
+    for frame in (runs({"dense": 1.0}).iloc[[0, 8, 16]], runs({"dense": 1.0}).assign(loss=2.0)):
+        with pytest.raises(NoFit, match="no law can be had"):
+            law_card(from_frame(frame))
     with pytest.raises(TableError, match="the runs are of dense, btt; name one of these"):
         law_card(from_frame(runs({"dense": 1.0, "btt": 1.2})), baseline="mlp")
 

@@ -17,6 +17,7 @@ FRAME = pd.DataFrame({"params": [1e6, 2e6, 4e6], "tokens": [1e8, 2e8, 3e8], "los
         {"params": "Model Size", "tokens": "tokens_seen", "loss": "Validation Loss"},
         {"params": "parameters", "tokens": "num-tokens", "loss": "final_loss"},
         {"params": "# params", "tokens": "D", "loss": "loss (nats)"},
+        {"params": "Model Size (params)", "tokens": "Dataset [tokens]", "loss": "Final loss (validation loss)"},
     ],
 )
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
@@ -61,6 +62,12 @@ def test_units_in_names_and_suffixes_of_numbers_are_read_and_told():
     assert sum("suffixes" in note for note in written.notes) == 2
     small = from_frame(FRAME.assign(params=[1, 2, 4], tokens=[100, 200, 300]))
     assert small.parameters.tolist() == [1, 2, 4] and any("taken as they are" in note for note in small.notes)
+
+
+def test_a_unit_that_is_not_known_is_not_passed_over():
+    with pytest.raises(TableError, match="no column was recognised for tokens"):
+        from_frame(FRAME.drop(columns="tokens").assign(**{"flops (PF-days)": 1.0}))
+    assert from_frame(FRAME.assign(**{"time (h)": 2.0})).seconds == pytest.approx([7200.0] * 3)
 
 
 def test_bits_are_kept_and_told_or_turned_to_nats_when_asked():

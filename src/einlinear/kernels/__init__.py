@@ -10,8 +10,9 @@ from torch import Tensor
 
 from einlinear.clock import dense_seconds
 from einlinear.contract import check, pad_last
+from einlinear.kernels.blocked import Blocked, Turned
 from einlinear.kernels.chain import Chain, Tiles
-from einlinear.kernels.kernel import CPU, CUDA, CUDA_HALF, Runner, Target
+from einlinear.kernels.kernel import CPU, CPU_HALF, CUDA, CUDA_HALF, Runner, Target
 from einlinear.kernels.kernel import Kernel as Kernel
 from einlinear.kernels.pair import Pair
 from einlinear.kernels.reference import Materialised, MatmulRunner, Reference
@@ -21,7 +22,7 @@ from einlinear.kernels.routed import routed_plan as routed_plan
 from einlinear.kernels.transforms import transformed as transformed
 from einlinear.structure import Structure
 
-KERNELS: tuple[Kernel, ...] = (Pair(), Tiles(), Chain(), Reference(), Materialised())
+KERNELS: tuple[Kernel, ...] = (Pair(), Tiles(), Blocked(), Turned(), Chain(), Reference(), Materialised())
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Plan:
     pad_in: int
     pad_out: int
     cpu: Choice
+    cpu_half: Choice
     cuda: Choice
     cuda_half: Choice
     plain: Runner
@@ -66,7 +68,8 @@ class Plan:
         if x.ndim == 0 or x.shape[-1] != self.d_in:
             check(self.structure, factors, x)
         tokens = pad_last(x, self.pad_in).reshape(-1, self.d_in + self.pad_in)
-        choice = (self.cuda_half if x.element_size() == 2 else self.cuda) if x.is_cuda else self.cpu
+        single, halved = (self.cuda, self.cuda_half) if x.is_cuda else (self.cpu, self.cpu_half)
+        choice = halved if x.element_size() == 2 else single
         # Of torch.compile too, torch says that it is exporting.
         exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
         if exporting or transformed(x, *factors):
@@ -81,7 +84,7 @@ class Plan:
 @lru_cache(maxsize=4096)
 def plan(structure: Structure) -> Plan:
     """The plan of an unrouted, canonical structure."""
-    cpu, cuda, cuda_half = (_choice(structure, target) for target in (CPU, CUDA, CUDA_HALF))
+    cpu, cpu_half, cuda, cuda_half = (_choice(structure, target) for target in (CPU, CPU_HALF, CUDA, CUDA_HALF))
     return Plan(
         structure,
         d_in=structure.d_in,
@@ -89,6 +92,7 @@ def plan(structure: Structure) -> Plan:
         pad_in=structure.pad_in,
         pad_out=structure.pad_out,
         cpu=cpu,
+        cpu_half=cpu_half,
         cuda=cuda,
         cuda_half=cuda_half,
         plain=MatmulRunner(structure),

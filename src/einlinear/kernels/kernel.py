@@ -26,7 +26,7 @@ class Target:
     @classmethod
     def of(cls, device: str, dtype: torch.dtype) -> "Target":
         if device != "cuda":
-            return CPU
+            return CPU_HALF if dtype.itemsize == 2 else CPU
         return CUDA_HALF if dtype.itemsize == 2 else CUDA
 
     @property
@@ -37,6 +37,7 @@ class Target:
 
 # The numbers for CUDA are an H200's: 728 TFLOP/s in 16 bits (about 50 in 32), 4.27 TB/s, 2.5 microseconds a kernel.
 CPU = Target()
+CPU_HALF = Target(half=True)
 CUDA = Target("cuda", ridge=12.0, launch=1.2e8)
 CUDA_HALF = Target("cuda", half=True, ridge=170.0, launch=1.8e9)
 

@@ -7,6 +7,7 @@ by strides, so that a chain of block-diagonal maps runs without a transposition 
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -30,14 +31,15 @@ def pairwise(a: Tensor, b: Tensor, spec: str) -> Tensor:
     return fill(_empty(a, b, spec), a, b, spec)
 
 
-def fill(out: Tensor, a: Tensor, b: Tensor, spec: str) -> Tensor:
-    """Writes the contraction into `out`, whose strides are its own affair."""
+def fill(out: Tensor, a: Tensor, b: Tensor, spec: str, add: bool = False) -> Tensor:
+    """Writes the contraction into `out`, whose strides are its own affair, or adds it to what is there."""
     matmul = _as_matmul(*_names(spec))
     if matmul is None:
-        return out.copy_(torch.einsum(spec, a, b))
-    letter = _odd(a, spec, _sizes(spec, a.shape, b.shape))
+        made = torch.einsum(spec, a, b)
+        return out.add_(made) if add else out.copy_(made)
+    letter = _odd(a, spec, _sizes(spec, a.shape, b.shape)) if a.device.type in CUTS else None
     if letter is None:
-        _multiply(a, b, out, spec, matmul)
+        _multiply(a, b, out, spec, matmul, add)
         return out
     # In two parts, the first of an aligned length: benchmarks/NOTES.md.
     names, count = _names(spec), _sizes(spec, a.shape, b.shape)[letter]
@@ -46,7 +48,7 @@ def fill(out: Tensor, a: Tensor, b: Tensor, spec: str) -> Tensor:
             tensor.narrow(axes.index(letter), start, length) if letter in axes else tensor
             for tensor, axes in zip((a, b, out), names, strict=True)
         ]
-        _multiply(parts[0], parts[1], parts[2], spec, matmul, add=letter not in names[2] and start > 0)
+        _multiply(parts[0], parts[1], parts[2], spec, matmul, add or (letter not in names[2] and start > 0))
     return out
 
 
@@ -86,8 +88,8 @@ def _multiply(
     result = _view(out, names_out, batch + rows + columns)
     if names_out.index(rows) > names_out.index(columns):  # the transposed product is contiguous as it stands
         left, right, result = right.mT, left.mT, result.mT
-    if batch:
-        count = _sizes(spec, a.shape, b.shape)[batch]
+    if batch and len(left) != len(right):
+        count = len(left) if len(right) == 1 else len(right)
         left, right = left.expand(count, -1, -1), right.expand(count, -1, -1)
     if add:
         (torch.baddbmm if batch else torch.addmm)(result, left, right, out=result)
@@ -112,6 +114,7 @@ def _empty(a: Tensor, b: Tensor, spec: str) -> Tensor:
     return a.new_empty(shape)
 
 
+@lru_cache
 def _names(spec: str) -> tuple[str, str, str]:
     operands, result = spec.split("->")
     first, second = operands.split(",")
@@ -123,6 +126,7 @@ def _sizes(spec: str, a: Sequence[int], b: Sequence[int]) -> dict[str, int]:
     return {**dict(zip(names_a, a, strict=True)), **dict(zip(names_b, b, strict=True))}
 
 
+@lru_cache
 def _as_matmul(a: str, b: str, out: str) -> tuple[str, str, str, str] | None:
     """The letters (batch, rows, summed, columns) of the one matmul that `spec` is, or None.
 
@@ -147,7 +151,13 @@ def _as_matmul(a: str, b: str, out: str) -> tuple[str, str, str, str] | None:
 
 def _view(tensor: Tensor, names: str, order: str) -> Tensor:
     """`tensor` with its axes in `order`; an axis it does not have is one of size 1."""
+    missing, places = _places(names, order)
+    return tensor[(None,) * missing].permute(places) if missing else tensor.permute(places)
+
+
+@lru_cache
+def _places(names: str, order: str) -> tuple[int, tuple[int, ...]]:
+    """How many axes are missing, and where each one of `order` is after them."""
     missing = [name for name in order if name not in names]
     names = "".join(missing) + names
-    tensor = tensor[(None,) * len(missing)]
-    return tensor.permute([names.index(name) for name in order])
+    return len(missing), tuple(names.index(name) for name in order)

@@ -11,6 +11,7 @@ torch.Size([262144, 262144])
 True
 """
 
+from einlinear.linalg.adapters import from_cola as from_cola
 from einlinear.linalg.adapters import from_scipy as from_scipy
 from einlinear.linalg.adapters import to_cola as to_cola
 from einlinear.linalg.adapters import to_linear_operator as to_linear_operator

@@ -9,7 +9,19 @@ import torch
 from torch import Tensor
 
 from einlinear.linalg.borrowed import scipy, to_csr
-from einlinear.operator import Dense, Fixed, Identity, Operator, OperatorError, Product, Scaled, Sum, remembered
+from einlinear.operator import (
+    Dense,
+    Fixed,
+    Identity,
+    Operator,
+    OperatorError,
+    Product,
+    Scaled,
+    Sum,
+    product,
+    remembered,
+    total,
+)
 from einlinear.operators import (
     BlockDiagonal,
     Diagonal,
@@ -19,6 +31,10 @@ from einlinear.operators import (
     KroneckerSum,
     Permutation,
     Sparse,
+    Triangular,
+    block_diag,
+    kron,
+    kronsum,
 )
 
 
@@ -138,6 +154,46 @@ def to_cola(A: Operator) -> Any:
     made = ops.LinearOperator(A.dtype, tuple(A.shape), matmat=A.matmul)
     made.xnp = backend
     return made
+
+
+def from_cola(A: Any) -> Operator:
+    """An operator of CoLA on torch: the composition where this library has it, the matrix where not.
+
+    Annotations become claims; the entries of a `Sparse` are those of its matrix as CoLA multiplies by it.
+    """
+    ops, annotations = (importlib.import_module(f"cola.{name}") for name in ("ops", "annotations"))
+    parts = [from_cola(part) for part in getattr(A, "Ms", ())]
+    made: Operator
+    match A:
+        case ops.ScalarMul() if A.shape[0] == A.shape[1]:
+            made = torch.as_tensor(A.c) * Identity(A.shape[0], dtype=A.dtype, device=A.device)
+        case ops.Identity() if A.shape[0] == A.shape[1]:
+            made = Identity(A.shape[0], dtype=A.dtype, device=A.device)
+        case ops.Diagonal():
+            made = Diagonal(A.diag)
+        case ops.Triangular():
+            made = Triangular(A.A, upper=not A.lower)
+        case ops.Permutation():
+            made = Permutation(A.perm, dtype=A.dtype)
+        case ops.Kronecker():
+            made = kron(*parts)
+        case ops.KronSum():
+            made = kronsum(*parts)
+        case ops.BlockDiag():
+            made = block_diag(*(p for p, count in zip(parts, A.multiplicities, strict=True) for _ in range(count)))
+        case ops.Product():
+            made = product(*parts)
+        case ops.Sum():
+            made = total(*parts)
+        case ops.Transpose():
+            made = from_cola(A.A).T
+        case ops.Adjoint():
+            made = from_cola(A.A).H
+        case _:
+            made = Dense(A.to_dense())
+    known = {"psd": annotations.PSD, "hermitian": annotations.SelfAdjoint, "unitary": annotations.Unitary}
+    claims = [name for name, annotation in known.items() if made.square and A.isa(annotation)]
+    return made.claim(*claims) if {*claims} - made.properties else made
 
 
 def to_lineax(A: Operator) -> Any:

@@ -5,6 +5,7 @@ import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -146,6 +147,45 @@ def banded_lu(operator: Banded) -> Factorised:
 
     swaps = int((pivots != numpy.arange(n)).sum())
     return _factorised(operator, lu[below + above], swaps, substitute, 2.0 * n * (2 * below + above))
+
+
+def _band_solver(operator: Banded) -> Callable[..., Any]:
+    """LAPACK's eigensolver for a Hermitian band matrix, which takes what to select."""
+    linalg = scipy("linalg", "find the eigenvalues of a banded operator")
+    numpy = importlib.import_module("numpy")
+    n, (below, _) = operator.shape[-1], operator.reach
+    bands = operator.bands.detach().cpu().numpy()
+    stored = numpy.zeros((max(below, 1) + 1, n), dtype=bands.dtype)
+    for k, offset in enumerate(operator.offsets):
+        if -n < offset <= 0:
+            stored[-offset, : n + offset] = bands[k][-offset:]
+    if below <= 1 and not operator.dtype.is_complex:
+        return partial(linalg.eigh_tridiagonal, stored[0], stored[1, :-1])
+    return partial(linalg.eig_banded, stored, lower=True)
+
+
+def banded_eigenvalues(operator: Banded) -> Tensor:
+    """All eigenvalues of a Hermitian band matrix, ascending, without gradients."""
+    return torch.as_tensor(_band_solver(operator)(eigvals_only=True)).to(operator.device)
+
+
+def banded_eigenpairs(operator: Banded, k: int, which: str) -> tuple[Tensor, Tensor]:
+    """The k eigenpairs of a Hermitian band matrix that `which` names: "LA", "SA" or "SM"; "LM" gives k of each end.
+
+    By bisection and inverse iteration: O(n k) for a tridiagonal one, however close its eigenvalues are.
+    """
+    numpy = importlib.import_module("numpy")
+    solve, n = _band_solver(operator), operator.shape[-1]
+    if which == "SM":
+        low = int(numpy.abs(solve(eigvals_only=True)).argsort()[:k].min())
+        ranges = [(low, low + k - 1)]
+    elif which == "LM" and 2 * k < n:
+        ranges = [(0, k - 1), (n - k, n - 1)]
+    else:
+        ranges = [{"SA": (0, k - 1), "LA": (n - k, n - 1)}.get(which, (0, n - 1))]
+    values, vectors = zip(*(solve(select="i", select_range=chosen) for chosen in ranges), strict=True)
+    made = (torch.as_tensor(numpy.concatenate(values)), torch.as_tensor(numpy.concatenate(vectors, -1)))
+    return made[0].to(operator.device), made[1].to(operator.dtype).to(operator.device)
 
 
 def sparse_lu(operator: Sparse) -> Factorised:

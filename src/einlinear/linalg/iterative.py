@@ -12,17 +12,18 @@ import torch
 from torch import Tensor
 
 from einlinear.linalg import implicit, spectral
+from einlinear.linalg.borrowed import banded_eigenpairs
 from einlinear.linalg.krylov.cg import cg
 from einlinear.linalg.krylov.eigen import eigenpairs
 from einlinear.linalg.krylov.functions import apply_function
 from einlinear.linalg.krylov.gmres import gmres
 from einlinear.linalg.krylov.lsmr import lsmr
 from einlinear.linalg.krylov.minres import minres
-from einlinear.linalg.result import Result
+from einlinear.linalg.result import NotConverged, Result
 from einlinear.linalg.stochastic.probes import probes
 from einlinear.linalg.stochastic.slq import slq, slq_logdet
 from einlinear.operator import Operator, OperatorError, known, remembered
-from einlinear.operators import Circulant, Diagonal, Sparse, Toeplitz
+from einlinear.operators import Banded, Circulant, Diagonal, Sparse, Toeplitz
 
 SAMPLES = 32
 """Probes of an estimate."""
@@ -186,9 +187,23 @@ def _error(found: Result[Tensor]) -> Tensor:
     return found.standard_error
 
 
-def extreme(A: Operator, k: int, which: str) -> tuple[Tensor, Tensor]:
-    """k extreme eigenvalues of a Hermitian A with their vectors, `[..., n, k]`."""
+def extreme(A: Operator, k: int, which: str, products: int | None = None) -> tuple[Tensor, Tensor] | None:
+    """k extreme eigenvalues of a Hermitian A with their vectors, `[..., n, k]`; 2k for "LM" of a band matrix.
+
+    None where so many `products` were not enough; without a number, not to converge is a warning.
+    The caller sees to it that a band matrix has one that LAPACK takes: `rules.banded.by_band`.
+    """
+    if isinstance(A, Banded):
+        return spectral.eigenpairs(A, *banded_eigenpairs(A, k, which), lambda a, b: minres(a.matmul, b).value)
     names = {"LA": "largest", "SA": "smallest", "LM": "magnitude"}
     options: Any = {"which": names[which], "dtype": A.dtype, "device": A.device}
-    values, vectors = eigenpairs(A.matmul, tuple(A.shape), k, **options).value
+    if products is None:
+        values, vectors = eigenpairs(A.matmul, tuple(A.shape), k, **options).value
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotConverged)  # the caller has another way
+            found = eigenpairs(A.matmul, tuple(A.shape), k, max_iterations=products, **options)
+        if not found.converged:
+            return None
+        values, vectors = found.value
     return spectral.eigenpairs(A, values.real, vectors, lambda a, b: minres(a.matmul, b).value)

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from einlinear.kernels import explain
 from einlinear.layer import Linear
-from einlinear.linalg.adapters import from_scipy
+from einlinear.linalg.adapters import from_cola, from_scipy
+from einlinear.linalg.direct import affordable, written
 from einlinear.linalg.iterative import extreme
+from einlinear.linalg.rules.banded import SMALL, by_band
 from einlinear.linalg.rules.determinant import SLOGDET, Determinant, real_if_real
 from einlinear.linalg.rules.factors import CHOLESKY, LU, PLU
 from einlinear.linalg.rules.functions import APPLY, EXP, LOG, SQRT, TRACE_OF, Function, power
@@ -22,7 +24,7 @@ from einlinear.linalg.rules.spectral import EIG, EIGH, EIGVALS, EIGVALSH, Spectr
 from einlinear.linalg.rules.trace import DIAGONAL, TRACE
 from einlinear.linalg.table import Table
 from einlinear.operator import Dense, Operator, OperatorError, lift, product, refute, transformed
-from einlinear.operators import Selection, Sparse, Structured
+from einlinear.operators import Banded, Selection, Sparse, Structured
 from einlinear.structure import Structure
 
 Subject = Operator | Tensor | nn.Module
@@ -45,7 +47,7 @@ def operator(subject: Any, factors: Any = None) -> Operator:
 
     A tensor, dense or torch-sparse; a `Structure` with its factors; the weight of an
     `einlinear.Linear` or `torch.nn.Linear` (the bias is no part of it); a matrix, sparse matrix or
-    `LinearOperator` of NumPy or scipy.
+    `LinearOperator` of NumPy or scipy; an operator of CoLA.
     """
     match subject:
         case Operator():
@@ -58,8 +60,11 @@ def operator(subject: Any, factors: Any = None) -> Operator:
             return Dense(subject.weight)
         case Tensor():
             return lift(subject) if subject.layout == torch.strided else Sparse.of(subject)
-    if type(subject).__module__.startswith(("numpy", "scipy")):
+    library = type(subject).__module__.partition(".")[0]
+    if library in ("numpy", "scipy"):
         return from_scipy(subject)
+    if library == "cola":
+        return from_cola(subject)
     raise OperatorError(
         f"cannot make an operator of a {type(subject).__name__}: pass an Operator, a tensor, a Structure with its "
         f"factors, a linear layer, or a matrix of NumPy or scipy"
@@ -117,6 +122,7 @@ def pinv(A: Subject) -> Operator:
 @asks(PINV)
 def lstsq(A: Subject, b: Tensor) -> Tensor:
     """The shortest x among those that minimise ‖A x − b‖, for a vector `[m]` or columns `[..., m, k]`."""
+    A = operator(A)
     return pinv(A) @ _matching(A, b)
 
 
@@ -158,7 +164,7 @@ def trace(A: Subject, f: Callable[..., Any] | None = None) -> Tensor:
     """
     A = _ready(A, "take the trace of", square=True)
     if f is not None:
-        function = _FUNCTIONS.get(f) or Function(getattr(f, "__name__", "function"), f)
+        function = _FUNCTIONS.get(f) or _entrywise(f)
         result: Tensor = TRACE_OF(A, function)
     else:
         result = TRACE(A)
@@ -183,9 +189,9 @@ def eigh(A: Subject, k: int | None = None, which: str = "LA") -> Spectrum:
         which: "LA" or "SA" for the largest or smallest values, "LM" or "SM" by magnitude.
     """
     A = _hermitian(A, "find the eigenvalues of")
-    if k is not None and few(A, k, which):
-        values, found = extreme(A, k, which)
-        return _chosen(values, Dense(found), None if k == 0 else k, which, "ascending")
+    _choosable(k, A.shape[-1], which)
+    if k is not None and few(A, k, which) and (found := extreme(A, k, which, _patience(A))):
+        return _chosen(found[0], Dense(found[1]), k, which, "ascending")
     values, vectors = EIGH(A)
     values = (values.real if values.is_complex() else values).expand(*A.batch_shape, -1)
     return _chosen(values, vectors, k, which, "ascending")
@@ -207,6 +213,7 @@ def eig(A: Subject, k: int | None = None, which: str = "LM") -> Spectrum:
     "LR" and "SR" choose by the real part.
     """
     A = _ready(A, "find the eigenvalues of", square=True)
+    _choosable(k, A.shape[-1], which)
     values, vectors = EIG(A)
     values = values.to(A.dtype.to_complex()).expand(*A.batch_shape, -1)
     return Spectrum(values, vectors) if k is None else _chosen(values, vectors, k, which, "by size")
@@ -224,6 +231,8 @@ def eigvals(A: Subject) -> Tensor:
 def svd(A: Subject, k: int | None = None) -> SVD:
     """A = U diag(S) Vh with min(m, n) singular values, descending, or the `k` largest of them."""
     A = _ready(A, "find the singular values of")
+    if k is not None:
+        _counted(k, min(A.shape[-2:]), "singular values")
     u, s, vh = SINGULAR(A)
     s = s.expand(*A.batch_shape, -1)
     if isinstance(u, Dense) and isinstance(vh, Dense):
@@ -279,6 +288,8 @@ def sqrt(A: Subject) -> Operator:
 
 def pow(A: Subject, p: float) -> Operator:
     """Aᵖ: repeated products for whole p, principal powers otherwise."""
+    if not isinstance(p, int | float) or not math.isfinite(p):
+        raise OperatorError(f"cannot take the power {p!r} of an operator: the exponent must be a finite real number")
     if p == -1:
         return inverse(A)
     return _function(A, power(p))
@@ -292,7 +303,7 @@ def apply(A: Subject, f: Callable[[Tensor], Tensor], slope: Callable[[Tensor], T
         f: from a tensor of eigenvalues to one of values, entry by entry.
         slope: f′, which makes gradients finite where eigenvalues coincide.
     """
-    return _function(A, Function(getattr(f, "__name__", "function"), f, slope))
+    return _function(A, _entrywise(f, slope))
 
 
 @asks(FROBENIUS)
@@ -319,8 +330,20 @@ def cond(A: Subject, p: float | str = 2) -> Tensor:
     A = _ready(A, "find the condition of", square=p != 2)
     if p == 2:
         values = svdvals(A)
-        return values[..., 0] / values[..., -1] if values.shape[-1] else values.sum(-1)
-    return norm(A, p) * norm(inverse(A), p)
+        if not values.shape[-1]:
+            return values.sum(-1)
+        return torch.where(values[..., -1] == 0, torch.inf, values[..., 0] / values[..., -1])
+    size = norm(A, p)
+    try:
+        return size * norm(inverse(A), p)
+    except OperatorError:  # singular, perhaps in a part of the batch alone
+        return torch.linalg.cond(written(A), p)
+
+
+def _entrywise(f: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor] | None = None) -> Function:
+    if not callable(f):
+        raise OperatorError(f"cannot apply {f!r} to an operator: pass a function of a tensor of eigenvalues")
+    return Function(getattr(f, "__name__", "function"), f, slope)
 
 
 _FUNCTIONS: dict[Any, Function] = {exp: EXP, log: LOG, sqrt: SQRT}
@@ -365,20 +388,32 @@ def _hermitian(subject: Subject, doing: str) -> Operator:
 
 def few(A: Operator, k: int, which: str) -> bool:
     """Whether k eigenpairs come cheaper from products than all of them from the matrix."""
-    if which not in ("LA", "SA", "LM") or not 0 < k < A.shape[-1] or transformed(*A.tensors):
+    if which not in ("LA", "SA", "LM", "SM") or not 0 < k < A.shape[-1] or transformed(*A.tensors):
+        return False
+    if isinstance(A, Banded) and by_band(A):
+        return A.shape[-1] > SMALL
+    if which == "SM":
         return False
     *_, (_, whole, rule, cost) = EIGH.plan(A)
     structured = rule.kind is not Operator or whole.shape[-1] < A.shape[-1]
     return not structured and A.shape[-1] > 512 and cost > 60 * (2 * k + 30) * A.flops
 
 
-def _matching(A: Subject, b: Tensor) -> Tensor:
-    m = operator(A).shape[-2]
-    if b.ndim == 0 or b.shape[-2 if b.ndim > 1 else -1] != m:
+def _patience(A: Operator) -> int | None:
+    """Products worth four times the whole spectrum, after which that is taken; None where it cannot be had."""
+    *_, (*_, cost) = EIGH.plan(A)
+    return int(4 * cost / (60 * A.flops)) if affordable(A) else None
+
+
+def _matching(A: Operator, b: Tensor) -> Tensor:
+    m = A.shape[-2]
+    if not isinstance(b, Tensor) or b.ndim == 0 or b.shape[-2 if b.ndim > 1 else -1] != m:
+        found = tuple(b.shape) if isinstance(b, Tensor) else type(b).__name__
         raise OperatorError(
-            f"cannot solve with {A!r} in the sense of least squares: the right-hand side is {tuple(b.shape)}, it must "
+            f"cannot solve with {A!r} in the sense of least squares: the right-hand side is {found}, it must "
             f"be a vector [{m}] or columns [..., {m}, k]"
         )
+    _finite("solve with", A, b)
     return b
 
 
@@ -392,13 +427,22 @@ _KEYS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def _counted(k: int, n: int, what: str) -> None:
+    if not isinstance(k, int) or not 0 <= k <= n:
+        raise OperatorError(f"cannot find {k!r} {what}: there are {n}, pass a whole number from 0 to {n}")
+
+
+def _choosable(k: int | None, n: int, which: str) -> None:
+    if which not in _KEYS:
+        raise OperatorError(f"cannot choose eigenvalues by {which!r}: pass one of {', '.join(_KEYS)}")
+    if k is not None:
+        _counted(k, n, "eigenvalues")
+
+
 def _chosen(values: Tensor, vectors: Operator, k: int | None, which: str, order: str) -> Spectrum:
     """The `k` values that `which` names, with their vectors, in ascending order or by that key."""
     n = values.shape[-1]
-    if which not in _KEYS:
-        raise OperatorError(f"cannot choose eigenvalues by {which!r}: pass one of {', '.join(_KEYS)}")
-    if k is not None and not 0 <= k <= n:
-        raise OperatorError(f"cannot find {k} eigenvalues of an operator of dimension {n}")
+    _choosable(k, n, which)
     if k is None and isinstance(vectors, Dense):
         return Spectrum(values, vectors)  # LAPACK's order
     index = _KEYS[which](values).argsort(-1)[..., : n if k is None else k]
@@ -417,6 +461,8 @@ def _explain(question: Any, A: Subject, *arguments: Any) -> str:
         table, given = APPLY, (power(*arguments),)
     elif question is apply:
         table, given = APPLY, (Function("f", *arguments),)
+    elif question is trace and arguments:
+        table, given = TRACE_OF, (_FUNCTIONS.get(arguments[0]) or _entrywise(arguments[0]),)
     elif question in _answers:
         table, given = _answers[question]
     else:

@@ -13,7 +13,7 @@ class Diagonal(Operator):
     values: Tensor
 
     def __post_init__(self) -> None:
-        self.values = inexact(self.values)
+        self.values = inexact(self.values, 1)
 
     @remembered
     def shape(self) -> torch.Size:

@@ -19,7 +19,7 @@ class Householder(Operator):
     tau: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self.vectors = inexact(self.vectors)
+        self.vectors = inexact(self.vectors, 2)
 
     @remembered
     def shape(self) -> torch.Size:

@@ -20,7 +20,7 @@ class LowRankUpdate(Operator):
     core: Operator | None = None
 
     def __post_init__(self) -> None:
-        self.left = inexact(self.left)
+        self.left = inexact(self.left, 2)
         rank = self.left.shape[-1]
         sizes = (self.left.shape[-2], self.V.shape[-2], self.V.shape[-1])
         if sizes != (*self.base.shape[-2:], rank):

@@ -1,11 +1,12 @@
 """Operators that only move entries: selections of rows, permutations, and what is cut out by them."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from einlinear.operator import Fixed, Operator, OperatorError, product, remembered, transformed
+from einlinear.operator import Fixed, Operator, OperatorError, indexed, product, remembered, transformed
 
 
 @dataclass(eq=False, repr=False)
@@ -114,6 +115,37 @@ def select(operator: Operator, rows: object, columns: object) -> Operator:
     return factors[0] if right is None else product(factors[0], right.T)
 
 
+@indexed.register
+def _(operator: Operator, index: Any) -> Operator | Tensor:
+    given = index if isinstance(index, tuple) else (index,)
+    given = given[1:] if given and given[0] is Ellipsis else given
+    if not 1 <= len(given) <= 2 or any(part is None or part is Ellipsis for part in given):
+        raise OperatorError(
+            f"cannot index {operator!r} by {index!r}: pass what to take of its rows, or of its rows and columns"
+        )
+    sides = [int(part) if getattr(part, "ndim", None) == 0 else part for part in (*given, slice(None))[:2]]
+    whole = [isinstance(part, int) and not isinstance(part, bool) for part in sides]
+    if not any(whole) and any(isinstance(part, slice) for part in sides):
+        return select(operator, *sides)
+    rows, columns = (_places(operator, n, part) for n, part in zip(operator.shape[-2:], sides, strict=True))
+    if not any(whole) and len(rows) != len(columns):
+        raise OperatorError(
+            f"cannot take entries of {operator!r} at {len(rows)} rows and {len(columns)} columns in pairs: give as "
+            f"many of both, or take the submatrix by einlinear.linalg.select"
+        )
+    if whole[0] and not whole[1]:
+        return operator.T.matmul(_units(operator.T, rows))[..., columns, 0]
+    found = operator.matmul(_units(operator, columns))
+    entries = found[..., rows, 0 if whole[1] else torch.arange(len(columns), device=operator.device)]
+    return entries[..., 0] if all(whole) else entries
+
+
+def _units(operator: Operator, places: Tensor) -> Tensor:
+    """The columns of the unit matrix that these numbers name, `[n, k]`."""
+    every = torch.arange(operator.shape[-1], device=operator.device)
+    return (every[:, None] == places).to(operator.dtype)
+
+
 def masked(operator: Operator, rows: Tensor, columns: Tensor | None = None) -> Operator:
     """The rows and columns where the masks, `[m]` and `[n]`, are true; one mask serves both sides."""
     return select(operator, rows, rows if columns is None else columns)
@@ -122,13 +154,17 @@ def masked(operator: Operator, rows: Tensor, columns: Tensor | None = None) -> O
 def _selection(operator: Operator, size: int, chosen: object) -> Selection | None:
     if isinstance(chosen, slice) and chosen == slice(None):
         return None
-    everything = torch.arange(size, device=operator.device)
     if isinstance(chosen, int):
-        raise OperatorError(
-            f"cannot take a single row or column of {operator!r} as an operator: use a slice, or A @ unit vector"
-        )
+        raise OperatorError(f"cannot take a single row or column of {operator!r} as an operator: use a slice, or A[i]")
+    return Selection(_places(operator, size, chosen), size, dtype=operator.dtype, device=operator.device)
+
+
+def _places(operator: Operator, size: int, chosen: Any) -> Tensor:
+    """The numbers below `size` that an index names, `[k]`."""
     try:
-        index = everything[chosen]  # type: ignore[index]
-    except (IndexError, TypeError) as error:
+        if isinstance(chosen, list):
+            chosen = torch.tensor(chosen, dtype=None if chosen else torch.int64, device=operator.device)
+        places: Tensor = torch.arange(size, device=operator.device)[chosen].reshape(-1)
+    except (IndexError, TypeError, ValueError) as error:
         raise OperatorError(f"cannot select from {operator!r}: {error}") from None
-    return Selection(index, size, dtype=operator.dtype, device=operator.device)
+    return places

@@ -53,7 +53,7 @@ class Circulant(Operator):
     column: Tensor
 
     def __post_init__(self) -> None:
-        self.column = inexact(self.column)
+        self.column = inexact(self.column, 1)
 
     @remembered
     def shape(self) -> torch.Size:
@@ -88,9 +88,9 @@ class Toeplitz(Operator):
     row: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self.column = inexact(self.column)
+        self.column = inexact(self.column, 1)
         if self.row is not None:
-            self.row = inexact(self.row)
+            self.row = inexact(self.row, 1)
             dtype = torch.promote_types(self.column.dtype, self.row.dtype)
             self.column, self.row = self.column.to(dtype), self.row.to(dtype)
 

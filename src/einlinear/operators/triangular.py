@@ -23,7 +23,7 @@ class Triangular(Operator):
     inverted: bool = False
 
     def __post_init__(self) -> None:
-        self.matrix = inexact(self.matrix)
+        self.matrix = inexact(self.matrix, 2)
 
     @remembered
     def shape(self) -> torch.Size:

@@ -13,7 +13,7 @@ import numpy as np
 
 import einlinear
 from einlinear.lab.laws.cells import Cell, cells_of
-from einlinear.lab.laws.frontier import Frontier, fit_frontier
+from einlinear.lab.laws.frontier import OFFSET_CELLS, Frontier, fit_frontier
 from einlinear.lab.laws.grid import allocation_warnings, design_warnings, fit_warnings
 from einlinear.lab.laws.isoflop import Allocation, Method, envelope, isoflop
 from einlinear.lab.laws.multiplier import Multiplier, compare_cells
@@ -96,13 +96,15 @@ def law_card(
 
 
 def _anything(block: Card) -> bool:
-    return any("reason" not in block[name] for name in ("parametric", "frontier", "envelope")) or any(
-        "reason" not in part for part in block["isoflop"].values()
-    )
+    """Whether there is a law to speak of; a line through three or four runs alone is none."""
+    if len(block["frontier"].get("points", ())) >= OFFSET_CELLS:
+        return True
+    return any("reason" not in part for part in (block["parametric"], block["envelope"], *block["isoflop"].values()))
 
 
 def _why_nothing(block: Card) -> str:
-    return " ".join(dict.fromkeys([block["parametric"]["reason"], f"Its frontier: {block['frontier']['reason']}."]))
+    few = f"{len(block['frontier'].get('points', ()))} sizes on its lower hull; it takes {OFFSET_CELLS}"
+    return f"{block['parametric']['reason']} Its frontier: {block['frontier'].get('reason', few)}."
 
 
 BLOCKS = (

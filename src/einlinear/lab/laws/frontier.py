@@ -21,6 +21,7 @@ from einlinear.lab.laws.power import Fit, Sample, fit_law, needless, predict, pr
 from einlinear.lab.run import Run
 
 OFFSET_CELLS = 5  # a floor E takes at least so many
+SAME_LOSS = 1e-9  # of ln L: rounding
 NEEDED_OFFSET = 0.05  # p-value of the F-test below which a family's law has a floor E
 
 
@@ -74,6 +75,8 @@ def fit_frontier(cells: Sequence[Cell], axis: Axis = "flops", *, chosen: Sequenc
         return replace(nothing, reason="fewer than three sizes on its lower hull: no law of its own")
     if np.ptp(log_costs(kept)) < math.log(1.05):
         return replace(nothing, reason="all its costs are the same: no law")
+    if np.ptp(np.log([cell.loss for cell in kept])) < SAME_LOSS:
+        return replace(nothing, reason="all its losses are the same: no law")
     centre = float(log_costs(kept).mean())
     sample = sample_of([kept], centre)
     fit, floors, held_out = fit_law(sample, offset=False), (math.nan, math.nan), None

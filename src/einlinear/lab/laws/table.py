@@ -62,7 +62,10 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
 NEEDED = ("parameters", "loss")
 MULTIPLES = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 WORDS = {"thousands": 1e3, "millions": 1e6, "billions": 1e9, "trillions": 1e12, "million": 1e6, "billion": 1e9}
-HOURS = {"hours": 3600.0, "hrs": 3600.0, "minutes": 60.0, "mins": 60.0, "days": 86400.0}
+HOURS = {
+    "hours": 3600.0, "hour": 3600.0, "hrs": 3600.0, "h": 3600.0, "minutes": 60.0, "mins": 60.0, "min": 60.0,
+    "days": 86400.0,
+}  # fmt: skip
 BITS = ("bits", "bpb", "bpc", "bitsperbyte", "bitsperchar", "bitspertoken", "valbpb", "bpbval", "evalbpb", "lossbits")
 PERPLEXITY = ("ppl", "perplexity", "valppl", "valperplexity", "testppl", "evalppl")
 
@@ -266,7 +269,13 @@ class _Reader:
         return found[0] if found else None
 
     def _base(self, name: str) -> str:
-        """A column's name without a unit behind it: "params (M)", "tokens_B", "time_hours", "loss [nats]"."""
+        """A column's name without what is behind it: "params (M)", "time_hours", "Model Size (params)".
+
+        Only a unit that is known, or a spelling of some column, is taken off: "flops (PF-days)" stays unknown.
+        """
+        remark = re.fullmatch(r"(.*\w)\s*[(\[]([^)\]]*)[)\]]\s*", name)
+        if remark and len(remark[2]) > 1 and any(_plain(remark[2]) in names for names in SPELLINGS.values()):
+            name = remark[1]
         words = re.split(r"[^A-Za-z0-9]+", name.strip().strip(")]"))
         words = [word for word in words if word]
         if len(words) > 1:

@@ -1,5 +1,6 @@
 """Functions of an operator: exp, log, sqrt, powers, and any function of its eigenvalues."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
@@ -51,18 +52,31 @@ class Function:
     of: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor], Tensor] | None = None
     domain: str = "all"
-    """Of real numbers: "all", "positive", or "nonnegative"; outside it the value is complex or infinite."""
+    """Where the value is real and finite: "all", "positive", "nonnegative" or "nonzero" numbers."""
     exponent: float | None = None
     """p, where the function is the power p."""
 
     def __call__(self, values: Tensor) -> Tensor:
-        """The values, refused outside the domain."""
-        if self.domain != "all" and not values.is_complex() and not transformed(values) and values.numel():
-            low = float(values.detach().min())
-            if low < 0 or (low == 0 and self.domain == "positive"):
-                why = "the value is complex; .to(torch.complex128) allows it" if low < 0 else "there is no finite value"
-                raise OperatorError(f"cannot take the {self.name} of an operator with the eigenvalue {low:.3g}: {why}")
+        """The values, refused outside the domain; of complex numbers, 0 alone can be outside."""
+        if self.domain != "all" and not transformed(values) and values.numel():
+            if self.domain != "nonnegative" and bool((values == 0).any()):
+                raise OperatorError(
+                    f"cannot take the {self.name} of a singular operator: at its eigenvalue 0 there is no finite value"
+                )
+            low = 0.0 if values.is_complex() or self.domain == "nonzero" else float(values.detach().min())
+            if low < 0:
+                raise OperatorError(
+                    f"cannot take the {self.name} of an operator with the eigenvalue {low:.3g}: the value is complex; "
+                    f".to(torch.complex128) allows it"
+                )
         return self.of(values)
+
+    def at(self, values: Tensor) -> Tensor:
+        """The values at computed eigenvalues, `[..., n]`: what rounding alone made negative counts as zero."""
+        if self.domain in ("positive", "nonnegative") and not values.is_complex() and values.shape[-1]:
+            rounding = values.shape[-1] * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
+            values = torch.where((values < 0) & (values >= -rounding), 0, values)
+        return self(values)
 
 
 EXP = Function("exp", torch.exp, torch.exp)
@@ -73,7 +87,7 @@ SQRT = Function("sqrt", torch.sqrt, lambda x: 0.5 * x.rsqrt(), "nonnegative", 0.
 def power(p: float) -> Function:
     """x ↦ xᵖ."""
     whole = float(p).is_integer()
-    domain = "all" if whole and p >= 0 else "nonnegative" if p >= 0 else "all" if whole else "positive"
+    domain = ("all" if p >= 0 else "nonzero") if whole else "nonnegative" if p >= 0 else "positive"
     return Function(f"power {p:g}", lambda x: x**p, lambda x: p * x ** (p - 1), domain, p)
 
 
@@ -126,13 +140,34 @@ def _circulant(C: Circulant, f: Function) -> Operator:
 def by_eigh(operator: Operator, f: Function) -> Operator:
     """V f(Λ) Vᴴ, in the structure of V."""
     values, vectors = EIGH(operator)
-    return product(vectors, Diagonal(f(values)), vectors.H)
+    return product(vectors, Diagonal(f.at(values)), vectors.H)
 
 
 def _by_eig(operator: Operator, f: Function) -> Operator:
+    """V f(Λ) V⁻¹ in the structure of V; written out where V Λ V⁻¹ is another operator (a Jordan block)."""
     values, vectors = EIG(operator)
-    made = product(vectors, Diagonal(f(values)), INVERSE(vectors))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # vectors without a good inverse are looked for just below
+        try:
+            inverse = INVERSE(vectors)
+        except OperatorError:
+            inverse = None
+    if inverse is None or not _reproduced(operator, product(vectors, Diagonal(values), inverse)):
+        found: Operator = APPLY(Dense(written(operator)), f)
+        return found
+    made = product(vectors, Diagonal(f(values)), inverse)
     return RealPart(made) if not operator.dtype.is_complex and _is_real(made, operator, f) else made
+
+
+def _reproduced(operator: Operator, made: Operator) -> bool:
+    """Whether V Λ V⁻¹ is the operator, as two random probes say."""
+    if transformed(*operator.tensors):
+        return True
+    x = torch.randn(operator.shape[-1], 2, dtype=operator.dtype, device=operator.device)
+    with torch.no_grad():
+        wanted = operator.matmul(x)
+        # As for inverses: the square root of rounding, and two digits more.
+        return bool((made.matmul(x) - wanted).norm() <= 1e-2 * torch.finfo(operator.dtype).eps ** 0.5 * wanted.norm())
 
 
 def _is_real(made: Operator, of: Operator, f: Function) -> bool:
@@ -167,7 +202,7 @@ class _Spectral(torch.autograd.Function):
     @staticmethod
     def forward(matrix: Tensor, f: Function) -> Tensor:
         values, vectors = torch.linalg.eigh(matrix)
-        return (vectors * f(values)[..., None, :]) @ vectors.mH
+        return (vectors * f.at(values)[..., None, :]) @ vectors.mH
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -204,13 +239,13 @@ def _dense_general(operator: Operator, f: Function) -> Operator:
     """By eigenvectors where these are well conditioned, else by Schur's form (scipy)."""
     matrix = written(operator)
     values, vectors = torch.linalg.eig(matrix)
+    image = f(values)
     if f.domain == "positive":
         nonzero(operator, values)
-    values = f(values)
     if not transformed(matrix) and not _reliable(vectors):
         return Dense(_by_schur(operator, matrix, f))
-    made = torch.linalg.solve(vectors, vectors * values[..., None, :], left=False)
-    real = not matrix.is_complex() and (transformed(made) or bool(made.imag.abs().amax() <= 1e-6 * made.abs().amax()))
+    made = torch.linalg.solve(vectors, vectors * image[..., None, :], left=False)
+    real = not matrix.is_complex() and (transformed(made) or bool(made.imag.norm() <= 1e-6 * made.norm()))
     return Dense(made.real if real else made)
 
 
@@ -298,7 +333,7 @@ APPLY = Table(
 
 def _by_values(A: Operator, f: Function) -> Tensor:
     values: Tensor = EIGVALSH(A)
-    return f(values).sum(-1)
+    return f.at(values).sum(-1)
 
 
 def _by_diagonal(A: Operator, f: Function) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from einlinear.linalg import iterative
-from einlinear.linalg.direct import InverseLU, affordable, cholesky, cubic, lu_inverse
+from einlinear.linalg.direct import InverseLU, affordable, cholesky, cubic, lu_inverse, warn_if_singular
 from einlinear.linalg.refined import Refined, detached
 from einlinear.linalg.rules import banded
 from einlinear.linalg.rules.predicates import (
@@ -257,7 +257,15 @@ def _eliminate(A: Block, inverse: Operator) -> Operator:
 
 
 def _psd(operator: Operator) -> Operator:
-    lower = cholesky(operator)
+    try:
+        lower = cholesky(operator)
+    except OperatorError as error:
+        raise OperatorError(
+            f"cannot invert {operator!r}: it is singular, or not positive definite for all that is claimed; pinv and "
+            f"lstsq answer in the sense of least squares"
+        ) from error
+    if not transformed(lower.matrix):
+        warn_if_singular(operator, lower.diagonal().square())
     return Product((lower.H.inverse(), lower.inverse())).claim("psd")  # type: ignore[attr-defined]
 
 

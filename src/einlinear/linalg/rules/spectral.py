@@ -10,7 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from einlinear.linalg.borrowed import banded_eigenvalues
 from einlinear.linalg.direct import cubic, written
+from einlinear.linalg.rules.banded import by_band
 from einlinear.linalg.rules.predicates import (
     blocks,
     body,
@@ -190,6 +192,13 @@ EIGVALSH = Table(
     "eigenvalues (Hermitian)",
     Rule(Circulant, "C = Fᴴ diag(F c) F: F c", lambda C: C.eigenvalues().real),
     *VALUES,
+    Rule(
+        Banded,
+        "within the band (LAPACK, by scipy)",
+        banded_eigenvalues,
+        when=lambda A: by_band(A) and not (torch.is_grad_enabled() and any(t.requires_grad for t in A.tensors)),
+        cost=lambda A: 30.0 * sum(A.reach) * A.shape[-1] ** 2,
+    ),
     Rule(
         Operator,
         "written out, LAPACK's Hermitian eigensolver",

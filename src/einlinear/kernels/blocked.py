@@ -1,0 +1,316 @@
+"""A chain of matmuls over a few tokens at a time, so that the states between them stay in a CPU's cache.
+
+One operator runs the whole chain, for a block of tokens after the other, and its backward makes the
+states of a block again instead of reading them from memory. Sums over tokens are added block by
+block, in their order.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from einlinear.clock import block
+from einlinear.kernels.kernel import Kernel, Runner
+from einlinear.kernels.pairwise import fill, pairwise
+from einlinear.links import Link, chain_of
+from einlinear.structure import Structure
+
+TURNED, SLICED = ("bkm", "bnm"), ("bmk", "bmn")
+"""Orders of the axes of an input or an output, which lies as "mbk" or "mbn": tokens last, or slices first."""
+
+Chained = list[tuple[tuple[int, ...], str]]
+"""The view and the spec of each link."""
+
+
+class Scratch:
+    """Memory for what is made of a block: the next block is made in the same, which then is in cache."""
+
+    def __init__(self) -> None:
+        self.pieces: list[Tensor] = []
+        self.used = 0
+
+    def restart(self) -> None:
+        """Gives all of it free for a block no larger than the first."""
+        self.used = 0
+
+    def empty(self, like: Tensor, shape: Sequence[int]) -> Tensor:
+        if self.used == len(self.pieces):
+            self.pieces.append(like.new_empty(math.prod(shape)))
+        self.used += 1
+        return self.pieces[self.used - 1][: math.prod(shape)].view(shape)
+
+
+class Blocked(Kernel):
+    """Blocks of tokens, read where they lie; the result is made slice by slice, and then copied.
+
+    Of short results of long sums the copy is a transposition, which costs less than a product in narrow columns.
+    """
+
+    name: ClassVar = "blocked"
+    reads: ClassVar = "mbk"
+
+    def prepare(self, structure: Structure) -> Runner:
+        chain = chain_of(structure)
+        specs = [link.spec for link in chain]
+        specs[0] = specs[0].replace("mbk", self.reads)
+        specs[-1] = specs[-1].replace("mbn", self.writes(chain[-1]))
+        return BlockedRunner(chain, ";".join(specs), structure.size(structure.y), block(structure))
+
+    def writes(self, last: Link) -> str:
+        """The order in which the last link makes its result."""
+        made, summed = last.weight[-2:]
+        return "bnm" if summed > made else "bmn"
+
+
+class Turned(Blocked):
+    """Blocks of tokens, whose input and output are transposed in cache: all matmuls then run along the tokens."""
+
+    name: ClassVar = "turned"
+    reads: ClassVar = "bkm"
+
+    def writes(self, last: Link) -> str:
+        return "bnm"
+
+
+@dataclass(frozen=True)
+class BlockedRunner:
+    """`specs` are those of the links, the first input and last output in the order that the operator has them."""
+
+    links: tuple[Link, ...]
+    specs: str
+    width: int
+    block: int
+
+    def __call__(self, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
+        weights = [factor.reshape(link.weight) for link, factor in zip(self.links, factors, strict=True)]
+        views = [size for link in self.links for size in link.view]
+        y: Tensor = blocked(x, weights, bias, self.specs, views, self.width, self.block)
+        return y
+
+
+@torch.library.custom_op("einlinear::blocked", mutates_args=())
+def blocked(
+    x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, specs: str, views: Sequence[int], width: int, block: int
+) -> Tensor:
+    """Applies a chain (`einlinear.links`) to `x`, `[tokens, d_in]`, and adds `bias`, `[width]`.
+
+    Args:
+        x: any strides.
+        weights: of the links' shapes.
+        bias: or None.
+        specs: of the links, parted by semicolons. An input "bkm" is copied from what lies as "mbk", an output
+            "bmn" or "bnm" to what lies as "mbn".
+        views: of the links, one after the other.
+        width: features of the output.
+        block: tokens of a block.
+
+    Returns:
+        `[tokens, width]`, contiguous.
+    """
+    chain, y, scratch = _chained(specs, views), x.new_empty(len(x), width), Scratch()
+    for start in range(0, len(x), block):
+        scratch.restart()
+        out = y[start : start + block]
+        last = _states(x[start : start + block], weights, chain, scratch)[-1]
+        _write(out, _contract(last, weights[-1], chain[-1][1], scratch), chain[-1][1])
+        if bias is not None:
+            out.add_(bias)
+    return y
+
+
+@blocked.register_fake
+def _(
+    x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, specs: str, views: Sequence[int], width: int, block: int
+) -> Tensor:
+    return x.new_empty(len(x), width)
+
+
+@torch.library.custom_op("einlinear::blocked_backward", mutates_args=())
+def blocked_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    specs: str,
+    views: Sequence[int],
+    needs: Sequence[bool],
+    block: int,
+) -> list[Tensor]:
+    """The gradients of `x` and of each weight, where `needs` says so; empty ones elsewhere."""
+    chain, (needs_x, *needs_weights) = _chained(specs, views), needs
+    dx = x.new_empty(x.shape if needs_x else 0)
+    dweights = [w.new_empty(w.shape if needed else 0) for w, needed in zip(weights, needs_weights, strict=True)]
+    scratch = Scratch()
+    for start in range(0, max(len(x), 1), block):
+        scratch.restart()
+        here = slice(start, start + block)
+        states = _states(x[here], weights, chain, scratch)
+        for k, dstate in enumerate(_upstream(grad[here], weights, chain, scratch)):
+            if needs_weights[k]:
+                fill(dweights[k], states[k].conj(), dstate, _for_weight(chain[k][1]), add=start > 0)
+            if needs_x and k == 0:
+                spec = _for_state(chain[0][1])
+                _write(dx[here], _contract(dstate, weights[0].conj(), spec, scratch), spec)
+    return [dx, *dweights]
+
+
+@blocked_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    specs: str,
+    views: Sequence[int],
+    needs: Sequence[bool],
+    block: int,
+) -> list[Tensor]:
+    return [like.new_empty(like.shape if needed else 0) for like, needed in zip((x, *weights), needs, strict=True)]
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    x, weights, bias, ctx.specs, ctx.views, _, ctx.block = inputs
+    ctx.has_bias, ctx.needs = bias is not None, [tensor.requires_grad for tensor in (x, *weights)]
+    ctx.save_for_backward(x, *weights)
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, list[Tensor | None], Tensor | None, None, None, None, None]:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    x, *weights = ctx.saved_tensors
+    if torch.is_grad_enabled():  # the operator has no derivative
+        dx, *dweights = _differentiable(grad, x, weights, _chained(ctx.specs, ctx.views))
+    else:
+        dx, *dweights = blocked_backward(grad, x, weights, ctx.specs, ctx.views, ctx.needs, ctx.block)
+    asked = [g if needed else None for g, needed in zip((dx, *dweights), ctx.needs, strict=True)]
+    return asked[0], asked[1:], grad.sum(0) if ctx.has_bias else None, None, None, None, None
+
+
+blocked.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _differentiable(grad: Tensor, x: Tensor, weights: Sequence[Tensor], chain: Chained) -> list[Tensor]:
+    """All gradients by operators that have derivatives, over all tokens at once."""
+    states, dstates = _states(x, weights, chain), _upstream(grad, weights, chain)
+    dx = _rows(pairwise(dstates[0], weights[0].conj(), _for_state(chain[0][1])), _for_state(chain[0][1]))
+    pieces = zip(states, dstates, chain, strict=True)
+    return [
+        dx.reshape(x.shape),
+        *(pairwise(state.conj(), dstate, _for_weight(spec)) for state, dstate, (_, spec) in pieces),
+    ]
+
+
+@register_flop_formula(torch.ops.einlinear.blocked)
+def _(x: list[int], weights: list[list[int]], *_: object, **__: object) -> int:
+    return sum(_work(x, weights))
+
+
+@register_flop_formula(torch.ops.einlinear.blocked_backward)
+def _(
+    grad: object, x: list[int], weights: list[list[int]], specs: object, views: object, needs: list[bool], **_: object
+) -> int:
+    """The states again, the gradient of each, and those of the weights that are asked for."""
+    work = _work(x, weights)
+    asked = sum(part for part, needed in zip((work[0], *work), needs, strict=True) if needed)
+    return sum(work[:-1]) + sum(work[1:]) + asked
+
+
+def _work(x: Sequence[int], weights: Sequence[Sequence[int]]) -> list[int]:
+    """FLOPs of each link."""
+    found, (tokens, features) = [], x
+    for *_, made, summed in weights:
+        found.append(2 * tokens * features * made)
+        features = features // summed * made
+    return found
+
+
+def _chained(specs: str, views: Sequence[int]) -> Chained:
+    chain, position = [], 0
+    for spec in specs.split(";"):
+        length = spec.index(",")
+        chain.append((tuple(views[position : position + length]), spec))
+        position += length
+    return chain
+
+
+def _states(x: Tensor, weights: Sequence[Tensor], chain: Chained, scratch: Scratch | None = None) -> list[Tensor]:
+    """What each link reads."""
+    states = [_read(x, chain[0][0], chain[0][1].partition(",")[0], scratch)]
+    for weight, (_, spec), (view, _) in zip(weights[:-1], chain[:-1], chain[1:], strict=True):
+        states.append(_contract(states[-1], weight, spec, scratch).reshape(view))
+    return states
+
+
+def _upstream(grad: Tensor, weights: Sequence[Tensor], chain: Chained, scratch: Scratch | None = None) -> list[Tensor]:
+    """The gradient of what each link makes."""
+    found: list[Tensor] = []
+    for k in reversed(range(len(chain))):
+        view, spec = chain[k]
+        _, names_weight, names = _names(spec)
+        size = {"m": -1, "b": -1, "q": view[-1], **dict(zip(names_weight, weights[k].shape, strict=True))}
+        if not found:
+            lies = "mbn" if names in (*TURNED, *SLICED) else names
+            found = [_read(grad, tuple(size[name] for name in lies), names, scratch)]
+        else:
+            made = _contract(found[0], weights[k + 1].conj(), _for_state(chain[k + 1][1]), scratch)
+            found = [made.reshape([size[name] for name in names]), *found]
+    return found
+
+
+def _contract(a: Tensor, b: Tensor, spec: str, scratch: Scratch | None) -> Tensor:
+    """In `scratch`, or where there is none differentiably."""
+    if scratch is None:
+        made: Tensor = pairwise(a, b, spec)
+        return made
+    shape = [(a, b)[operand].shape[axis] for operand, axis in _sources(spec)]
+    return fill(scratch.empty(a, shape), a, b, spec)
+
+
+def _read(tokens: Tensor, view: tuple[int, ...], names: str, scratch: Scratch | None) -> Tensor:
+    """`tokens`, `[tokens, features]`, with axes as `names` says; `view` is how they lie, tokens first."""
+    if names in TURNED:
+        turned = tokens.mT.contiguous() if scratch is None else scratch.empty(tokens, tokens.mT.shape).copy_(tokens.mT)
+        return turned.view(*view[1:], len(tokens))
+    return tokens.reshape(view).transpose(0, 1) if names in SLICED else tokens.reshape(view)
+
+
+def _rows(made: Tensor, names: str) -> Tensor:
+    """The inverse of `_read`, tokens first."""
+    if names in TURNED:
+        return made.flatten(0, 1).mT
+    return made.transpose(0, 1) if names in SLICED else made
+
+
+def _write(out: Tensor, made: Tensor, spec: str) -> None:
+    rows = _rows(made, _names(spec)[2])
+    out.view(rows.shape).copy_(rows)
+
+
+@lru_cache
+def _sources(spec: str) -> list[tuple[int, int]]:
+    """For each axis of the result, an operand that has it and where."""
+    state, weight, result = _names(spec)
+    return [(0, state.index(name)) if name in state else (1, weight.index(name)) for name in result]
+
+
+@lru_cache
+def _for_state(spec: str) -> str:
+    """The contraction that makes the gradient of the state; of one that lies as "mbk", slice by slice."""
+    state, weight, result = _names(spec)
+    return f"{result},{weight}->{'bmk' if state == 'mbk' else state}"
+
+
+@lru_cache
+def _for_weight(spec: str) -> str:
+    """The contraction that makes the gradient of the weight."""
+    state, weight, result = _names(spec)
+    return f"{state},{result}->{weight}"
+
+
+@lru_cache
+def _names(spec: str) -> tuple[str, str, str]:
+    operands, result = spec.split("->")
+    state, weight = operands.split(",")
+    return state, weight, result

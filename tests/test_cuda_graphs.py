@@ -1,0 +1,56 @@
+"""A layer recorded in a CUDA graph: replays on other inputs, and training steps, are what runs without one."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import einlinear as el
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+
+FAMILIES = [
+    el.BTT(rank=1),
+    el.BTT(rank=4),
+    el.Monarch(blocks=4),
+    el.LowRank(rank=8),
+    el.Kronecker(),
+    el.BLAST(blocks=4, rank=8),
+]
+
+
+def recorded(step):
+    """A graph of `step`, which has run before on a stream of its own, and what it returned."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph, result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 33, 1024])
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_a_replay_is_the_layer_and_its_gradients_on_what_the_input_then_holds(family, tokens, dtype):
+    layer = el.Linear(256, 256, family, device="cuda", dtype=dtype)
+    x = torch.randn(tokens, 256, device="cuda", dtype=dtype, requires_grad=True)
+    grad = torch.randn(tokens, 256, device="cuda", dtype=dtype)
+
+    def step():
+        y = layer(x)
+        return y, torch.autograd.grad(y, [x, *layer.parameters()], grad)
+
+    graph, (y, grads) = recorded(step)
+    with torch.no_grad():
+        x.normal_()
+        for parameter in layer.parameters():
+            parameter.mul_(0.5)
+    graph.replay()
+    wanted, wanted_grads = step()
+    assert_close(y, wanted, rtol=0, atol=0)
+    for found, want in zip(grads, wanted_grads, strict=True):
+        assert_close(found, want, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-2)
