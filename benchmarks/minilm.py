@@ -11,8 +11,9 @@ pairwise similarities, which is what search and clustering read.
 A budget is a share of the parameters of all layers that embeddings read, embedding tables aside. `uniform` gives
 every layer that share of its own, by the setting that spends most of it; where a family has blocks besides ranks,
 their number is the one with the least error on the layers of `PILOTS`, calibrated, for each pair of widths. `allocated`
-minimises the summed error of outputs (`einlinear.allocate`) over ranks and dense layers; `auto` offers low rank, BTT
-and block-diagonal layers together. Recovery is distillation from the dense model, on the sentences that calibrated.
+minimises the summed error of outputs (`einlinear.allocate`) over ranks and dense layers, `relative` the sum of each
+layer's share of its own; `auto` offers low rank, BTT and block-diagonal layers together. Recovery is distillation from
+the dense model, on the sentences that calibrated.
 
 Times (last, into a table of their own) are medians of the process's CPU time on one thread, all models in turns.
 A row is appended as soon as it is found; rows that are there are not measured again. One hour on one core.
@@ -141,7 +142,7 @@ def cases() -> list[Case]:
         Case("dense", 1.0, False, "none"),
         *(Case(family, budget, True) for budget in BUDGETS for family in ("low_rank", "btt")),
         *(Case(family, budget, False) for budget in BUDGETS for family in cheap),
-        *(Case("low_rank", budget, True, "allocated") for budget in BUDGETS),
+        *(Case("low_rank", budget, True, how) for budget in BUDGETS for how in ("allocated", "relative")),
         *(Case(family, low, True, "uniform", RECOVERY) for family in ("btt", "low_rank")),
         Case("monarch", low, True),
         Case("block_diagonal", low, True),
@@ -239,8 +240,9 @@ class Study:
 
     def plan(self, case: Case) -> dict[str, el.Family | None]:
         """What becomes of each layer."""
-        if case.allocation == "allocated":
-            return allocate(self.curves(case.family, case.calibrated), case.budget).rules
+        if case.allocation != "uniform":
+            curves = self.curves(case.family, case.calibrated)
+            return allocate(curves, case.budget, relative=case.allocation == "relative").rules
         if case.family == "auto":
             curves = self.curves(case.family, case.calibrated)
             affordable = {

@@ -39,7 +39,7 @@ def markdown(names: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def families() -> str:
     """Every layer alike, not trained on: plain and calibrated beside each other."""
     lines = []
-    found = [row for row in rows("minilm") if row["allocation"] != "allocated" and row["recovery_steps"] == "0"]
+    found = [row for row in rows("minilm") if row["allocation"] in ("none", "uniform") and row["recovery_steps"] == "0"]
     known = {(row["family"], row["budget"], row["calibrated"]): row for row in found}
     for budget, family in dict.fromkeys((row["budget"], row["family"]) for row in by_family(found)):
         versions = [known.get((family, budget, calibrated)) for calibrated in ("False", "True")]
@@ -56,7 +56,7 @@ def families() -> str:
 def trained() -> str:
     """Calibrated rows with the budget alike to all, allocated, and trained on."""
     found = [row for row in rows("minilm") if row["calibrated"] == "True"]
-    asked = {(row["family"], row["budget"]) for row in found if row["allocation"] == "allocated"}
+    asked = {(row["family"], row["budget"]) for row in found if row["allocation"] in ("allocated", "relative")}
     asked |= {(row["family"], row["budget"]) for row in found if row["recovery_steps"] != "0"}
     found = [row for row in found if (row["family"], row["budget"]) in asked]
     found.sort(key=lambda row: (-float(row["budget"]), row["family"], float(row["spearman"])))
