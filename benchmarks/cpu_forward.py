@@ -34,9 +34,8 @@ def main(path: Path = RESULTS) -> None:
     ]
     for row in rows:
         saving = 1 / row["flop_ratio"]
-        print(
-            f"{row['dtype']:9} {row['family']:20} {row['d_in']:5} x {row['tokens']:5}  {row['ratio_to_dense']:6.2f} of {saving:.1f}"
-        )
+        case = f"{row['dtype']:9} {row['family']:20} {row['d_in']:5} x {row['tokens']:5}"
+        print(f"{case}  {row['ratio_to_dense']:6.2f} of {saving:.1f}")
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()

@@ -195,6 +195,20 @@ def test_blocks_of_tokens_compute_only_the_gradients_that_are_asked_for(frozen, 
     assert counter.get_total_flops() == first + second + sum(parts.values()) - parts[frozen]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_layers_that_run_in_blocks_can_be_mapped_and_differentiated_by_torch_func(dtype):
+    layer = el.Linear(64, 64, el.BTT(rank=4), dtype=dtype)
+    run = replace(Turned().prepare(layer.structure), block=4)
+    always = Choice(((math.inf, run),), ((math.inf, run),))
+    layer._plan = replace(layer._plan, cpu=always, cpu_half=always)
+    x, tolerance = torch.randn(3, 5, 64, dtype=dtype), {"rtol": 3e-2, "atol": 3e-2} if dtype.itemsize == 2 else {}
+    assert_close(torch.func.vmap(layer)(x), layer(x), **tolerance)
+    assert_close(torch.func.vmap(layer, in_dims=1, out_dims=1)(x), layer(x), **tolerance)
+    slopes = torch.func.vmap(torch.func.grad(lambda row: layer(row).sum()))(x.flatten(0, 1))
+    x.requires_grad_()
+    assert_close(slopes, torch.autograd.grad(layer(x).sum(), x)[0].flatten(0, 1), **tolerance)
+
+
 def test_on_a_cpu_wide_states_go_in_blocks_and_16_bits_along_the_tokens():
     wide, lone = el.BTT(rank=4)(1024, 1024), el.LowRank()(1024, 1024)
     assert plan(wide).cpu(1024, False) == plan(wide).cpu(1024, True) == Blocked().prepare(wide)

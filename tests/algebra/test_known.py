@@ -224,6 +224,15 @@ def test_all_eigenvalues_of_a_complex_band_matrix():
 
 
 def test_eigenvalues_that_krylov_spaces_do_not_find_are_found_from_the_matrix(recwarn):
-    A = la.Dense(poisson(600).dense())
-    assert_close(la.eigh(A, 3, "SA").values, poisson_values(600)[:3], atol=1e-12, rtol=0)
+    A = la.Dense(poisson(900).dense())
+    assert_close(la.eigh(A, 3, "SA").values, poisson_values(900)[:3], atol=1e-12, rtol=0)
     assert not [w for w in recwarn if "stopped after" in str(w.message)]
+
+
+def test_the_smallest_magnitudes_of_a_definite_operator_are_looked_for_at_its_lower_end(monkeypatch):
+    asked: list[str] = []
+    monkeypatch.setattr("einlinear.linalg.questions.extreme", lambda A, k, which, products: asked.append(which))
+    A = la.Dense(torch.diag(torch.linspace(1, 5, 700, dtype=f64))).claim("psd")
+    assert_close(la.eigh(A, 1, "SM").values, torch.ones(1, dtype=f64))
+    assert_close(la.eigh(A, 1, "LM").values, torch.full((1,), 5.0, dtype=f64))
+    assert asked == ["SA", "LA"]

@@ -209,7 +209,14 @@ def _(x: list[int], weights: list[list[int]], *_: object, **__: object) -> int:
 
 @register_flop_formula(torch.ops.einlinear.blocked_backward)
 def _(
-    grad: object, x: list[int], weights: list[list[int]], specs: object, views: object, needs: list[bool], **_: object
+    grad: object,
+    x: list[int],
+    weights: list[list[int]],
+    specs: object,
+    views: object,
+    needs: list[bool],
+    *_: object,
+    **__: object,
 ) -> int:
     """The states again, the gradient of each, and those of the weights that are asked for."""
     work = _work(x, weights)

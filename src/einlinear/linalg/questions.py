@@ -190,6 +190,8 @@ def eigh(A: Subject, k: int | None = None, which: str = "LA") -> Spectrum:
     """
     A = _hermitian(A, "find the eigenvalues of")
     _choosable(k, A.shape[-1], which)
+    if "psd" in A.properties:  # by magnitude and algebraically are one order, and the ends are what products find
+        which = {"LM": "LA", "SM": "SA"}.get(which, which)
     if k is not None and few(A, k, which) and (found := extreme(A, k, which, _patience(A))):
         return _chosen(found[0], Dense(found[1]), k, which, "ascending")
     values, vectors = EIGH(A)
