@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import einlinear as el
-from einlinear.compression.pipeline import allocation
+from einlinear.compression import allocation
 
 
 def random_curve(draw: random.Random, points: int) -> el.Curve:
