@@ -133,7 +133,7 @@ def plan_checkpoint(
         work=work,
         progress=progress,
     )
-    return allocate(found.curves, settings.budget, settings.cost)
+    return allocate(found.curves, settings.budget, settings.cost, relative=True)
 
 
 def _opened(source: Path, out: Path, settings: Settings) -> tuple[nn.Module, Work]:

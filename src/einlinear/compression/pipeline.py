@@ -159,9 +159,10 @@ def compress(
         allocation, report = el.compress(model, "btt", budget=0.5, calibration=batches)
 
     Every linear layer but output layers gets an error curve over the settings of the structure, a
-    dense layer among them; the budget is allocated so that the summed error is least
-    (`einlinear.allocate`); each weight is then projected. With calibration data, errors are those of
-    the layers' outputs on it, without they are those of the weights.
+    dense layer among them; the budget is allocated so that the sum of what each loses of its own
+    output is least (`einlinear.allocate`; plain squared errors would give most of it to the layers with
+    the largest outputs, docs/guide/compress.md); each weight is then projected. With calibration data,
+    errors are those of the layers' outputs on it, without they are those of the weights.
 
     Args:
         model: any module; as in `einlinear.convert`.
@@ -193,7 +194,7 @@ def compress(
         if not found.curves:
             reasons = "; ".join(f"{name}: {why}" for name, why in found.skipped.items())
             raise StructureError(f"cannot compress the {type(model).__name__}: none of its layers can be ({reasons})")
-        allocation = allocate(found.curves, budget, cost)
+        allocation = allocate(found.curves, budget, cost, relative=True)
         plan, moments, skipped = allocation.rules, found.moments, found.skipped
     else:
         layers, _ = _targets(model, [*plan], ())
