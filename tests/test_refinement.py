@@ -200,6 +200,18 @@ def test_balancing_keeps_the_matrix_and_evens_every_bond(structure, factors):
     torch.testing.assert_close(norms, norms[:1].expand_as(norms))
 
 
+@pytest.mark.parametrize("family", [el.Dense(), el.BlockDiagonal(4)], ids=str)
+def test_one_factor_alone_is_found_by_conjugate_gradients_too(family, monkeypatch):
+    """As where its normal equations are too many to be formed: 1536 inputs in 2 blocks."""
+    monkeypatch.setattr("einlinear.projection.refinement.CHEAP", 0)
+    monkeypatch.setattr("einlinear.projection.refinement.FORMED", 0)
+    monkeypatch.setattr("einlinear.projection.solving.STEPS", 60)
+    structure = family(32, 24)
+    member, start = ([torch.randn(shape, dtype=torch.float64) for shape in structure.factor_shapes] for _ in range(2))
+    weight = el.dense(structure, member)
+    assert error(weight, structure, el.refine(weight, structure, start, 5, 0.0, moments_of(32))) < 1e-4
+
+
 def test_a_tolerance_and_a_limit_end_it(monkeypatch):
     structure = el.BLAST(blocks=4, rank=6)(64, 64)
     weight = torch.randn(64, 64)

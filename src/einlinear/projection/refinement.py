@@ -189,6 +189,8 @@ class Target:
         x = (*self.structure.x, *map(_prime, self.structure.x))
         *network, ends = network
         *parts, gram = parts
+        if not network:  # one factor alone
+            network, parts = [()], [gram.new_ones(())]
         around = tuple(a for a in dict.fromkeys(a for axes in network for a in axes) if a in {*outer, *twin, *x})
         held = contract(network, parts, around)
         precondition = self._preconditioner(around, held, outer, twin)
