@@ -48,6 +48,7 @@ def half_of_it(rank: int, folder: str, x: Tensor) -> None:
             (shape[0] // 2, *shape[1:]) for shape in model()[0].structure.matrix_shapes
         ]
         torch.save(results, f"{folder}/results")
+    dist.barrier()  # gloo's threads let go of the tensors before Python shuts down
     dist.destroy_process_group()
 
 

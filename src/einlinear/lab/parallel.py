@@ -62,6 +62,9 @@ def joined(device: str) -> Iterator[str]:
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
         yield device
+        # The process waits here, without Python's lock, for the threads of gloo to let go of the last tensors: they
+        # need that lock for it, and end the process with an abort where they ask for it while Python shuts down.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
