@@ -105,6 +105,12 @@ def refuses_chain(structure: Structure, here: Machine) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def refuses_columns(structure: Structure, here: Machine) -> str | None:
+    if here not in (CPU, CPU_HALF):
+        return "it was measured on CPUs alone"
+    return refuses_chain(structure, here)
+
+
 def refuses_blocked(structure: Structure, here: Machine) -> str | None:
     if here not in (CPU, CPU_HALF):
         return "its blocks of tokens are sized for a CPU's cache"
@@ -156,6 +162,14 @@ def chain(structure: Structure, tokens: int, here: Machine, training: bool) -> f
         else:
             total += 3 * each if training else each
     return total
+
+
+def columns(structure: Structure, tokens: int, here: Machine, training: bool) -> float:
+    return chain(structure, tokens, here, training)
+
+
+def rows(structure: Structure, tokens: int, here: Machine, training: bool) -> float:
+    return chain(structure, tokens, here, training)
 
 
 def blocked(structure: Structure, tokens: int, here: Machine, training: bool, along: bool = False) -> float:
@@ -262,6 +276,8 @@ WAYS: dict[str, tuple[Refusal, Way]] = {
     "tiles": (refuses_tiles, tiles),
     "blocked": (refuses_blocked, blocked),
     "turned": (refuses_blocked, turned),
+    "rows": (refuses_nothing, rows),
+    "columns": (refuses_columns, columns),
     "chain": (refuses_chain, chain),
     "reference": (refuses_nothing, reference),
     "materialised": (refuses_nothing, materialised),

@@ -11,18 +11,28 @@ from torch import Tensor
 from einlinear.clock import dense_seconds
 from einlinear.contract import check, pad_last
 from einlinear.kernels.blocked import Blocked, Turned
-from einlinear.kernels.chain import Chain, Tiles
+from einlinear.kernels.chain import Chain, Columns, Tiles
 from einlinear.kernels.kernel import CPU, CPU_HALF, CUDA, CUDA_HALF, Runner, Target
 from einlinear.kernels.kernel import Kernel as Kernel
 from einlinear.kernels.pair import Pair
-from einlinear.kernels.reference import Materialised, MatmulRunner, Reference
+from einlinear.kernels.reference import Materialised, Reference, Rows
 from einlinear.kernels.routed import Routing as Routing
 from einlinear.kernels.routed import explain_routed
 from einlinear.kernels.routed import routed_plan as routed_plan
 from einlinear.kernels.transforms import transformed as transformed
 from einlinear.structure import Structure
 
-KERNELS: tuple[Kernel, ...] = (Pair(), Tiles(), Blocked(), Turned(), Chain(), Reference(), Materialised())
+KERNELS: tuple[Kernel, ...] = (
+    Pair(),
+    Tiles(),
+    Rows(),
+    Columns(),
+    Blocked(),
+    Turned(),
+    Chain(),
+    Reference(),
+    Materialised(),
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,9 @@ class Plan:
         """
         if x.ndim == 0 or x.shape[-1] != self.d_in:
             check(self.structure, factors, x)
-        tokens = pad_last(x, self.pad_in).reshape(-1, self.d_in + self.pad_in)
+        tokens = pad_last(x, self.pad_in)
+        if x.ndim != 2:  # every view takes a microsecond
+            tokens = tokens.reshape(-1, self.d_in + self.pad_in)
         single, halved = (self.cuda, self.cuda_half) if x.is_cuda else (self.cpu, self.cpu_half)
         choice = halved if x.element_size() == 2 else single
         # Of torch.compile too, torch says that it is exporting.
@@ -78,7 +90,9 @@ class Plan:
             records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *factors))
             run = choice(tokens.shape[0], records)
         y = run(factors, tokens, None if bias is None else pad_last(bias, self.pad_out))
-        return y[:, : self.d_out].reshape(*x.shape[:-1], self.d_out)
+        if self.pad_out:
+            y = y[:, : self.d_out]
+        return y if x.ndim == 2 else y.reshape(*x.shape[:-1], self.d_out)
 
 
 @lru_cache(maxsize=4096)
@@ -95,7 +109,7 @@ def plan(structure: Structure) -> Plan:
         cpu_half=cpu_half,
         cuda=cuda,
         cuda_half=cuda_half,
-        plain=MatmulRunner(structure),
+        plain=Rows().prepare(structure),
     )
 
 

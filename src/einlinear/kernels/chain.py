@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from einlinear.kernels.kernel import CPU, Kernel, Runner, Target
-from einlinear.kernels.pairwise import pairwise
+from einlinear.kernels.pairwise import pairwise, plain
 from einlinear.kernels.stage import narrow, shares, stage
 from einlinear.links import Link, chain_of
 from einlinear.structure import Structure
@@ -76,6 +76,35 @@ class Tiles(Chain):
         chain = chain_of(structure)
         tiled = tuple(position for position, link in enumerate(chain) if link.tiled)
         return ChainRunner(chain, structure.size(structure.y), tiled, _extra(chain))
+
+
+class Columns(Chain):
+    """The chain by torch's own matmuls, whose columns are tokens wherever the next link reads them so.
+
+    The state between factors is not copied; the result is, and gradients are.
+    """
+
+    name: ClassVar = "columns"
+
+    def prepare(self, structure: Structure) -> Runner:
+        return ColumnsRunner(chain_of(structure), structure.size(structure.y))
+
+
+@dataclass(frozen=True)
+class ColumnsRunner:
+    """A chain of `links` that ends in `[tokens, width]`."""
+
+    links: tuple[Link, ...]
+    width: int
+
+    def __call__(self, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
+        state = x
+        for link, factor in zip(self.links, factors, strict=True):
+            state, weight = state.reshape(link.view), factor.reshape(link.weight)
+            linear = link.spec == "mk,nk->mn"
+            state = torch.nn.functional.linear(state, weight) if linear else plain(state, weight, link.spec)
+        state = state.reshape(-1, self.width)
+        return state if bias is None else state + bias
 
 
 @dataclass(frozen=True)

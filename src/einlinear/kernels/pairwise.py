@@ -7,6 +7,7 @@ by strides, so that a chain of block-diagonal maps runs without a transposition 
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -31,15 +32,27 @@ def pairwise(a: Tensor, b: Tensor, spec: str) -> Tensor:
     return fill(_empty(a, b, spec), a, b, spec)
 
 
+def plain(a: Tensor, b: Tensor, spec: str) -> Tensor:
+    """The same by torch's own matmuls alone, which start sooner; the result may lie in another order in memory."""
+    product = _product(spec)
+    if product is None:
+        return torch.einsum(spec, a, b)
+    left, right = _view(a, *product.left), _view(b, *product.right)
+    if product.turned:
+        left, right = right, left
+    # matmul repeats an operand without a batch, and looks longer for what to do
+    whole = left.ndim == 3 and left.shape[0] == right.shape[0]
+    return (torch.bmm(left, right) if whole else left @ right).permute(product.back)
+
+
 def fill(out: Tensor, a: Tensor, b: Tensor, spec: str, add: bool = False) -> Tensor:
     """Writes the contraction into `out`, whose strides are its own affair, or adds it to what is there."""
-    matmul = _as_matmul(*_names(spec))
-    if matmul is None:
+    if _product(spec) is None:
         made = torch.einsum(spec, a, b)
         return out.add_(made) if add else out.copy_(made)
     letter = _odd(a, spec, _sizes(spec, a.shape, b.shape)) if a.device.type in CUTS else None
     if letter is None:
-        _multiply(a, b, out, spec, matmul, add)
+        _multiply(a, b, out, spec, add)
         return out
     # In two parts, the first of an aligned length: benchmarks/NOTES.md.
     names, count = _names(spec), _sizes(spec, a.shape, b.shape)[letter]
@@ -48,7 +61,7 @@ def fill(out: Tensor, a: Tensor, b: Tensor, spec: str, add: bool = False) -> Ten
             tensor.narrow(axes.index(letter), start, length) if letter in axes else tensor
             for tensor, axes in zip((a, b, out), names, strict=True)
         ]
-        _multiply(parts[0], parts[1], parts[2], spec, matmul, add or (letter not in names[2] and start > 0))
+        _multiply(parts[0], parts[1], parts[2], spec, add or (letter not in names[2] and start > 0))
     return out
 
 
@@ -79,22 +92,26 @@ def _(a: list[int], b: list[int], spec: str, **_: object) -> int:
     return 2 * math.prod(_sizes(spec, a, b).values())
 
 
-def _multiply(
-    a: Tensor, b: Tensor, out: Tensor, spec: str, matmul: tuple[str, str, str, str], add: bool = False
-) -> None:
+def _multiply(a: Tensor, b: Tensor, out: Tensor, spec: str, add: bool = False) -> None:
     """Fills `out`, or adds to it."""
-    (names_a, names_b, names_out), (batch, rows, summed, columns) = _names(spec), matmul
-    left, right = _view(a, names_a, batch + rows + summed), _view(b, names_b, batch + summed + columns)
-    result = _view(out, names_out, batch + rows + columns)
-    if names_out.index(rows) > names_out.index(columns):  # the transposed product is contiguous as it stands
-        left, right, result = right.mT, left.mT, result.mT
-    if batch and len(left) != len(right):
+    left, right, result = operands(a, b, out, spec)
+    if add:
+        (torch.baddbmm if left.ndim == 3 else torch.addmm)(result, left, right, out=result)
+    else:
+        (torch.bmm if left.ndim == 3 else torch.mm)(left, right, out=result)
+
+
+def operands(a: Tensor, b: Tensor, out: Tensor, spec: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of the three tensors, of which the one matmul that `spec` is makes the third of the first two."""
+    product = _product(spec)
+    assert product is not None, f"{spec} is no matmul"
+    left, right = _view(a, *product.left), _view(b, *product.right)
+    if product.turned:
+        left, right = right, left
+    if left.ndim == 3 and len(left) != len(right):
         count = len(left) if len(right) == 1 else len(right)
         left, right = left.expand(count, -1, -1), right.expand(count, -1, -1)
-    if add:
-        (torch.baddbmm if batch else torch.addmm)(result, left, right, out=result)
-    else:
-        (torch.bmm if batch else torch.mm)(left, right, out=result)
+    return left, right, _view(out, *product.made)
 
 
 def _odd(like: Tensor, spec: str, size: dict[str, int]) -> str | None:
@@ -147,6 +164,36 @@ def _as_matmul(a: str, b: str, out: str) -> tuple[str, str, str, str] | None:
     if batch and any(batch[0] == names[-1] for names in (a, b, out)):
         return None
     return "".join(batch), rows[0], summed[0], columns[0]
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matmul of two tensors: the names of each tensor's axes, and their order in it.
+
+    Where `turned`, `right` is multiplied by `left`, so that the result is contiguous as it stands.
+    """
+
+    left: tuple[str, str]
+    right: tuple[str, str]
+    made: tuple[str, str]
+    turned: bool
+    back: tuple[int, ...]
+    """The order of the result's axes that `spec` asks for."""
+
+
+@lru_cache
+def _product(spec: str) -> Product | None:
+    """The one matmul that `spec` is."""
+    (names_a, names_b, names), matmul = _names(spec), _as_matmul(*_names(spec))
+    if matmul is None:
+        return None
+    batch, rows, summed, columns = matmul
+    if turned := names.index(rows) > names.index(columns):
+        left, right, made = batch + summed + rows, batch + columns + summed, batch + columns + rows
+    else:
+        left, right, made = batch + rows + summed, batch + summed + columns, batch + rows + columns
+    back = tuple(made.index(name) for name in names)
+    return Product((names_a, left), (names_b, right), (names, made), turned, back)
 
 
 def _view(tensor: Tensor, names: str, order: str) -> Tensor:

@@ -46,30 +46,73 @@ class EinsumRunner:
         return state if bias is None else state + bias
 
 
-@dataclass(frozen=True)
-class MatmulRunner:
-    """Every step as one matmul of torch, copying where it must: what can be transformed, and exported to runtimes."""
+class Rows(Kernel):
+    """Every step as one matmul of torch's own, whose rows are tokens; copies where the next step needs another order.
 
-    structure: Structure
+    It has no operator to start, forward or backward, which counts where tokens are few, and can be transformed by
+    `torch.func` and exported to other runtimes.
+    """
+
+    name: ClassVar = "rows"
+
+    def prepare(self, structure: Structure) -> "RowsRunner":
+        lies: Axes = (TOKENS, *structure.x)
+        steps = []
+        for step, shape in zip(structure.steps, structure.matrix_shapes, strict=True):
+            wanted = (*step.batch, TOKENS, *step.passive, *step.summed)
+            inner = structure.size(step.inner)
+            slices, summed = shape[0] // inner, shape[2]
+            steps.append(Step((_view(structure, lies), _order(lies, wanted)), inner, slices, summed))
+            lies = (*step.batch, TOKENS, *step.passive, *step.new)
+        last = _view(structure, lies), _order(lies, (TOKENS, *structure.y))
+        return RowsRunner(tuple(steps), last, structure.size(structure.y))
+
+
+Reordered = tuple[tuple[int, ...], tuple[int, ...]]
+"""The sizes of the axes of a state as it lies, -1 for the tokens, and the order to bring them in."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """The state, reordered, is `[slices, rows, summed]`; the factor `[inner * slices, made, summed]`."""
+
+    state: Reordered
+    inner: int
+    slices: int
+    summed: int
+
+
+@dataclass(frozen=True)
+class RowsRunner:
+    """The steps, and how the last state becomes `[tokens, width]`."""
+
+    steps: tuple[Step, ...]
+    last: Reordered
+    width: int
 
     def __call__(self, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
-        structure = self.structure
-        state = x.reshape(-1, *structure.shape(structure.x))
-        for step, factor, shape in zip(structure.steps, factors, structure.matrix_shapes, strict=True):
-            slices, made, summed = structure.size(step.batch), *shape[1:]
-            weight = factor.reshape(structure.size(step.inner), slices, made, summed).sum(0)
-            order = (*step.batch, TOKENS, *step.passive, *step.summed)
-            state = _ordered(state, (TOKENS, *step.state), order).reshape(slices, -1, summed)
-            state = torch.matmul(state, weight.mT) if slices > 1 else torch.matmul(state[0], weight[0].mT)
-            made_order = (*step.batch, TOKENS, *step.passive, *step.new)
-            state = state.reshape([-1 if axis == TOKENS else structure.sizes[axis] for axis in made_order])
-            state = _ordered(state, made_order, (TOKENS, *step.result))
-        state = state.reshape(-1, structure.size(structure.y))
+        state = x
+        for step, factor in zip(self.steps, factors, strict=True):
+            view, order = step.state
+            state = state.reshape(view).permute(order)
+            if step.inner > 1:
+                factor = factor.reshape(step.inner, step.slices, -1, step.summed).sum(0)
+            weight = factor.reshape(step.slices, -1, step.summed)
+            if step.slices > 1:
+                state = torch.bmm(state.reshape(step.slices, -1, step.summed), weight.mT)
+            else:
+                state = torch.nn.functional.linear(state.reshape(-1, step.summed), weight[0])
+        view, order = self.last
+        state = state.reshape(view).permute(order).reshape(-1, self.width)
         return state if bias is None else state + bias
 
 
-def _ordered(tensor: Tensor, have: Axes, want: Axes) -> Tensor:
-    return tensor.permute([have.index(axis) for axis in want])
+def _view(structure: Structure, axes: Axes) -> tuple[int, ...]:
+    return tuple(-1 if axis == TOKENS else structure.sizes[axis] for axis in axes)
+
+
+def _order(have: Axes, want: Axes) -> tuple[int, ...]:
+    return tuple(have.index(axis) for axis in want)
 
 
 class Materialised(Kernel):

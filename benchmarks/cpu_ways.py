@@ -1,0 +1,106 @@
+"""Every way to run a layer on one CPU thread, and dense, interleaved: what `einlinear.clock` is read off and held to.
+
+    python benchmarks/cpu_ways.py [results.csv]
+
+Medians of the thread's own CPU time over rounds in which all ways of a case take turns. Goes on where a file that is
+there already ends. `held` marks widths that no constant was read off.
+"""
+
+import csv
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import einlinear as el
+from einlinear.kernels import KERNELS
+from einlinear.kernels.kernel import Target
+from einlinear.lab.bench import provenance
+
+FAMILIES = (
+    el.BTT(rank=1),
+    el.BTT(rank=2),
+    el.BTT(rank=4),
+    el.Monarch(blocks=16),
+    el.Monarch(blocks=4),
+    el.LowRank(),
+    el.Kronecker(),
+    el.BLAST(blocks=4, rank=64),
+)
+FITTED = ((512, 512), (1024, 1024), (2048, 2048))
+HELD = ((768, 768), (1024, 4096), (4096, 1024), (1536, 1536))
+TOKENS = (1, 4, 16, 64, 256, 1024)
+LARGEST = 1024 * 2048 * 2048
+"""Tokens times dense weights beyond which a case would take too long."""
+RESULTS = Path(__file__).parent / "results" / "cpu_ways.csv"
+KEY = ("family", "d_in", "d_out", "tokens", "mode", "dtype")
+
+
+def cases() -> Iterator[tuple[el.Family, int, int, int, str, torch.dtype]]:
+    for widths in (*FITTED, *HELD):
+        for dtype in (torch.float32, torch.bfloat16):
+            for tokens in TOKENS:
+                for mode in ("forward", "training"):
+                    if tokens * widths[0] * widths[1] * (2 if mode == "training" else 1) <= LARGEST:
+                        yield from ((family, *widths, tokens, mode, dtype) for family in FAMILIES)
+
+
+def measure(
+    family: el.Family, d_in: int, d_out: int, tokens: int, mode: str, dtype: torch.dtype
+) -> dict[str, float]:
+    """Milliseconds of each way."""
+    structure, target, training = family(d_in, d_out).canonical, Target.of("cpu", dtype), mode == "training"
+    options = {"dtype": dtype, "requires_grad": training}
+    factors = [torch.randn(shape, **options) for shape in structure.matrix_shapes]  # type: ignore[arg-type]
+    plain = nn.Linear(d_in, d_out, bias=False, dtype=dtype).requires_grad_(training)
+    x, grad = torch.randn(tokens, d_in, **options), torch.randn(tokens, d_out, dtype=dtype)  # type: ignore[arg-type]
+    padded = nn.functional.pad(x.detach(), (0, structure.pad_in)).requires_grad_(training)
+    wide = nn.functional.pad(grad, (0, structure.pad_out))
+
+    def call(run: Callable[[], torch.Tensor], leaves: list[torch.Tensor], grad: torch.Tensor) -> Callable[[], object]:
+        return (lambda: torch.autograd.grad(run(), leaves, grad)) if training else run
+
+    calls = {"dense": call(lambda: plain(x), [x, plain.weight], grad)}
+    for kernel in KERNELS:
+        if kernel.refuses(structure, target) is None and kernel.name not in ("reference", "materialised"):
+            run = kernel.prepare(structure)
+            calls[kernel.name] = call(lambda run=run: run(factors, padded), [padded, *factors], wide)  # type: ignore[misc]
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(6):
+        for name, timed in calls.items():
+            count, begin = 0, time.thread_time()
+            while (spent := time.thread_time() - begin) < 4e-3:
+                timed()
+                count += 1
+            times[name].append(1e3 * spent / count)
+    return {name: statistics.median(found[1:]) for name, found in times.items()}
+
+
+def main(path: Path = RESULTS) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    done: set[tuple[str, ...]] = set()
+    if path.exists():
+        with path.open() as file:
+            done = {tuple(row[name] for name in KEY) for row in csv.DictReader(file)}
+    with path.open("a", newline="") as file:
+        for family, d_in, d_out, tokens, mode, dtype in cases():
+            here = provenance(torch.device("cpu"), dtype)
+            key = {"family": str(family), "d_in": d_in, "d_out": d_out, "tokens": tokens, "mode": mode, **here}
+            if tuple(str(key[name]) for name in KEY) in done:
+                continue
+            for way, ms in measure(family, d_in, d_out, tokens, mode, dtype).items():
+                row = {"way": way, "ms": float(f"{ms:.4g}"), "held": int((d_in, d_out) in HELD), **key}
+                writer = csv.DictWriter(file, row.keys())
+                if file.tell() == 0:
+                    writer.writeheader()
+                writer.writerow(row)
+            file.flush()
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
