@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,13 +38,18 @@ def matrix_function(matrix: Tensor, name: str, p: float | None) -> Tensor:
     numpy = importlib.import_module("numpy")
 
     def one(a: Any) -> Any:
-        if name == "log":
-            return linalg.logm(a)
-        return linalg.sqrtm(a) if p == 0.5 else linalg.fractional_matrix_power(a, p)
+        try:
+            if name == "log":
+                return linalg.logm(a)
+            return linalg.sqrtm(a) if p == 0.5 else linalg.fractional_matrix_power(a, p)
+        except (ValueError, linalg.LinAlgError):  # met an infinite entry on its way
+            return numpy.full_like(a, math.nan)
 
-    flat = matrix.detach().cpu().reshape(-1, *matrix.shape[-2:]).numpy()
-    with numpy.errstate(all="ignore"):
-        made = torch.as_tensor(numpy.stack([numpy.asarray(one(a)) for a in flat]))
+    flat = matrix.detach().cpu().resolve_conj().reshape(-1, *matrix.shape[-2:])
+    flat = flat.to(torch.complex128 if matrix.is_complex() else torch.float64)
+    with numpy.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is wrong with a result is seen by whoever asked for it
+        made = torch.as_tensor(numpy.stack([numpy.asarray(one(a)) for a in flat.numpy()]))
     made = made.reshape(matrix.shape).to(matrix.device)
     if made.is_complex() and not matrix.is_complex() and bool(made.imag.abs().max() <= 1e-10 * made.abs().max()):
         made = made.real

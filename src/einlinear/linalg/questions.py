@@ -131,7 +131,8 @@ def slogdet(A: Subject) -> Determinant:
     """Sign (phase, where A is complex) and logarithm of the modulus of det A, each `[...]`."""
     A = _ready(A, "take the determinant of", square=True)
     result: Determinant = SLOGDET(A)
-    return Determinant(*(part.expand(A.batch_shape) for part in real_if_real(A, result)))
+    sign, logarithm = real_if_real(A, result)
+    return Determinant(sign.to(A.dtype).expand(A.batch_shape), logarithm.expand(A.batch_shape))
 
 
 @asks(SLOGDET)
@@ -313,8 +314,9 @@ def norm(A: Subject, ord: float | str = "fro") -> Tensor:
     """A norm, `[...]`: "fro", 2 (largest singular value), -2 (smallest), "nuc" (their sum), 1, or inf."""
     A = _ready(A, "find the norm of")
     if ord == "fro":
-        result: Tensor = FROBENIUS(A).sqrt()
-        return result.expand(A.batch_shape)
+        square: Tensor = FROBENIUS(A)
+        root = torch.where(square == 0, 0, torch.where(square == 0, 1, square).sqrt())  # of zero, with a gradient
+        return root.expand(A.batch_shape)
     if ord in (1, float("inf")):
         result = ONE(A if ord == 1 else A.T)
         return result.expand(A.batch_shape)

@@ -1,6 +1,5 @@
 """The inverse, as an operator: solving is applying it, its determinant is known with it."""
 
-import math
 import warnings
 from dataclasses import dataclass
 
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from einlinear.linalg import iterative
 from einlinear.linalg.direct import InverseLU, affordable, cholesky, cubic, lu_inverse, warn_if_singular
+from einlinear.linalg.result import NearlySingular
 from einlinear.linalg.refined import Refined, detached
 from einlinear.linalg.rules import banded
 from einlinear.linalg.rules.predicates import (
@@ -22,6 +22,7 @@ from einlinear.linalg.rules.predicates import (
     unshifted,
 )
 from einlinear.linalg.rules.spectral import EIG, EIGH, Spectrum
+from einlinear.linalg.sylvester import by_schur, sylvester
 from einlinear.linalg.table import Rule, Table
 from einlinear.operator import (
     Dense,
@@ -70,6 +71,7 @@ def nonzero(operator: Operator, values: Tensor) -> Tensor:
             warnings.warn(
                 f"{operator!r} is singular to working precision (its eigenvalues span {1 / ratio:.2g}): the answer "
                 f"may have no correct digit; pinv and lstsq answer in the sense of least squares",
+                NearlySingular,
                 stacklevel=2,
             )
     return values
@@ -109,21 +111,32 @@ def _by_eigh(operator: Operator) -> Operator:
 
 
 def _by_eig(operator: Operator) -> Operator:
-    """By eigenvectors where they are well conditioned, else by LU."""
+    """By eigenvectors where they are well conditioned, else by Schur's form, or by LU."""
     constant = detached(operator)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # vectors without a good inverse are looked for just below
-        try:
-            by = by_spectrum(constant, EIG(constant))
-        except OperatorError:
-            by = None
-    if by is not None and (transformed(*constant.tensors) or residual(constant, by) < 1e-2 * _root(constant)):
+    by = by_eigenvectors(constant)
+    if by is not None:
         return Refined(operator, by if constant.dtype.is_complex else RealPart(by))
+    if isinstance(constant, KroneckerSum) and by_schur(constant):
+        values, inverse = sylvester(constant)
+        nonzero(operator, values)
+        return Refined(operator, inverse)
     return _densified(operator)
 
 
-def _root(operator: Operator) -> float:
-    return math.sqrt(torch.finfo(operator.dtype).eps)
+def by_eigenvectors(operator: Operator) -> Operator | None:
+    """V diag(1/λ) V⁻¹, or None where V is ill conditioned, as far as values may be looked at."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # vectors without a good inverse are what is looked for
+        try:
+            by = by_spectrum(operator, EIG(operator))
+        except OperatorError:
+            return None
+    return by if transformed(*operator.tensors) or residual(operator, by) < accepted(operator) else None
+
+
+def accepted(operator: Operator) -> float:
+    """The residual up to which eigenvectors count as well conditioned: about 1e-12 in float64, 1e-5 in float32."""
+    return float(torch.finfo(operator.dtype).eps) ** 0.75
 
 
 def residual(operator: Operator, inverse: Operator) -> float:
@@ -180,16 +193,18 @@ class WoodburyInverse(Operator):
     def _facts(self) -> set[str]:
         return {*self.of.properties & {"hermitian", "psd"}}
 
-    def _matmul(self, x: Tensor) -> Tensor:
-        return self.base.matmul(x) - self.left @ self.core.matmul(self.right.mH @ x)
+    def _matmul(self, b: Tensor) -> Tensor:
+        # One step of refinement: where A is small beside UCVᴴ the difference below cancels.
+        x = self._once(b)
+        return x + self._once(b - self.of.matmul(x))
+
+    def _once(self, b: Tensor) -> Tensor:
+        return self.base.matmul(b) - self.left @ self.core.matmul(self.right.mH @ b)
 
     def _transpose(self) -> "WoodburyInverse":
         of = self.of.T
         assert isinstance(of, LowRankUpdate)
         return WoodburyInverse(of, self.base.T, self.right.conj(), self.left.conj(), self.core.T)
-
-    def dense(self) -> Tensor:
-        return (self.base.dense() - self.left @ self.core.matmul(self.right.mH)).expand(self.shape)
 
 
 def capacitance(A: LowRankUpdate, inverse: Operator) -> tuple[Tensor, Operator]:
@@ -313,7 +328,7 @@ INVERSE = Table(
     ),
     Rule(
         KroneckerSum,
-        "(A ⊕ B)⁻¹ = (V⊗W) diag(1/(λ+μ)) (V⊗W)⁻¹; LU where V, W are ill conditioned",
+        "(A ⊕ B)⁻¹ = (V⊗W) diag(1/(λ+μ)) (V⊗W)⁻¹; by Schur's form where V, W are ill conditioned",
         _by_eig,
         cost=_spectral_cost,
     ),
@@ -342,6 +357,7 @@ INVERSE = Table(
         lambda A: (A.base,),
         regular_base,
         lambda A: 4.0 * A.shape[-1] * A.left.shape[-1] ** 2,
+        tentative=True,
     ),
     Rule(
         Block,
@@ -350,6 +366,7 @@ INVERSE = Table(
         first_block,
         eliminates,
         lambda A: 2.0 * A.shape[-1] * A.rows[0][1].shape[-1] ** 2,
+        tentative=True,
     ),
     Rule(
         Banded,
