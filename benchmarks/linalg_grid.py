@@ -667,6 +667,8 @@ def eig(case: Case) -> None:
         return
     n, wanted = case.D.shape[-1], np.linalg.eigvals(case.D)
     tolerance = spread(case.D, case.eps) * size(case.D) * n
+    w, v = np.linalg.eig(case.D)  # badly scaled matrices are balanced by LAPACK, at the cost of backward error
+    tolerance = max(tolerance, 20 * size(case.D @ v - v * w[..., None, :]) * case.eps / 2e-16)
     for k, which in ((None, "LM"), (1, "LM"), (min(2, n), "SM"), (1, "LR"), (1, "SR")):
         values, vectors = la.eig(case.A, k, which)
         v, w = wide(vectors), wide(values)
@@ -686,9 +688,9 @@ def eig(case: Case) -> None:
 def eigh(case: Case) -> None:
     n = case.D.shape[-1]
     if not case.hermitian:
-        if case.square and n and size(case.D - adjoint(case.D)) > 0.1 * size(case.D):
-            if refused(lambda: la.eigvalsh(case.A), True, "eigvalsh") is not None:
-                raise Wrong("eigenvalues of a Hermitian matrix, of one that is not")
+        far = case.square and n and size(case.D - adjoint(case.D)) > 0.1 * size(case.D)
+        if far and refused(lambda: la.eigvalsh(case.A), True, "eigvalsh") is not None:
+            raise Wrong("eigenvalues of a Hermitian matrix, of one that is not")
         return
     wanted = np.linalg.eigvalsh(case.D)
     scale = size(case.D) * max(n, 1)
@@ -732,7 +734,7 @@ def gap(case: Case) -> bool:
     if not s.size:
         return True
     ratio = s / np.maximum(s[..., :1], 1e-300)
-    return not bool(((ratio > 1e-17) & (ratio < 1e4 * case.eps) & ~(ratio < 30 * 2e-16)).any())
+    return not bool(((ratio > 1e-17) & (ratio < 1e4 * case.eps) & ~(ratio < 2e-16)).any())
 
 
 @question
@@ -784,12 +786,11 @@ def exp(case: Case) -> None:
         return
     wanted = np.stack([scipy.linalg.expm(x) for x in matrices(case.D)]) if case.D.size else case.D
     wanted = wanted.reshape(case.D.shape)
-    close(la.exp(case.A), wanted, slack(case) * max(1, 5 * size(case.D)), "exp A",
-          math.exp(min(float(np.linalg.norm(case.D, 2, axis=(-2, -1)).max()) if case.D.size else 0, 600)) ** 0.5
-          * max(size(wanted), 1e-300) ** 0.5 if case.D.size else 1.0)  # fmt: skip
-    close(la.trace(case.A, la.exp), np.trace(wanted, axis1=-2, axis2=-1), slack(case) * max(1, 5 * size(case.D)),
-          "tr exp A", max(size(wanted), 1) * max(case.D.shape[-1], 1)
-          * math.exp(min(float(np.linalg.norm(case.D, 2, axis=(-2, -1)).max()) if case.D.size else 0, 600)) ** 0.5)  # fmt: skip
+    longest = float(np.linalg.norm(case.D, 2, axis=(-2, -1)).max()) if case.D.size else 0.0
+    scale, near = math.sqrt(math.exp(longest) * max(size(wanted), 1.0)), slack(case) * max(1, 20 * size(case.D))
+    close(la.exp(case.A), wanted, near, "exp A", scale)
+    traces = np.trace(wanted, axis1=-2, axis2=-1)
+    close(la.trace(case.A, la.exp), traces, near, "tr exp A", scale * max(case.D.shape[-1], 1))
 
 
 def _dependent(D: Array) -> bool:
@@ -819,15 +820,16 @@ def _principal(case: Case, ask: Callable[[Any], Any], f: Callable[[Array], Array
         raise Wrong(f"{what} is not finite, and nothing said so")
     if not singular and condition(case.D) == math.inf and rounding < 1e-2 * size(case.D):
         raise Wrong(f"{what} of a singular matrix, and nothing said so")
-    if zeros or bad or _dependent(case.D):  # to be judged by its definition alone, where it has one
+    beside = (values.real < 0) & (np.abs(values.imag) < 1e-6 * top) & (np.abs(values.imag) > 100 * case.eps * top)
+    if zeros or bad or beside.any() or _dependent(case.D):  # to be judged by its definition alone, where it has one
         return
     for x, y in zip(matrices(case.D), matrices(F), strict=True):
         w, v = np.linalg.eig(x)
-        w = np.where(np.abs(w.imag) <= 1e-9 * np.abs(w), w.real + 0j, w)
+        w = np.where(np.abs(w.imag) <= 100 * case.eps * top.max(), w.real + 0j, w)
         wanted = (v * f(w)) @ np.linalg.inv(v)
         low = np.abs(w).min() / top.max()
         near = slack(case) * condition(v) ** 2 / max(low, case.eps)
-        close(torch.as_tensor(y), wanted, min(near, 1e-2), what, max(size(wanted), 1e-300))
+        close(torch.as_tensor(y), wanted, min(near, 1e-2), what, max(size(wanted), 1.0 if f is np.log else 1e-300))
 
 
 @question
@@ -871,7 +873,9 @@ def apply(case: Case) -> None:
     wanted = wanted.reshape(case.D.shape)
     near = slack(case) * max(1, size(case.D)) * max(condition(np.linalg.eig(x)[1]) for x in matrices(case.D)) ** 2
     worst = max(float(np.abs(np.cos(np.linalg.eigvals(case.D))).max()), 1.0)
-    found = refused(lambda: la.apply(case.A, torch.cos), spread(case.D, case.eps) > 1e-3, "cos")
+    found = refused(
+        lambda: la.apply(case.A, torch.cos), any(condition(np.linalg.eig(x)[1]) > 1e3 for x in matrices(case.D)), "cos"
+    )
     if found is not None:
         close(found, wanted, near, "cos A", worst)
 
@@ -881,10 +885,7 @@ def norm(case: Case) -> None:
     if case.D.size and 0 < size(case.D) < 1e-15:  # squares below float32
         return
     for kind in ("fro", "nuc", 2, -2, 1, math.inf):
-        if case.D.size:
-            wanted = np.linalg.norm(case.D, kind, axis=(-2, -1))
-        else:
-            wanted = np.zeros(case.D.shape[:-2])
+        wanted = np.linalg.norm(case.D, kind, axis=(-2, -1)) if case.D.size else np.zeros(case.D.shape[:-2])
         close(la.norm(case.A, kind), np.asarray(wanted), slack(case), f"norm {kind}", size(case.D) or 1.0)
 
 
@@ -1033,7 +1034,8 @@ def cases(draws: int, seed: int) -> Iterator[Case]:
             r = Draw(seed * 1_000_003 + k, dtype, batch)
             with np.errstate(all="ignore"):
                 found = compose(r, r.choice.choice([0, 1, 1, 2, 2, 3]))
-            if max(found.D.shape[-2:]) <= 48:
+            noise = "small" not in found.name and 0 < size(found.D) < 1e-13  # what is left where terms cancel
+            if max(found.D.shape[-2:]) <= 48 and not noise:
                 yield found
 
 

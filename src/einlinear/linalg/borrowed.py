@@ -137,7 +137,7 @@ def banded_lu(operator: Banded) -> Factorised:
     lapack = scipy("linalg.lapack", "factorise a banded operator")
     numpy = importlib.import_module("numpy")
     n, (below, above) = operator.shape[-1], operator.reach
-    bands = operator.bands.detach().cpu().numpy()
+    bands = operator.bands.detach().cpu().resolve_conj().numpy()
     stored = numpy.zeros((2 * below + above + 1, n), dtype=bands.dtype, order="F")
     for k, offset in enumerate(operator.offsets):
         if abs(offset) < n:
@@ -160,7 +160,7 @@ def _band_solver(operator: Banded) -> Callable[..., Any]:
     linalg = scipy("linalg", "find the eigenvalues of a banded operator")
     numpy = importlib.import_module("numpy")
     n, (below, _) = operator.shape[-1], operator.reach
-    bands = operator.bands.detach().cpu().numpy()
+    bands = operator.bands.detach().cpu().resolve_conj().numpy()
     stored = numpy.zeros((max(below, 1) + 1, n), dtype=bands.dtype)
     for k, offset in enumerate(operator.offsets):
         if -n < offset <= 0:
@@ -211,7 +211,9 @@ def to_csr(operator: Sparse) -> Any:
     """As a scipy matrix, entries of one place added up."""
     sparse = scipy("sparse", "convert a sparse operator")
     places = (operator.rows.cpu().numpy(), operator.columns.cpu().numpy())
-    return sparse.coo_matrix((operator.values.detach().cpu().numpy(), places), shape=operator.size).tocsr()
+    return sparse.coo_matrix(
+        (operator.values.detach().cpu().resolve_conj().numpy(), places), shape=operator.size
+    ).tocsr()
 
 
 def fill(operator: Sparse) -> float:

@@ -26,7 +26,8 @@ def free(_: Operator) -> float:
 class Rule:
     """One law, for operators of `kind` (a class, or a union of classes) of which `when` holds.
 
-    `run(A, *answers, *arguments)` gets the answers to the same question about `parts(A)`. `cost` is
+    `run(A, *answers, *arguments)` gets the answers to the same question about `parts(A)`, asked with the same
+    arguments or with those that `passing(A, part, *arguments)` makes of them. `cost` is
     the modelled number of floating-point operations of the rule itself, without its parts. `answer` is "exact",
     "to a tolerance" or "stochastic". A `tentative` rule is one whose parts may have no answer (or none to working
     precision) where the whole has one: then the next rule that fits is tried.
@@ -40,6 +41,7 @@ class Rule:
     cost: Callable[[Any], float] = free
     answer: str = "exact"
     tentative: bool = False
+    passing: Callable[..., tuple[Any, ...]] | None = None
 
 
 class Table:
@@ -68,7 +70,8 @@ class Table:
         parts = rule.parts(operator)
         for part in parts:  # the same second difference on every side of a cube is asked about once
             if id(part) not in answers:
-                answers[id(part)] = self(part, *arguments)
+                passed = arguments if rule.passing is None else rule.passing(operator, part, *arguments)
+                answers[id(part)] = self(part, *passed)
         return rule.run(operator, *[answers[id(part)] for part in parts], *arguments)
 
     def rule(self, operator: Operator, *arguments: Any) -> Rule:

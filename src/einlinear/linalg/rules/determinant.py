@@ -1,5 +1,6 @@
 """Sign and logarithm of the determinant."""
 
+import contextlib
 import math
 from functools import reduce
 from typing import NamedTuple
@@ -96,14 +97,13 @@ def _by_values(A: Operator) -> Determinant:
     if "hermitian" in A.properties:
         return of_values(EIGVALSH(A))
     constant = detached(A)
-    if not wanted(A) or by_eigenvectors(constant) is not None:
-        return real_if_real(A, of_values(EIGVALS(A)))
-    # Eigenvalues of a defective operator have no derivatives; their product has.
-    value = real_if_real(A, of_values(EIGVALS(constant)))
-    if not bool(value.logabsdet.isfinite().all()):
-        return value
-    logarithm = differentiable_logdet(A, INVERSE(constant), value.logabsdet)
-    return Determinant(*with_phase(value.sign, logarithm))
+    if wanted(A) and by_eigenvectors(constant) is None:
+        # Eigenvalues of a defective operator have no derivatives; their product has, where it is not zero.
+        value = real_if_real(A, of_values(EIGVALS(constant)))
+        with contextlib.suppress(OperatorError):
+            logarithm = differentiable_logdet(A, INVERSE(constant), value.logabsdet)
+            return Determinant(*with_phase(value.sign, logarithm))
+    return real_if_real(A, of_values(EIGVALS(A)))
 
 
 def real_if_real(operator: Operator, part: Determinant) -> Determinant:

@@ -171,7 +171,9 @@ def _by_eig(operator: Operator, f: Function) -> Operator:
             inverse = INVERSE(vectors)
         except OperatorError:
             inverse = None
-    if inverse is None or not _reproduced(operator, product(vectors, Diagonal(values), inverse)):
+    unit = Identity(operator.shape[-1], dtype=operator.dtype, device=operator.device)
+    split = inverse is not None and _reproduced(unit, product(vectors, inverse))
+    if inverse is None or not split or not _reproduced(operator, product(vectors, Diagonal(values), inverse)):
         found: Operator = APPLY(Dense(written(operator)), f)
         return found
     made = product(vectors, Diagonal(f.at(values, operator.dtype)), inverse)

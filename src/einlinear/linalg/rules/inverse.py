@@ -8,8 +8,8 @@ from torch import Tensor
 
 from einlinear.linalg import iterative
 from einlinear.linalg.direct import InverseLU, affordable, cholesky, cubic, lu_inverse, warn_if_singular
-from einlinear.linalg.result import NearlySingular
 from einlinear.linalg.refined import Refined, detached
+from einlinear.linalg.result import NearlySingular
 from einlinear.linalg.rules import banded
 from einlinear.linalg.rules.predicates import (
     blocks,
@@ -128,23 +128,35 @@ def by_eigenvectors(operator: Operator) -> Operator | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # vectors without a good inverse are what is looked for
         try:
-            by = by_spectrum(operator, EIG(operator))
+            spectrum: Spectrum = EIG(operator)
+            by = by_spectrum(operator, spectrum)
         except OperatorError:
             return None
-    return by if transformed(*operator.tensors) or residual(operator, by) < accepted(operator) else None
+    if transformed(*operator.tensors):
+        return by
+    if not backward_error(operator, by) < accepted(operator):
+        return None
+    nonzero(operator, spectrum.values)  # for its warning
+    return by
 
 
 def accepted(operator: Operator) -> float:
-    """The residual up to which eigenvectors count as well conditioned: about 1e-12 in float64, 1e-5 in float32."""
+    """The backward error up to which a rule's inverse counts as one: about 1e-12 in float64, 1e-5 in float32."""
     return float(torch.finfo(operator.dtype).eps) ** 0.75
 
 
-def residual(operator: Operator, inverse: Operator) -> float:
-    """The largest relative ‖b − A A⁻¹ b‖ over two random b."""
+@torch.no_grad()
+def backward_error(operator: Operator, inverse: Operator) -> float:
+    """The largest ‖b − A x‖ / (‖A‖ ‖x‖ + ‖b‖), x = A⁻¹ b, of two random b, which tell ‖A‖ too."""
+    if not operator.shape[-1]:
+        return 0.0
     b = torch.randn(operator.shape[-1], 2, dtype=operator.dtype, device=operator.device)
     x = inverse.matmul(b)
     x = x if operator.dtype.is_complex else x.real
-    return float(((b - operator.matmul(x)).norm(dim=-2) / b.norm(dim=-2)).max())
+    length = b.norm(dim=-2)
+    size = operator.matmul(b).norm(dim=-2) / length
+    error = (b - operator.matmul(x)).norm(dim=-2) / (size * x.norm(dim=-2) + length)
+    return float(error.nan_to_num(nan=torch.inf).max()) if error.numel() else 0.0
 
 
 @dataclass(eq=False, repr=False)
@@ -206,6 +218,12 @@ class WoodburyInverse(Operator):
         assert isinstance(of, LowRankUpdate)
         return WoodburyInverse(of, self.base.T, self.right.conj(), self.left.conj(), self.core.T)
 
+    def _conj(self) -> "WoodburyInverse":
+        of = self.of.conj()
+        assert isinstance(of, LowRankUpdate)
+        left, right = self.left.conj(), self.right.conj()
+        return WoodburyInverse(of, self.base.conj(), left, right, self.core.conj(), claims=self.claims)
+
 
 def capacitance(A: LowRankUpdate, inverse: Operator) -> tuple[Tensor, Operator]:
     """A⁻¹UC, and the r × r operator I + VᴴA⁻¹UC of an update A + UCVᴴ."""
@@ -224,7 +242,10 @@ def symmetric(A: LowRankUpdate) -> bool:
 def _woodbury(A: LowRankUpdate, inverse: Operator) -> Operator:
     solved, small = capacitance(A, inverse)
     right = solved if symmetric(A) else inverse.H.matmul(A.V)
-    return WoodburyInverse(A, inverse, solved, right, INVERSE(small))
+    made = WoodburyInverse(A, inverse, solved, right, INVERSE(small))
+    if not transformed(*A.tensors) and not backward_error(A, made) < accepted(A):
+        raise NearlySingular(f"{A.base!r} is nearly singular")
+    return made
 
 
 def regular_base(A: LowRankUpdate, *_: object) -> bool:
