@@ -79,7 +79,7 @@ class Foreign(Fixed):
 
     def _matmul(self, x: Tensor) -> Tensor:
         flat = x.movedim(-2, 0).reshape(self.columns, -1)
-        y = torch.as_tensor(self.forward(flat.detach().numpy()))
+        y = torch.as_tensor(self.forward(flat.detach().resolve_conj().numpy()))
         return y.reshape(self.rows, *x.shape[:-2], x.shape[-1]).movedim(0, -2)
 
     def _transpose(self) -> Operator:
@@ -203,9 +203,9 @@ def to_lineax(A: Operator) -> Any:
     tags = [lineax.positive_semidefinite_tag] if "psd" in A.properties else []
     tags += [lineax.symmetric_tag] if "hermitian" in A.properties and not A.dtype.is_complex else []
     if isinstance(A, Diagonal):
-        return lineax.DiagonalLinearOperator(as_jax(A.values.detach().numpy()))
+        return lineax.DiagonalLinearOperator(as_jax(A.values.detach().resolve_conj().numpy()))
     if isinstance(A, Jacobian):
         raise OperatorError(
             f"cannot convert {A!r} to lineax: its function is one of torch; use lineax.JacobianLinearOperator"
         )
-    return lineax.MatrixLinearOperator(as_jax(A.dense().detach().numpy()), tags)
+    return lineax.MatrixLinearOperator(as_jax(A.dense().detach().resolve_conj().numpy()), tags)

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,13 +38,18 @@ def matrix_function(matrix: Tensor, name: str, p: float | None) -> Tensor:
     numpy = importlib.import_module("numpy")
 
     def one(a: Any) -> Any:
-        if name == "log":
-            return linalg.logm(a)
-        return linalg.sqrtm(a) if p == 0.5 else linalg.fractional_matrix_power(a, p)
+        try:
+            if name == "log":
+                return linalg.logm(a)
+            return linalg.sqrtm(a) if p == 0.5 else linalg.fractional_matrix_power(a, p)
+        except (ValueError, linalg.LinAlgError):  # met an infinite entry on its way
+            return numpy.full_like(a, math.nan)
 
-    flat = matrix.detach().cpu().reshape(-1, *matrix.shape[-2:]).numpy()
-    with numpy.errstate(all="ignore"):
-        made = torch.as_tensor(numpy.stack([numpy.asarray(one(a)) for a in flat]))
+    flat = matrix.detach().cpu().resolve_conj().reshape(-1, *matrix.shape[-2:])
+    flat = flat.to(torch.complex128 if matrix.is_complex() else torch.float64)
+    with numpy.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is wrong with a result is seen by whoever asked for it
+        made = torch.as_tensor(numpy.stack([numpy.asarray(one(a)) for a in flat.numpy()]))
     made = made.reshape(matrix.shape).to(matrix.device)
     if made.is_complex() and not matrix.is_complex() and bool(made.imag.abs().max() <= 1e-10 * made.abs().max()):
         made = made.real
@@ -131,7 +137,7 @@ def banded_lu(operator: Banded) -> Factorised:
     lapack = scipy("linalg.lapack", "factorise a banded operator")
     numpy = importlib.import_module("numpy")
     n, (below, above) = operator.shape[-1], operator.reach
-    bands = operator.bands.detach().cpu().numpy()
+    bands = operator.bands.detach().cpu().resolve_conj().numpy()
     stored = numpy.zeros((2 * below + above + 1, n), dtype=bands.dtype, order="F")
     for k, offset in enumerate(operator.offsets):
         if abs(offset) < n:
@@ -154,7 +160,7 @@ def _band_solver(operator: Banded) -> Callable[..., Any]:
     linalg = scipy("linalg", "find the eigenvalues of a banded operator")
     numpy = importlib.import_module("numpy")
     n, (below, _) = operator.shape[-1], operator.reach
-    bands = operator.bands.detach().cpu().numpy()
+    bands = operator.bands.detach().cpu().resolve_conj().numpy()
     stored = numpy.zeros((max(below, 1) + 1, n), dtype=bands.dtype)
     for k, offset in enumerate(operator.offsets):
         if -n < offset <= 0:
@@ -205,7 +211,9 @@ def to_csr(operator: Sparse) -> Any:
     """As a scipy matrix, entries of one place added up."""
     sparse = scipy("sparse", "convert a sparse operator")
     places = (operator.rows.cpu().numpy(), operator.columns.cpu().numpy())
-    return sparse.coo_matrix((operator.values.detach().cpu().numpy(), places), shape=operator.size).tocsr()
+    return sparse.coo_matrix(
+        (operator.values.detach().cpu().resolve_conj().numpy(), places), shape=operator.size
+    ).tocsr()
 
 
 def fill(operator: Sparse) -> float:

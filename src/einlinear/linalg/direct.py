@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from einlinear.linalg.result import NearlySingular
 from einlinear.operator import Dense, Operator, OperatorError, common, remembered, transformed
 from einlinear.operators import Triangular
 
@@ -121,6 +122,7 @@ def warn_if_singular(operator: Operator, pivots: Tensor) -> None:
         warnings.warn(
             f"{operator!r} is singular to working precision (ratio of its pivots {float(ratio.min()):.2g}): "
             f"the answer may have no correct digit; pinv and lstsq answer in the sense of least squares",
+            NearlySingular,
             stacklevel=3,
         )
 

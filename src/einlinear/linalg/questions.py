@@ -19,7 +19,7 @@ from einlinear.linalg.rules.factors import CHOLESKY, LU, PLU
 from einlinear.linalg.rules.functions import APPLY, EXP, LOG, SQRT, TRACE_OF, Function, power
 from einlinear.linalg.rules.inverse import INVERSE
 from einlinear.linalg.rules.norm import FROBENIUS, ONE
-from einlinear.linalg.rules.singular import PINV, SINGULAR, SVD, SVDVALS
+from einlinear.linalg.rules.singular import PINV, SINGULAR, SVD, SVDVALS, default_cut
 from einlinear.linalg.rules.spectral import EIG, EIGH, EIGVALS, EIGVALSH, Spectrum
 from einlinear.linalg.rules.trace import DIAGONAL, TRACE
 from einlinear.linalg.table import Table
@@ -112,18 +112,30 @@ def inverse(A: Subject) -> Operator:
     return result
 
 
-@asks(PINV)
-def pinv(A: Subject) -> Operator:
-    """The pseudo-inverse A⁺ of Moore and Penrose; singular values below max(m, n)·ε·σ₁ count as zero."""
-    result: Operator = PINV(_ready(A, "pseudo-invert"))
+@asks(PINV, 0.0)
+def pinv(A: Subject, rtol: float | None = None) -> Operator:
+    """The pseudo-inverse A⁺ of Moore and Penrose.
+
+    Args:
+        A: of any shape.
+        rtol: singular values up to this part of the largest count as zero; max(m, n)·ε by default. (Products alone,
+            beyond the memory for a matrix, know no such cut.)
+    """
+    A = _ready(A, "pseudo-invert")
+    if rtol is not None and not 0 <= rtol < math.inf:
+        raise OperatorError(f"cannot pseudo-invert {A!r} with rtol={rtol!r}: it must be a number from 0 on")
+    result: Operator = PINV(A, default_cut(A) if rtol is None else float(rtol))
     return result
 
 
-@asks(PINV)
-def lstsq(A: Subject, b: Tensor) -> Tensor:
-    """The shortest x among those that minimise ‖A x − b‖, for a vector `[m]` or columns `[..., m, k]`."""
+@asks(PINV, 0.0)
+def lstsq(A: Subject, b: Tensor, rtol: float | None = None) -> Tensor:
+    """The shortest x among those that minimise ‖A x − b‖, for a vector `[m]` or columns `[..., m, k]`.
+
+    `rtol` is that of `pinv`.
+    """
     A = operator(A)
-    return pinv(A) @ _matching(A, b)
+    return pinv(A, rtol) @ _matching(A, b)
 
 
 @asks(SLOGDET)
@@ -131,7 +143,8 @@ def slogdet(A: Subject) -> Determinant:
     """Sign (phase, where A is complex) and logarithm of the modulus of det A, each `[...]`."""
     A = _ready(A, "take the determinant of", square=True)
     result: Determinant = SLOGDET(A)
-    return Determinant(*(part.expand(A.batch_shape) for part in real_if_real(A, result)))
+    sign, logarithm = real_if_real(A, result)
+    return Determinant(sign.to(A.dtype).expand(A.batch_shape), logarithm.expand(A.batch_shape))
 
 
 @asks(SLOGDET)
@@ -313,8 +326,9 @@ def norm(A: Subject, ord: float | str = "fro") -> Tensor:
     """A norm, `[...]`: "fro", 2 (largest singular value), -2 (smallest), "nuc" (their sum), 1, or inf."""
     A = _ready(A, "find the norm of")
     if ord == "fro":
-        result: Tensor = FROBENIUS(A).sqrt()
-        return result.expand(A.batch_shape)
+        square: Tensor = FROBENIUS(A)
+        root = torch.where(square == 0, 0, torch.where(square == 0, 1, square).sqrt())  # of zero, with a gradient
+        return root.expand(A.batch_shape)
     if ord in (1, float("inf")):
         result = ONE(A if ord == 1 else A.T)
         return result.expand(A.batch_shape)
@@ -445,8 +459,6 @@ def _chosen(values: Tensor, vectors: Operator, k: int | None, which: str, order:
     """The `k` values that `which` names, with their vectors, in ascending order or by that key."""
     n = values.shape[-1]
     _choosable(k, n, which)
-    if k is None and isinstance(vectors, Dense):
-        return Spectrum(values, vectors)  # LAPACK's order
     index = _KEYS[which](values).argsort(-1)[..., : n if k is None else k]
     if order == "ascending":
         index = index.gather(-1, values.gather(-1, index).argsort(-1))

@@ -57,6 +57,13 @@ def detached(operator: Operator) -> Operator:
     return operator.with_tensors(*(tensor.detach() for tensor in operator.tensors))
 
 
+def with_phase(sign: Tensor, logarithm: Tensor) -> tuple[Tensor, Tensor]:
+    """Sign and log |det| from a sign and a log det whose imaginary part carries the sign's derivative."""
+    if not logarithm.is_complex():
+        return sign, logarithm
+    return sign * torch.exp(1j * (logarithm.imag - logarithm.imag.detach())), logarithm.real
+
+
 def differentiable_logdet(operator: Operator, by: Operator, value: Tensor) -> Tensor:
     """log det A with gradients, for a `value` without them and a constant `by` = A⁻¹.
 

@@ -13,6 +13,10 @@ class NotConverged(UserWarning):
     """An algorithm stopped before its tolerance; `warnings.simplefilter("error", NotConverged)` makes it an error."""
 
 
+class NearlySingular(UserWarning):
+    """A matrix was inverted that is singular to working precision: no digit of the answer may be right."""
+
+
 class Eigenpairs(NamedTuple):
     """`values` [..., k] and `vectors` [..., n, k], column by column."""
 

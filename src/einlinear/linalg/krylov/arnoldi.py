@@ -59,7 +59,7 @@ def _by_schur(matrix: Tensor, function: Function) -> Tensor:
     except ImportError as missing:
         raise LinAlgError("f(A): log and sqrt of a matrix as good as defective need scipy") from missing
     flat = matrix.flatten(0, -3) if matrix.ndim > 2 else matrix.unsqueeze(0)
-    done = [torch.as_tensor(getattr(linalg, known[function])(entry.cpu().numpy())) for entry in flat]
+    done = [torch.as_tensor(getattr(linalg, known[function])(entry.cpu().resolve_conj().numpy())) for entry in flat]
     return torch.stack(done).to(matrix.device).reshape(matrix.shape)
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from einlinear.linalg.borrowed import Factorised, banded_lu, fill, has_scipy, sparse_lu
-from einlinear.linalg.refined import Refined, differentiable_logdet
+from einlinear.linalg.refined import Refined, differentiable_logdet, with_phase
 from einlinear.operator import Operator, OperatorError, Product, multiple, total, transformed
 from einlinear.operators import Banded, Sparse, Toeplitz
 
@@ -57,10 +57,7 @@ def slogdet(operator: Banded | Sparse) -> tuple[Tensor, Tensor]:
     value = torch.tensor(found.logarithm, dtype=operator.dtype.to_real(), device=operator.device)
     if found.inverse is None:
         return sign, value
-    logarithm = differentiable_logdet(operator, found.inverse, value)
-    if not logarithm.is_complex():
-        return sign, logarithm
-    return sign * torch.exp(1j * (logarithm.imag - logarithm.imag.detach())), logarithm.real
+    return with_phase(sign, differentiable_logdet(operator, found.inverse, value))
 
 
 def levinson(column: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Sign and logarithm of the determinant."""
 
+import contextlib
 import math
 from functools import reduce
 from typing import NamedTuple
@@ -9,11 +10,13 @@ from torch import Tensor
 
 from einlinear.linalg import iterative
 from einlinear.linalg.direct import InverseLU, affordable, cholesky, cubic, written
-from einlinear.linalg.refined import Refined
+from einlinear.linalg.implicit import wanted
+from einlinear.linalg.refined import Refined, detached, differentiable_logdet, with_phase
 from einlinear.linalg.rules import banded
 from einlinear.linalg.rules.inverse import (
     INVERSE,
     WoodburyInverse,
+    by_eigenvectors,
     capacitance,
     eliminates,
     first_block,
@@ -73,6 +76,8 @@ def times(*parts: Determinant) -> Determinant:
 
 def power(part: Determinant, exponent: int) -> Determinant:
     """Of `exponent` copies."""
+    if not exponent:  # 0 · −∞ has no value
+        return Determinant(torch.ones_like(part.sign), torch.zeros_like(part.logabsdet))
     return Determinant(part.sign**exponent, part.logabsdet * exponent)
 
 
@@ -89,8 +94,16 @@ def _kronecker(A: Kronecker, *parts: Determinant) -> Determinant:
 
 
 def _by_values(A: Operator) -> Determinant:
-    values: Tensor = (EIGVALSH if "hermitian" in A.properties else EIGVALS)(A)
-    return real_if_real(A, of_values(values))
+    if "hermitian" in A.properties:
+        return of_values(EIGVALSH(A))
+    constant = detached(A)
+    if wanted(A) and by_eigenvectors(constant) is None:
+        # Eigenvalues of a defective operator have no derivatives; their product has, where it is not zero.
+        value = real_if_real(A, of_values(EIGVALS(constant)))
+        with contextlib.suppress(OperatorError):
+            logarithm = differentiable_logdet(A, INVERSE(constant), value.logabsdet)
+            return Determinant(*with_phase(value.sign, logarithm))
+    return real_if_real(A, of_values(EIGVALS(A)))
 
 
 def real_if_real(operator: Operator, part: Determinant) -> Determinant:
@@ -178,6 +191,7 @@ SLOGDET = Table(
         lambda A: (A.base,),
         regular_base,
         lambda A: 4.0 * A.shape[-1] * A.left.shape[-1] ** 2,
+        tentative=True,
     ),
     Rule(
         Block,
@@ -186,6 +200,7 @@ SLOGDET = Table(
         first_block,
         eliminates,
         lambda A: 2.0 * A.shape[-1] * A.rows[0][1].shape[-1] ** 2,
+        tentative=True,
     ),
     Rule(
         Banded,

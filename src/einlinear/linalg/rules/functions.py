@@ -69,14 +69,31 @@ class Function:
                     f"cannot take the {self.name} of an operator with the eigenvalue {low:.3g}: the value is complex; "
                     f".to(torch.complex128) allows it"
                 )
+        if self.domain in ("positive", "nonnegative") and values.is_complex():
+            values = values + 0  # −1 − 0i is −1: its argument is π
         return self.of(values)
 
-    def at(self, values: Tensor) -> Tensor:
-        """The values at computed eigenvalues, `[..., n]`: what rounding alone made negative counts as zero."""
-        if self.domain in ("positive", "nonnegative") and not values.is_complex() and values.shape[-1]:
-            rounding = values.shape[-1] * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
-            values = torch.where((values < 0) & (values >= -rounding), 0, values)
-        return self(values)
+    def at(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """The values at computed eigenvalues, `[..., n]`, of a matrix of this dtype."""
+        return self(self.cleared(values, dtype))
+
+    def cleared(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """Computed eigenvalues of a matrix of this dtype, freed of what rounding alone made.
+
+        Where there is a cut along the negative numbers, real ones that are negative to rounding count as zero, and
+        complex ones beside the cut lie on it: the principal value there has the argument π.
+        """
+        if self.domain in ("positive", "nonnegative") and values.shape[-1]:
+            rounding = values.shape[-1] * torch.finfo(values.dtype).eps * values.detach().abs().amax(-1, keepdim=True)
+            real = values.real
+            if values.is_complex():
+                beside = (real < 0) & (values.imag.abs() <= rounding)
+                values = torch.complex(real, torch.where(beside, 0.0, values.imag))
+            else:
+                values = torch.where((real < 0) & (real >= -rounding), 0, real)
+                if dtype.is_complex and not transformed(values) and bool((values < 0).any()):
+                    values = values.to(dtype)
+        return values
 
 
 EXP = Function("exp", torch.exp, torch.exp)
@@ -130,8 +147,10 @@ def _of_unit(cI: Scaled, f: Function) -> Operator:
 def _circulant(C: Circulant, f: Function) -> Operator:
     values = C.eigenvalues()
     hermitian = "hermitian" in C.properties
-    column = torch.fft.ifft(f(values.real) if hermitian else f(values))
-    if not C.dtype.is_complex and (hermitian or f in (EXP,) or _whole(C, f)):
+    image = f.at(values.real if hermitian else values, C.dtype)
+    column = torch.fft.ifft(image)
+    hermitian = hermitian and not image.is_complex()
+    if not C.dtype.is_complex and (hermitian or f is EXP or _whole(C, f)):
         column = column.real
     made = Circulant(column)
     return made.claim("hermitian") if hermitian else made
@@ -140,7 +159,7 @@ def _circulant(C: Circulant, f: Function) -> Operator:
 def by_eigh(operator: Operator, f: Function) -> Operator:
     """V f(Λ) Vᴴ, in the structure of V."""
     values, vectors = EIGH(operator)
-    return product(vectors, Diagonal(f.at(values)), vectors.H)
+    return product(vectors, Diagonal(f.at(values, operator.dtype)), vectors.H)
 
 
 def _by_eig(operator: Operator, f: Function) -> Operator:
@@ -152,10 +171,12 @@ def _by_eig(operator: Operator, f: Function) -> Operator:
             inverse = INVERSE(vectors)
         except OperatorError:
             inverse = None
-    if inverse is None or not _reproduced(operator, product(vectors, Diagonal(values), inverse)):
+    unit = Identity(operator.shape[-1], dtype=operator.dtype, device=operator.device)
+    split = inverse is not None and _reproduced(unit, product(vectors, inverse))
+    if inverse is None or not split or not _reproduced(operator, product(vectors, Diagonal(values), inverse)):
         found: Operator = APPLY(Dense(written(operator)), f)
         return found
-    made = product(vectors, Diagonal(f(values)), inverse)
+    made = product(vectors, Diagonal(f.at(values, operator.dtype)), inverse)
     return RealPart(made) if not operator.dtype.is_complex and _is_real(made, operator, f) else made
 
 
@@ -183,7 +204,7 @@ def _dense_hermitian(operator: Operator, f: Function) -> Operator:
     if f.slope is None:
         return by_eigh(operator, f)
     made = Dense(_Spectral.apply(matrix, f)) if torch.is_grad_enabled() and needs_gradient(matrix) else None
-    return by_eigh(operator, f) if made is None else made.claim("hermitian")
+    return by_eigh(operator, f) if made is None else made
 
 
 def needs_gradient(tensor: Tensor) -> bool:
@@ -202,7 +223,7 @@ class _Spectral(torch.autograd.Function):
     @staticmethod
     def forward(matrix: Tensor, f: Function) -> Tensor:
         values, vectors = torch.linalg.eigh(matrix)
-        return (vectors * f.at(values)[..., None, :]) @ vectors.mH
+        return (vectors * f.at(values, matrix.dtype)[..., None, :]) @ vectors.mH
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -214,13 +235,14 @@ class _Spectral(torch.autograd.Function):
         (matrix,) = ctx.saved_tensors
         values, vectors = torch.linalg.eigh(matrix)
         inner = vectors.mH @ gradient @ vectors
-        return vectors @ (divided(values, ctx.f) * inner) @ vectors.mH, None
+        weights = divided(ctx.f.cleared(values, matrix.dtype), ctx.f).conj()
+        return vectors @ (weights * inner) @ vectors.mH, None
 
 
 def divided(values: Tensor, f: Function) -> Tensor:
     """(f(λᵢ) − f(λⱼ)) / (λᵢ − λⱼ), and f′ between close ones."""
     assert f.slope is not None
-    row, column = values[..., :, None], values[..., None, :]
+    row, column = values[..., :, None] + 0, values[..., None, :] + 0
     gap, scale = row - column, torch.maximum(row.abs(), column.abs())
     close = gap.abs() <= 1e-5 * scale
     quotient = (f.of(row) - f.of(column)) / torch.where(close, 1, gap)
@@ -239,7 +261,7 @@ def _dense_general(operator: Operator, f: Function) -> Operator:
     """By eigenvectors where these are well conditioned, else by Schur's form (scipy)."""
     matrix = written(operator)
     values, vectors = torch.linalg.eig(matrix)
-    image = f(values)
+    image = f.at(values, matrix.dtype)
     if f.domain == "positive":
         nonzero(operator, values)
     if not transformed(matrix) and not _reliable(vectors):
@@ -262,9 +284,17 @@ def _by_schur(operator: Operator, matrix: Tensor, f: Function) -> Tensor:
             f"(a Jordan block), and only exp, log, sqrt and powers are known there"
         )
     made: Tensor = _Schur.apply(matrix, name, f.exponent)
-    if not bool(made.isfinite().all()):
+    if not bool(made.isfinite().all()) or not _is_root(made.detach(), matrix.detach(), f):
         raise OperatorError(f"cannot take the {f.name} of {operator!r}: it has none, or none that is finite")
     return made
+
+
+def _is_root(made: Tensor, matrix: Tensor, f: Function) -> bool:
+    """Whether a logarithm or a square root is one: of a singular matrix Schur's form may give numbers that are not."""
+    if f is not LOG and f.exponent != 0.5:
+        return True
+    back = torch.linalg.matrix_exp(made) if f is LOG else made @ made
+    return bool((back - matrix).norm() <= torch.finfo(matrix.dtype).eps ** 0.4 * matrix.norm())
 
 
 class _Schur(torch.autograd.Function):
@@ -333,7 +363,7 @@ APPLY = Table(
 
 def _by_values(A: Operator, f: Function) -> Tensor:
     values: Tensor = EIGVALSH(A)
-    return f.at(values).sum(-1)
+    return f.at(values, A.dtype).sum(-1)
 
 
 def _by_diagonal(A: Operator, f: Function) -> Tensor:

@@ -1,6 +1,5 @@
 """The inverse, as an operator: solving is applying it, its determinant is known with it."""
 
-import math
 import warnings
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from einlinear.linalg import iterative
 from einlinear.linalg.direct import InverseLU, affordable, cholesky, cubic, lu_inverse, warn_if_singular
 from einlinear.linalg.refined import Refined, detached
+from einlinear.linalg.result import NearlySingular
 from einlinear.linalg.rules import banded
 from einlinear.linalg.rules.predicates import (
     blocks,
@@ -22,6 +22,7 @@ from einlinear.linalg.rules.predicates import (
     unshifted,
 )
 from einlinear.linalg.rules.spectral import EIG, EIGH, Spectrum
+from einlinear.linalg.sylvester import by_schur, sylvester
 from einlinear.linalg.table import Rule, Table
 from einlinear.operator import (
     Dense,
@@ -70,6 +71,7 @@ def nonzero(operator: Operator, values: Tensor) -> Tensor:
             warnings.warn(
                 f"{operator!r} is singular to working precision (its eigenvalues span {1 / ratio:.2g}): the answer "
                 f"may have no correct digit; pinv and lstsq answer in the sense of least squares",
+                NearlySingular,
                 stacklevel=2,
             )
     return values
@@ -109,29 +111,52 @@ def _by_eigh(operator: Operator) -> Operator:
 
 
 def _by_eig(operator: Operator) -> Operator:
-    """By eigenvectors where they are well conditioned, else by LU."""
+    """By eigenvectors where they are well conditioned, else by Schur's form, or by LU."""
     constant = detached(operator)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # vectors without a good inverse are looked for just below
-        try:
-            by = by_spectrum(constant, EIG(constant))
-        except OperatorError:
-            by = None
-    if by is not None and (transformed(*constant.tensors) or residual(constant, by) < 1e-2 * _root(constant)):
+    by = by_eigenvectors(constant)
+    if by is not None:
         return Refined(operator, by if constant.dtype.is_complex else RealPart(by))
+    if isinstance(constant, KroneckerSum) and by_schur(constant):
+        values, inverse = sylvester(constant)
+        nonzero(operator, values)
+        return Refined(operator, inverse)
     return _densified(operator)
 
 
-def _root(operator: Operator) -> float:
-    return math.sqrt(torch.finfo(operator.dtype).eps)
+def by_eigenvectors(operator: Operator) -> Operator | None:
+    """V diag(1/λ) V⁻¹, or None where V is ill conditioned, as far as values may be looked at."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # vectors without a good inverse are what is looked for
+        try:
+            spectrum: Spectrum = EIG(operator)
+            by = by_spectrum(operator, spectrum)
+        except OperatorError:
+            return None
+    if transformed(*operator.tensors):
+        return by
+    if not backward_error(operator, by) < accepted(operator):
+        return None
+    nonzero(operator, spectrum.values)  # for its warning
+    return by
 
 
-def residual(operator: Operator, inverse: Operator) -> float:
-    """The largest relative ‖b − A A⁻¹ b‖ over two random b."""
+def accepted(operator: Operator) -> float:
+    """The backward error up to which a rule's inverse counts as one: about 1e-12 in float64, 1e-5 in float32."""
+    return float(torch.finfo(operator.dtype).eps) ** 0.75
+
+
+@torch.no_grad()
+def backward_error(operator: Operator, inverse: Operator) -> float:
+    """The largest ‖b − A x‖ / (‖A‖ ‖x‖ + ‖b‖), x = A⁻¹ b, of two random b, which tell ‖A‖ too."""
+    if not operator.shape[-1]:
+        return 0.0
     b = torch.randn(operator.shape[-1], 2, dtype=operator.dtype, device=operator.device)
     x = inverse.matmul(b)
     x = x if operator.dtype.is_complex else x.real
-    return float(((b - operator.matmul(x)).norm(dim=-2) / b.norm(dim=-2)).max())
+    length = b.norm(dim=-2)
+    size = operator.matmul(b).norm(dim=-2) / length
+    error = (b - operator.matmul(x)).norm(dim=-2) / (size * x.norm(dim=-2) + length)
+    return float(error.nan_to_num(nan=torch.inf).max()) if error.numel() else 0.0
 
 
 @dataclass(eq=False, repr=False)
@@ -180,16 +205,24 @@ class WoodburyInverse(Operator):
     def _facts(self) -> set[str]:
         return {*self.of.properties & {"hermitian", "psd"}}
 
-    def _matmul(self, x: Tensor) -> Tensor:
-        return self.base.matmul(x) - self.left @ self.core.matmul(self.right.mH @ x)
+    def _matmul(self, b: Tensor) -> Tensor:
+        # One step of refinement: where A is small beside UCVᴴ the difference below cancels.
+        x = self._once(b)
+        return x + self._once(b - self.of.matmul(x))
+
+    def _once(self, b: Tensor) -> Tensor:
+        return self.base.matmul(b) - self.left @ self.core.matmul(self.right.mH @ b)
 
     def _transpose(self) -> "WoodburyInverse":
         of = self.of.T
         assert isinstance(of, LowRankUpdate)
         return WoodburyInverse(of, self.base.T, self.right.conj(), self.left.conj(), self.core.T)
 
-    def dense(self) -> Tensor:
-        return (self.base.dense() - self.left @ self.core.matmul(self.right.mH)).expand(self.shape)
+    def _conj(self) -> "WoodburyInverse":
+        of = self.of.conj()
+        assert isinstance(of, LowRankUpdate)
+        left, right = self.left.conj(), self.right.conj()
+        return WoodburyInverse(of, self.base.conj(), left, right, self.core.conj(), claims=self.claims)
 
 
 def capacitance(A: LowRankUpdate, inverse: Operator) -> tuple[Tensor, Operator]:
@@ -209,7 +242,10 @@ def symmetric(A: LowRankUpdate) -> bool:
 def _woodbury(A: LowRankUpdate, inverse: Operator) -> Operator:
     solved, small = capacitance(A, inverse)
     right = solved if symmetric(A) else inverse.H.matmul(A.V)
-    return WoodburyInverse(A, inverse, solved, right, INVERSE(small))
+    made = WoodburyInverse(A, inverse, solved, right, INVERSE(small))
+    if not transformed(*A.tensors) and not backward_error(A, made) < accepted(A):
+        raise NearlySingular(f"{A.base!r} is nearly singular")
+    return made
 
 
 def regular_base(A: LowRankUpdate, *_: object) -> bool:
@@ -313,7 +349,7 @@ INVERSE = Table(
     ),
     Rule(
         KroneckerSum,
-        "(A ⊕ B)⁻¹ = (V⊗W) diag(1/(λ+μ)) (V⊗W)⁻¹; LU where V, W are ill conditioned",
+        "(A ⊕ B)⁻¹ = (V⊗W) diag(1/(λ+μ)) (V⊗W)⁻¹; by Schur's form where V, W are ill conditioned",
         _by_eig,
         cost=_spectral_cost,
     ),
@@ -342,6 +378,7 @@ INVERSE = Table(
         lambda A: (A.base,),
         regular_base,
         lambda A: 4.0 * A.shape[-1] * A.left.shape[-1] ** 2,
+        tentative=True,
     ),
     Rule(
         Block,
@@ -350,6 +387,7 @@ INVERSE = Table(
         first_block,
         eliminates,
         lambda A: 2.0 * A.shape[-1] * A.rows[0][1].shape[-1] ** 2,
+        tentative=True,
     ),
     Rule(
         Banded,

@@ -1,6 +1,7 @@
 """Singular values and vectors, and the pseudo-inverse."""
 
-from typing import NamedTuple
+from functools import reduce
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 from einlinear.linalg import iterative
 from einlinear.linalg.direct import affordable, cubic, written
 from einlinear.linalg.rules.predicates import blocks, body, factors, has
-from einlinear.linalg.rules.spectral import EIGH, outer
+from einlinear.linalg.rules.spectral import EIGH, joined, outer
 from einlinear.linalg.table import Rule, Table
 from einlinear.operator import Dense, Identity, Operator, Scaled, Zero, multiple, product
 from einlinear.operators import BlockDiagonal, Circulant, Diagonal, DirectSum, Fourier, Kronecker, KroneckerSum, kron
@@ -69,8 +70,12 @@ def _dense(A: Operator) -> SVD:
 
 
 def _keeps_size(A: Kronecker, *_: object) -> bool:
-    """Whether all factors are wide, or all tall: else min(m, n) counts more values than the factors have."""
-    return all(f.shape[-2] >= f.shape[-1] for f in A.factors) or all(f.shape[-2] <= f.shape[-1] for f in A.factors)
+    return _alike(A.factors)
+
+
+def _alike(parts: tuple[Operator, ...]) -> bool:
+    """Whether all parts are wide, or all tall: else min(m, n) counts more values than the parts have."""
+    return all(p.shape[-2] >= p.shape[-1] for p in parts) or all(p.shape[-2] <= p.shape[-1] for p in parts)
 
 
 _RULES = (
@@ -98,13 +103,38 @@ SVDVALS = Table(
     Rule(Kronecker, "σ τ", lambda _, *parts: outer(*parts), factors, _keeps_size),
     Rule(BlockDiagonal, "all", lambda _, s: s.flatten(-2), body),
     Rule(
+        DirectSum,
+        "all",
+        lambda _, *parts: joined(*parts),
+        blocks,
+        lambda A: _alike(A.blocks),
+    ),
+    Rule(
         Operator, "written out, LAPACK's SVD", lambda A: torch.linalg.svdvals(written(A)), cost=lambda A: 4 * cubic(A)
     ),
 )
 
 
-def _rcond(A: Operator) -> float:
+Cut = float | Tensor
+"""Where a singular value counts as zero: up to this part of the largest (a number), or up to this value, `[...]`."""
+
+
+def default_cut(A: Operator) -> float:
+    """max(m, n) ε, as NumPy and torch have it."""
     return max(A.shape[-2:]) * torch.finfo(A.dtype).eps
+
+
+def absolute(A: Operator, cut: Cut) -> Tensor:
+    """The value up to which singular values of A count as zero, `[...]`."""
+    if isinstance(cut, Tensor):
+        return cut
+    return cut * _largest(A)
+
+
+@torch.no_grad()
+def _largest(A: Operator) -> Tensor:
+    values: Tensor = SVDVALS(A).detach()
+    return values.amax(-1) if values.shape[-1] else values.sum(-1)
 
 
 def pseudo_reciprocal(values: Tensor, cutoff: Tensor | float) -> Tensor:
@@ -113,46 +143,110 @@ def pseudo_reciprocal(values: Tensor, cutoff: Tensor | float) -> Tensor:
     return torch.where(small, 0, 1 / torch.where(small, 1, values))
 
 
-def _pinv_diagonal(D: Diagonal) -> Diagonal:
-    size = D.values.abs()
-    cutoff = _rcond(D) * size.amax(-1, keepdim=True) if size.shape[-1] else 0.0
-    return Diagonal(pseudo_reciprocal(D.values, cutoff))
+def _of_values(values: Tensor, cut: Cut) -> Tensor:
+    """The pseudo-reciprocals of all eigenvalues of a normal matrix, `[..., n]`."""
+    size = values.detach().abs()
+    if not size.shape[-1]:
+        return values
+    return pseudo_reciprocal(values, cut[..., None] if isinstance(cut, Tensor) else cut * size.amax(-1, keepdim=True))
 
 
-def _pinv_circulant(C: Circulant) -> Circulant:
-    values = C.eigenvalues()
-    column = torch.fft.ifft(pseudo_reciprocal(values, _rcond(C) * values.abs().amax(-1, keepdim=True)))
+def _pinv_unitary(A: Operator, cut: Cut) -> Operator:
+    kept = cut < 1
+    return multiple(kept.to(A.dtype), A.H) if isinstance(kept, Tensor) else A.H if kept else 0.0 * A.H
+
+
+def _pinv_circulant(C: Circulant, cut: Cut) -> Circulant:
+    column = torch.fft.ifft(_of_values(C.eigenvalues(), cut))
     return Circulant(column if C.column.is_complex() else column.real)
 
 
-def _pinv_spectral(A: Operator) -> Operator:
+def _pinv_spectral(A: Operator, cut: Cut) -> Operator:
     values, vectors = EIGH(A)
-    cutoff = _rcond(A) * values.abs().amax(-1, keepdim=True)
-    return product(vectors, Diagonal(pseudo_reciprocal(values, cutoff)), vectors.H)
+    return product(vectors, Diagonal(_of_values(values, cut)), vectors.H)
 
 
-def _pinv_dense(A: Operator) -> Dense:
-    matrix = written(A)
-    return Dense(torch.linalg.pinv(matrix, rtol=_rcond(A), hermitian="hermitian" in A.properties))
+def _pinv_kronecker(A: Kronecker, *parts: Any) -> Operator:
+    """A⁺ ⊗ B⁺ where no product of values that both keep is below the cut; else by the singular values of the whole."""
+    cut = absolute(A, parts[-1])
+    with torch.no_grad():
+        smallest: Any = 1.0
+        for factor in A.factors:
+            values = SVDVALS(factor).detach()
+            kept = values > _share(A, factor, cut)[..., None]
+            one = torch.where(kept, values, torch.inf)
+            smallest = smallest * (one.amin(-1) if one.shape[-1] else torch.inf)
+        apart = bool((smallest > cut).all())
+    if apart:
+        return kron(*parts[:-1])
+    u, s, vh = SINGULAR(A)
+    return product(vh.H, Diagonal(pseudo_reciprocal(s, cut[..., None]).to(A.dtype)), u.H)
+
+
+def _share(A: Kronecker, part: Operator, cut: Cut) -> Tensor:
+    """The cut for one factor: that of the whole by the largest values of the others."""
+    others = list(A.factors)
+    others.pop(next(k for k, factor in enumerate(others) if factor is part))
+    scale = reduce(torch.mul, [_largest(factor) for factor in others])
+    return torch.where(scale == 0, torch.inf, absolute(A, cut) / torch.where(scale == 0, 1, scale))
+
+
+def _scaled_cut(cA: Scaled, _: Operator, cut: Cut) -> tuple[Cut]:
+    if not isinstance(cut, Tensor):
+        return (cut,)
+    size = cA.c.detach().abs()
+    return (torch.where(size == 0, torch.inf, cut / torch.where(size == 0, 1, size)),)
+
+
+def _pinv_dense(A: Operator, cut: Cut) -> Dense:
+    matrix, hermitian = written(A), "hermitian" in A.properties
+    limits: dict[str, Any] = {"rtol": cut}
+    if isinstance(cut, Tensor):
+        matrix = matrix.expand(*torch.broadcast_shapes(cut.shape, matrix.shape[:-2]), -1, -1)
+        limits = {"atol": cut, "rtol": torch.zeros_like(cut)}
+    return Dense(torch.linalg.pinv(matrix, hermitian=hermitian, **limits))
 
 
 PINV = Table(
     "pseudo-inverse",
-    Rule(Identity, "I⁺ = I", lambda I: I),
-    Rule(Zero, "0⁺ = 0", lambda Z: Z.T),
-    Rule(Operator, "A⁺ = Aᴴ (unitary)", lambda A: A.H, when=has("unitary")),
-    Rule(Scaled, "(cA)⁺ = A⁺ / c, or 0 for c = 0", lambda cA, A: multiple(pseudo_reciprocal(cA.c, 0.0), A), body),
-    Rule(Diagonal, "1/d, or 0 for d = 0", _pinv_diagonal),
+    Rule(Zero, "0⁺ = 0", lambda Z, cut: Z.T),
+    Rule(Operator, "A⁺ = Aᴴ (unitary)", _pinv_unitary, when=lambda A, cut: "unitary" in A.properties),
+    Rule(
+        Scaled,
+        "(cA)⁺ = A⁺ / c, or 0 for c = 0",
+        lambda cA, A, cut: multiple(pseudo_reciprocal(cA.c, 0.0), A),
+        body,
+        passing=_scaled_cut,
+    ),
+    Rule(Diagonal, "1/d, or 0 for d = 0", lambda D, cut: Diagonal(_of_values(D.values, cut))),
     Rule(Circulant, "Fᴴ diag(F c)⁺ F", _pinv_circulant),
-    Rule(Kronecker, "(A ⊗ B)⁺ = A⁺ ⊗ B⁺", lambda _, *parts: kron(*parts), factors),
+    Rule(
+        Kronecker,
+        "(A ⊗ B)⁺ = A⁺ ⊗ B⁺",
+        _pinv_kronecker,
+        factors,
+        passing=lambda A, part, cut: (_share(A, part, absolute(A, cut)),),
+    ),
     Rule(KroneckerSum, "(V⊗W) diag(λ+μ)⁺ (V⊗W)ᴴ", _pinv_spectral, when=has("hermitian")),
-    Rule(BlockDiagonal, "diag(A₁⁺, A₂⁺, …)", lambda _, of: BlockDiagonal(of), body),
-    Rule(DirectSum, "A⁺ ⊞ B⁺", lambda _, *parts: DirectSum(parts), blocks),
+    Rule(
+        BlockDiagonal,
+        "diag(A₁⁺, A₂⁺, …)",
+        lambda _, of, cut: BlockDiagonal(of),
+        body,
+        passing=lambda A, part, cut: (absolute(A, cut)[..., None],),
+    ),
+    Rule(
+        DirectSum,
+        "A⁺ ⊞ B⁺",
+        lambda _, *parts: DirectSum(parts[:-1]),
+        blocks,
+        passing=lambda A, part, cut: (absolute(A, cut),),
+    ),
     Rule(
         Operator,
         "min ‖A x − b‖ by LSMR",
-        iterative.IterativePseudoInverse,
-        when=lambda A: not affordable(A),
+        lambda A, cut: iterative.IterativePseudoInverse(A),
+        when=lambda A, cut: not affordable(A),
         answer="to a tolerance",
     ),
     Rule(Operator, "written out, by LAPACK's SVD", _pinv_dense, cost=lambda A: 20 * cubic(A)),
