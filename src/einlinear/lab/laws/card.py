@@ -28,6 +28,8 @@ from einlinear.lab.laws.table import Table, TableError, size_labels
 Card = dict[str, Any]
 SCHEMA = 1
 DRAWS = 1000
+WORK = 15_000_000  # draws times runs, above which there are fewer draws
+FEWEST_DRAWS = 100
 FEWEST_BUDGETS = 4  # IsoFLOP optima that make a frontier; below, the lower hull of the runs does
 STATED = (  # what runs do not tell
     "data", "tokenizer", "architecture", "counted_in_params", "counted_in_flops", "optimizer", "learning_rate",
@@ -176,6 +178,7 @@ def _family(
 
 def _parametric(table: Table, fit: Parametric, draws: int, progress: Callable[[float], object]) -> tuple[Card, Draws]:
     """The main fit. Intervals are over runs, or over trunks where they are known."""
+    draws = max(min(draws, FEWEST_DRAWS), min(draws, WORK // len(fit)))
     main = bootstrap(fit, draws, clusters=table.trunk, progress=lambda done: progress(0.6 * done / draws))
     by_size = bootstrap(
         fit, draws, clusters=size_labels(table.parameters), progress=lambda done: progress(0.6 + 0.3 * done / draws)
