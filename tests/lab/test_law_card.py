@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from einlinear.cli import app
 from einlinear.lab.laws import NoFit, Surface, TableError, expected_error, from_frame, law_card, print_card
+from einlinear.lab.laws.card import _baseline
 
 TRUTH = Surface(E=1.8, A=400.0, B=2000.0, alpha=0.34, beta=0.37)
 
@@ -131,6 +132,21 @@ def test_the_command_prints_the_card(tmp_path):
     assert any("mlp, the first, is the baseline" in note for note in card["notes"])
     shown = CliRunner().invoke(app, ["fit", str(path), "--draws", "50", "--baseline", "btt"])
     assert shown.exit_code == 0 and "Times its own compute that btt needs" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("families", "baseline"),
+    [
+        (["btt", "Dense"], "Dense"), (["btt", "dense_mlp", "moe"], "dense_mlp"), (["moe", "Transformer (baseline)"],
+        "Transformer (baseline)"), (["moe-dense", "dense", "dense-wide"], "dense"), (["condensed", "btt"], "condensed"),
+        (["a", "vanilla", "standard"], "a"),
+    ],
+)  # fmt: skip
+def test_the_baseline_is_known_by_its_name(families, baseline):
+    notes = []
+    table = from_frame(pd.DataFrame({"family": families, "params": 1e6, "tokens": 1e8, "loss": 3.0}))
+    assert _baseline(table, None, notes) == baseline
+    assert bool(notes) == (baseline != "dense")
 
 
 def test_the_planning_formula():

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from einlinear.lab.laws import TableError, from_frame, read_table
+from einlinear.lab.laws.table import size_labels
 
 FRAME = pd.DataFrame({"params": [1e6, 2e6, 4e6], "tokens": [1e8, 2e8, 3e8], "loss": [3.0, 2.5, 2.2]})
 
@@ -66,8 +67,86 @@ def test_units_in_names_and_suffixes_of_numbers_are_read_and_told():
 
 def test_a_unit_that_is_not_known_is_not_passed_over():
     with pytest.raises(TableError, match="no column was recognised for tokens"):
-        from_frame(FRAME.drop(columns="tokens").assign(**{"flops (PF-days)": 1.0}))
+        from_frame(FRAME.drop(columns="tokens").assign(**{"flops (GPU-years)": 1.0}))
     assert from_frame(FRAME.assign(**{"time (h)": 2.0})).seconds == pytest.approx([7200.0] * 3)
+
+
+@pytest.mark.parametrize(
+    ("names", "divide"),
+    [
+        ({"params": "paramsM", "tokens": "tokensB", "loss": "loss"}, (1e6, 1e9)),
+        ({"params": "Params (in millions)", "tokens": "Tokens [billions]", "loss": "loss (nats)"}, (1e6, 1e9)),
+        ({"params": "N (x10^6)", "tokens": "D (1e9)", "loss": "L"}, (1e6, 1e9)),
+        ({"params": "params_in_millions", "tokens": "tokens bn", "loss": "loss"}, (1e6, 1e9)),
+    ],
+)
+def test_units_in_names(names, divide):
+    frame = FRAME.assign(params=FRAME["params"] / divide[0], tokens=FRAME["tokens"] / divide[1]).rename(columns=names)
+    table = from_frame(frame)
+    assert table.parameters == pytest.approx(FRAME["params"]) and table.tokens == pytest.approx(FRAME["tokens"])
+
+
+@pytest.mark.parametrize(
+    ("name", "unit"),
+    [("compute (PF-days)", 8.64e19), ("compute_exaflops", 1e18), ("EFLOPs", 1e18), ("training flops [1e15]", 1e15)],
+)
+def test_units_of_compute(name, unit):
+    table = from_frame(FRAME.assign(**{name: [1.0, 2.0, 3.0]}))
+    assert table.flops == pytest.approx([unit, 2 * unit, 3 * unit])
+
+
+def test_a_speed_is_no_compute():
+    for name in ("tflops", "flops_per_second", "MFU"):
+        assert from_frame(FRAME.assign(**{name: 300.0})).columns["flops"] == "= 6 params tokens"
+
+
+@pytest.mark.parametrize("name", ["log10_{}", "log10({})", "{} (log10)", "Log10 {}"])
+def test_logarithms_of_a_stated_base_are_undone_and_told(name):
+    frame = FRAME.assign(params=np.log10(FRAME["params"]), tokens=np.log10(FRAME["tokens"]))
+    table = from_frame(frame.rename(columns={"params": name.format("params"), "tokens": name.format("N tokens")}))
+    assert table.parameters == pytest.approx(FRAME["params"]) and table.tokens == pytest.approx(FRAME["tokens"])
+    assert sum("logarithms of base 10" in note for note in table.notes) == 2
+    natural = from_frame(FRAME.assign(ln_loss=np.log(FRAME["loss"])).drop(columns="loss"))
+    assert natural.loss == pytest.approx(FRAME["loss"])
+
+
+def test_logarithms_of_no_stated_base_are_refused():
+    with pytest.raises(TableError, match="'log_params' does not say of which base its logarithms are: name it log10_"):
+        from_frame(FRAME.rename(columns={"params": "log_params"}))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+def test_encodings_remarks_and_separators(tmp_path, encoding):
+    for separator in (",", ";", "\t", " "):
+        text = "# runs of a Tuesday\n\n" + FRAME.assign(note="é").to_csv(index=False, sep=separator)
+        (tmp_path / "runs.csv").write_text(text, encoding=encoding)
+        assert read_table(tmp_path / "runs.csv").loss.tolist() == [3.0, 2.5, 2.2]
+
+
+def test_decimal_commas_are_told_by_one_number_and_refused_where_they_are_unclear(tmp_path):
+    path = tmp_path / "runs.csv"
+    path.write_text("params;tokens;loss\n1.000.000;1e8;3,0\n2e6;2e8;2,512\n4e6;3e8;2,2\n")
+    table = read_table(path)
+    assert table.loss.tolist() == [3.0, 2.512, 2.2] and any("decimal point" in note for note in table.notes)
+    path.write_text('params,tokens,loss\n"1,000","1,000,000",3.0\n"2,000","2,000,000",2.5\n')
+    assert read_table(path).parameters.tolist() == [1000, 2000]
+    path.write_text("params;tokens;loss\n1e6;1e8;3,125\n2e6;2e8;2,512\n")
+    with pytest.raises(TableError, match="the commas in 'loss' may part thousands or be decimal"):
+        read_table(path)
+
+
+def test_rows_without_a_trunk_are_alone_and_a_trunk_has_one_size():
+    some = from_frame(FRAME.assign(trunk=["a", None, None]))
+    assert len(set(some.trunk.tolist())) == 3
+    repeated = from_frame(pd.concat([FRAME.assign(run=0), FRAME.assign(run=1, loss=[3.1, 2.6, 2.3])]))
+    assert len(set(repeated.trunk.tolist())) == 6 and any("a label and a size" in note for note in repeated.notes)
+
+
+def test_sizes_that_lie_close_do_not_all_become_one():
+    sizes = np.geomspace(1e6, 1e8, 3000)
+    labels = size_labels(sizes)
+    assert np.log(1e2) / 0.005 / 1.5 < labels.max() + 1 < np.log(1e2) / 0.005 * 1.5
+    assert size_labels(np.array([1e6, 1.004e6, 2e6])).tolist() == [0, 0, 1]
 
 
 def test_bits_are_kept_and_told_or_turned_to_nats_when_asked():
@@ -118,6 +197,8 @@ def test_a_store_of_this_library_leaves_trials_and_failures_out():
         ("params,loss\n1,2\n", "no column was recognised for tokens"),
         ("params,tokens,loss\n1,2,x\n", "no column was recognised for loss"),
         ("params,tokens,loss\n1,2,-3\n", "no row can be used"),
+        ("1e6,2e8,3.0\n2e6,4e8,2.5\n", "its first line holds numbers .* put a line such as params,tokens,loss"),
+        ("params,tokens,loss\n1,2,3,4\n", "not a table that can be read"),
     ],
 )
 def test_what_is_no_table_of_runs_is_refused_in_a_sentence(tmp_path, content, said):

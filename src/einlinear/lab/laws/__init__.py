@@ -25,11 +25,11 @@ from einlinear.lab.laws.parametric import Parametric as Parametric
 from einlinear.lab.laws.parametric import bootstrap as bootstrap
 from einlinear.lab.laws.parametric import fit_surface as fit_surface
 from einlinear.lab.laws.printed import print_card as print_card
+from einlinear.lab.laws.reading import from_frame as from_frame
+from einlinear.lab.laws.reading import read_table as read_table
 from einlinear.lab.laws.rows import from_runs as from_runs
 from einlinear.lab.laws.scaled import scaled_surface as scaled_surface
 from einlinear.lab.laws.separable import variable_projection as variable_projection
 from einlinear.lab.laws.surface import Surface as Surface
 from einlinear.lab.laws.table import Table as Table
 from einlinear.lab.laws.table import TableError as TableError
-from einlinear.lab.laws.table import from_frame as from_frame
-from einlinear.lab.laws.table import read_table as read_table

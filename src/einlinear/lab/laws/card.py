@@ -5,6 +5,7 @@ has to be stated by whoever fits, and is null until then. `docs/laws.md` describ
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -28,7 +29,12 @@ from einlinear.lab.laws.table import Table, TableError, size_labels
 Card = dict[str, Any]
 SCHEMA = 1
 DRAWS = 1000
+WORK = 15_000_000  # draws times runs, above which there are fewer draws
+FEWEST_DRAWS = 100
 FEWEST_BUDGETS = 4  # IsoFLOP optima that make a frontier; below, the lower hull of the runs does
+BASELINES = ({"dense"}, {"baseline", "vanilla", "standard", "control", "reference"})
+"""Words in the name of the family that others are compared with; the first kind goes before the second."""
+
 STATED = (  # what runs do not tell
     "data", "tokenizer", "architecture", "counted_in_params", "counted_in_flops", "optimizer", "learning_rate",
     "schedule", "warmup", "batch", "tuning", "finished_runs_or_checkpoints", "smoothing", "evaluation",
@@ -118,12 +124,19 @@ def _baseline(table: Table, given: str | None, notes: list[str]) -> str:
         if given not in families:
             raise TableError(f"Comparing with {given}: the runs are of {', '.join(families)}; name one of these.")
         return given
-    named = [family for family in families if family.lower() == "dense"]
-    if len(families) > 1 and not named:
+    for words in BASELINES:
+        named = [family for family in families if words & set(re.findall("[a-z]+", family.lower()))]
+        if len(named) == 1:
+            if len(families) > 1 and named[0] != "dense":
+                notes.append(f"{named[0]} was taken for the baseline, by its name (--baseline chooses another).")
+            return named[0]
+        if len(named) > 1 and "dense" in named:
+            return "dense"
+    if len(families) > 1:
         notes.append(
-            f"No family is called dense: {families[0]}, the first, is the baseline (--baseline chooses another)."
+            f"No one family is called dense: {families[0]}, the first, is the baseline (--baseline chooses another)."
         )
-    return (named or families)[0]
+    return families[0]
 
 
 def _family(
@@ -176,6 +189,7 @@ def _family(
 
 def _parametric(table: Table, fit: Parametric, draws: int, progress: Callable[[float], object]) -> tuple[Card, Draws]:
     """The main fit. Intervals are over runs, or over trunks where they are known."""
+    draws = max(min(draws, FEWEST_DRAWS), min(draws, WORK // len(fit)))
     main = bootstrap(fit, draws, clusters=table.trunk, progress=lambda done: progress(0.6 * done / draws))
     by_size = bootstrap(
         fit, draws, clusters=size_labels(table.parameters), progress=lambda done: progress(0.6 + 0.3 * done / draws)

@@ -22,6 +22,7 @@ with extra("lab"):
 
 Method = Literal["parabola", "akima"]
 TOGETHER = 0.05  # runs whose neighbours in ln C are nearer share a budget
+WIDEST = 0.3  # in ln C, of one budget: beyond it the runs are scattered over compute, not planned at budgets
 FEWEST_SIZES = {"parabola": 4, "akima": 5}
 SPAN = 2.0  # the sizes of a budget span at least so much
 WINDOW = 4.0  # a parabola is only read within so many times its vertex: over wider grids its vertex is biased
@@ -73,7 +74,8 @@ def budgets_of(flops: Floats, parameters: Floats) -> list[Integers]:
     groups = np.split(order, cut)
     return [
         group for group in groups
-        if size_labels(parameters[group]).max() + 1 >= FEWEST_SIZES["parabola"]
+        if np.ptp(np.log(flops[group])) <= WIDEST
+        and size_labels(parameters[group]).max() + 1 >= FEWEST_SIZES["parabola"]
         and np.ptp(np.log(parameters[group])) >= np.log(SPAN)
     ]  # fmt: skip
 

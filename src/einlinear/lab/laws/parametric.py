@@ -11,6 +11,7 @@ stopped early (Besiroglu et al. 2024); this way nearly all starts end at one opt
 """
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -30,6 +31,11 @@ FEWEST_RUNS = 7  # distinct (N, D): five unknowns, and something left to judge t
 FEWEST_SIZES = 3
 STARTS = 240
 LEAST = 0.005  # exponent; below it a term is a constant, and cannot be told from E
+FLOOR = 0.05  # of the lowest loss: draws start with no smaller E, as nothing pulls at one that has left the scale
+NOTHING = 1e-4  # of the lowest loss: an E below it is none
+MANY = 4096  # runs, above which starts are tried on some of them
+SOME = 2048
+POLISHED = 4  # of those starts, the best, that go on with all runs
 MOST = 5.0  # beyond it a term only parts the smallest size, or length, from the rest
 LEVEL = 0.95
 NAMES = ("E", "A", "B", "alpha", "beta", "a", "gamma")
@@ -104,7 +110,8 @@ def fit_surface(
 ) -> Parametric:
     """The surface of least Huber loss of ln L, from starts that span every share of the three terms.
 
-    Starts do not depend on the units of N, D or L; with fewer than all 240 it is every so-manieth.
+    Starts do not depend on the units of N, D or L; with fewer than all 240 it is every so-manieth. Of more than 4096
+    runs, 2048 judge the starts, and the best four go on with all.
 
     Raises:
         NoFit: where N, D, D/N or the loss hardly vary, for too few runs, where fewer than three starts agree, and where
@@ -114,9 +121,12 @@ def fit_surface(
     _refuse(parameters, tokens, loss)
     problem = _Problem(parameters, tokens, loss, delta)
     tried = problem.starts()[:: max(1, STARTS // starts)]
-    found, values = problem.minimise(tried)
+    some = problem if len(loss) <= MANY else problem.part(np.random.default_rng(0).permutation(len(loss))[:SOME])
+    found, values = some.minimise(tried)
+    agreement = float(np.mean(values <= values.min() * (1 + AGREE) + 1e-12 * len(some.loss)))
+    if some is not problem:
+        found, values = problem.minimise(found[np.argsort(values)[:POLISHED]])
     least = values.min()
-    agreement = float(np.mean(values <= least * (1 + AGREE) + 1e-12 * len(loss)))
     if agreement * len(tried) < FEWEST_AGREE:
         raise NoFit(
             f"Fitting E + A/N^alpha + B/D^beta: only {round(agreement * len(tried))} of {len(tried)} starts reached "
@@ -161,13 +171,15 @@ def bootstrap(
     number = int(label.max()) + 1
     generator = np.random.default_rng(seed)
     values = np.empty((draws, len(NAMES)))
-    best = _columns(fit._found[None], *_centres(fit))
+    best = _columns(fit._found[None], *_centres(fit), fit.loss.min())
+    start = fit._found.copy()
+    start[0] = max(start[0], np.log(FLOOR * fit.loss.min()))
     for first in range(0, draws, 500):
         size = min(500, draws - first)
         weights = number * generator.dirichlet(np.ones(number), size=size)
         problem = _Problem(fit.parameters, fit.tokens, fit.loss, fit.delta, weights[:, label])
-        found, _ = problem.minimise(np.repeat(fit._found[None], size, axis=0))
-        values[first : first + size] = _columns(found, *_centres(fit))
+        found, _ = problem.minimise(np.repeat(start[None], size, axis=0))
+        values[first : first + size] = _columns(found, *_centres(fit), fit.loss.min())
         progress(first + size)
     return Draws(values=values, clusters=number, inside=fit.inside, best=best[0])
 
@@ -176,11 +188,12 @@ def _centres(fit: Parametric) -> tuple[float, float]:
     return float(np.log(fit.parameters).mean()), float(np.log(fit.tokens).mean())
 
 
-def _columns(found: Floats, x: float, y: float) -> Floats:
-    """`NAMES` of points of the optimiser `[m, 5]`: `[m, 7]`."""
+def _columns(found: Floats, x: float, y: float, lowest: float) -> Floats:
+    """`NAMES` of points of the optimiser `[m, 5]`: `[m, 7]`. An E far below the lowest loss is 0."""
     alpha, beta = found[:, 3], found[:, 4]
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        E, A, B = np.exp(found[:, 0]), np.exp(found[:, 1] + alpha * x), np.exp(found[:, 2] + beta * y)
+        E = np.where(np.exp(found[:, 0]) < NOTHING * lowest, 0.0, np.exp(found[:, 0]))
+        A, B = np.exp(found[:, 1] + alpha * x), np.exp(found[:, 2] + beta * y)
         return np.stack([E, A, B, alpha, beta, beta / (alpha + beta), alpha * beta / (alpha + beta)], axis=1)
 
 
@@ -188,10 +201,19 @@ def _refuse(parameters: Floats, tokens: Floats, loss: Floats) -> None:
     runs = len(set(zip(parameters.tolist(), tokens.tolist(), strict=True)))
     sizes, lengths = len(np.unique(parameters)), len(np.unique(tokens))
     doing = "Fitting E + A/N^alpha + B/D^beta"
-    if sizes < FEWEST_SIZES:
-        raise NoFit(f"{doing}: the runs have {_count(sizes, 'size')} of model; it takes three or more.")
-    if lengths < FEWEST_SIZES:
-        raise NoFit(f"{doing}: the runs have {_count(lengths, 'number')} of tokens; it takes three or more.")
+    for number, what, of, lost, term, exponent in (
+        (sizes, "size", "model", "A and alpha", "A/N^alpha", "beta"),
+        (lengths, "number", "tokens", "B and beta", "B/D^beta", "alpha"),
+    ):
+        if number < FEWEST_SIZES:
+            alone = (
+                f" {lost} are not identified, nor is E, which shows only in one sum with {term}; {exponent} is the "
+                "exponent of the frontier."
+            )
+            raise NoFit(
+                f"{doing}: the runs have {_count(number, what)} of {of}; it takes three or more."
+                f"{alone if number == 1 else ''}"
+            )
     if np.ptp(np.log(loss)) < 1e-9:
         raise NoFit(f"{doing}: all losses are the same.")
     if runs < FEWEST_RUNS:
@@ -220,11 +242,17 @@ class _Problem:
         self.x, self.y, self.loss, self.delta = x - self.centre[0], y - self.centre[1], np.log(loss), delta
         self.weights = weights
 
+    def part(self, chosen: Integers) -> "_Problem":
+        """The objective over some of the runs, in the coordinates of all."""
+        other = copy(self)
+        other.x, other.y, other.loss = self.x[chosen], self.y[chosen], self.loss[chosen]
+        return other
+
     def minimise(self, starts: Floats) -> tuple[Floats, Floats]:
         return minimise(self._objective, starts, self._inverse(starts), data=len(self.loss))
 
     def surface(self, point: Floats) -> Surface:
-        E, A, B, alpha, beta = (float(v) for v in _columns(point[None], *self.centre)[0, :5])
+        E, A, B, alpha, beta = (float(v) for v in _columns(point[None], *self.centre, np.exp(self.loss.min()))[0, :5])
         return Surface(E=E, A=A, B=B, alpha=alpha, beta=beta)
 
     def residuals(self, point: Floats) -> Floats:

@@ -86,20 +86,26 @@ class Fit:
         if len(labels) == len(self.cluster):
             variance = np.einsum("pm,pq,qm->m", slope, inverse, slope) * self.squares / self.freedom
             return np.sqrt(variance), np.full(slope.shape[1], float(self.freedom))
-        hat = self.jacobian @ inverse @ self.jacobian.T
-        leftover = np.eye(len(hat)) - hat
+        values, vectors = np.linalg.eigh(inverse)
+        half = vectors * np.sqrt(np.maximum(values, 0.0))  # inverse = half half'
         influence = self.jacobian @ inverse @ slope  # [cells, m]
-        pulls, columns = [], []
+        pulls, squares, shares = [], [], []
         for label in labels:
             own = self.cluster == label
-            values, vectors = np.linalg.eigh(leftover[np.ix_(own, own)])
+            part = self.jacobian[own]
+            values, vectors = np.linalg.eigh(np.eye(len(part)) - part @ inverse @ part.T)
             root = np.where(values > 1e-9, 1 / np.sqrt(np.maximum(values, 1e-9)), 0.0)
             weight = (vectors * root) @ vectors.T @ influence[own]  # [own, m]
             pulls.append(self.residual[own] @ weight)
-            columns.append(leftover[:, own] @ weight)
-        product = np.einsum("gnm,hnm->mgh", np.array(columns), np.array(columns))
-        trace = np.einsum("mgg->m", product)
-        freedom = trace**2 / np.maximum((product**2).sum(axis=(1, 2)), 1e-300)
+            squares.append((weight**2).sum(axis=0))
+            shares.append(half.T @ part.T @ weight)  # [free, m]
+        # Entry (g, h) of Bell and McCaffrey's matrix: what clusters g and h have of (1 - hat), weighted. It is made of
+        # two small parts, so that neither it nor the hat matrix is ever written out.
+        alone, share = np.array(squares), np.array(shares)  # [clusters, m], [clusters, free, m]
+        own_share = (share**2).sum(axis=1)
+        gram = np.einsum("gpm,gqm->mpq", share, share)
+        total = (gram**2).sum(axis=(1, 2)) + (alone**2 - 2 * alone * own_share).sum(axis=0)
+        freedom = (alone - own_share).sum(axis=0) ** 2 / np.maximum(total, 1e-300)
         return np.sqrt((np.array(pulls) ** 2).sum(axis=0)), np.maximum(freedom, 1.0)
 
 
