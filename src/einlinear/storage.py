@@ -97,6 +97,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             raise ValueError(
                 f"cannot save '{name}' of the {type(model).__name__}: it is on the meta device; load it first"
             )
+        if value.dtype == torch.complex128:
+            raise ValueError(
+                f"cannot save '{name}' of the {type(model).__name__}: safetensors has no type for complex128; "
+                f"model.to(torch.complex64) has one"
+            )
         same = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else (name,)
         if same in first:
             aliases[name] = first[same]
