@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from einlinear.fast_path import leave_fast_path
 from einlinear.layer import Linear
 from einlinear.routing import Router
 from einlinear.scaling import spectral
@@ -155,6 +156,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, device: torch.device | 
     for name, of in aliases.items():
         owner, local = _owner(model, name)
         setattr(owner, local, getattr(*_owner(model, of)))
+    leave_fast_path(model)
     return model
 
 

@@ -317,14 +317,20 @@ def checked(weight: Tensor, structure: Structure) -> Tensor:
         )
     if structure.routed:
         raise StructureError(f"cannot project onto {structure!r}: a routed structure has no single matrix; unroute it")
-    if weight.is_meta or not (weight.is_floating_point() or weight.is_complex()):
+    if weight.is_meta or not projectable(weight):
         raise StructureError(
-            f"cannot project a weight of {weight.dtype} on the device '{weight.device}': "
-            f"it needs entries of floating point; load or dequantise the weight first"
+            f"cannot project a weight of {weight.dtype} ({weight.layout}) on the device '{weight.device}': it needs "
+            f"entries of floating point, of 16 bits or more; load, dequantise or densify the weight first"
         )
     if not torch.isfinite(weight).all():
         raise StructureError("cannot project a weight with entries that are not finite; mend NaN or infinity first")
     return weight.detach().to(torch.complex128 if weight.is_complex() else torch.float64)
+
+
+def projectable(weight: Tensor) -> bool:
+    """Whether a weight is written out in real or complex numbers that torch computes with, 16 bits and more."""
+    numbers = weight.is_complex() or (weight.is_floating_point() and weight.itemsize > 1)
+    return numbers and weight.layout is torch.strided
 
 
 def uncarried(structure: Structure) -> Axes:
