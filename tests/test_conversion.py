@@ -295,6 +295,12 @@ def hooked() -> nn.Module:
     return layer
 
 
+def heard() -> nn.Module:
+    layer = nn.Linear(16, 16)
+    layer.weight.register_hook(lambda gradient: gradient)
+    return layer
+
+
 def overridden() -> nn.Module:
     layer = nn.Linear(16, 16)
     layer.forward = torch.tanh
@@ -315,12 +321,28 @@ def with_weight(weight: Tensor) -> nn.Module:
         (overridden, "Linear computes its output in a way of its own"),
         (hooked, "hooks"),
         (lambda: nn.utils.parametrizations.orthogonal(nn.Linear(16, 16)), "remove_parametrizations"),
-        (lambda: nn.LazyLinear(16), "UninitializedParameter"),
+        (lambda: nn.LazyLinear(16), "call the model once first"),
         (lambda: with_weight(torch.ones(16, 16, dtype=torch.int8)), "int8"),
+        (lambda: with_weight(torch.ones(16, 16).to(torch.float8_e4m3fn)), "float8"),
+        (lambda: with_weight(torch.eye(16).to_sparse()), "sparse"),
+        (heard, "hooks"),
         (lambda: with_weight(torch.full((16, 16), torch.nan)), "not finite"),
         (lambda: nn.Linear(16, 3), "padding may add at most 15%"),
     ],
-    ids=["structured", "subclass", "overridden", "hooked", "parametrized", "lazy", "integer", "nan", "narrow"],
+    ids=[
+        "structured",
+        "subclass",
+        "overridden",
+        "hooked",
+        "parametrized",
+        "lazy",
+        "integer",
+        "short",
+        "sparse",
+        "heard",
+        "nan",
+        "narrow",
+    ],
 )
 def test_a_layer_that_cannot_be_converted_is_skipped_or_refused(make, why):
     family = el.BTT(blocks=(4, 4))
@@ -345,25 +367,31 @@ def test_a_weight_that_its_owner_reads_stays():
     x = torch.randn(3, 16)
     report = el.convert(model, {"*": "btt"})
     assert converted(model) == {"reader.called"}
-    assert set(report.skipped) == {"reader.read", "attention.out_proj"}
+    assert set(report.skipped) == {"reader.read", "attention.out_proj", "attention.in_proj_weight"}
     assert "Reader.forward reads its weight" in report.skipped["reader.read"]
     model["reader"](x), model["attention"](x, x, x)
 
 
-def test_torchs_encoder_layers_can_be_converted_once_their_fast_path_is_off():
-    layer = nn.TransformerEncoderLayer(16, 2, 64, batch_first=True)
-    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=True).eval()
+@pytest.mark.parametrize("way", ["converted", "loaded", "copied", "reversed"])
+def test_torchs_encoder_layers_leave_their_fast_path(tmp_path, way):
+    """It reads the weights of dense layers; with padding, the whole encoder has one too."""
+    dense = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 64, batch_first=True), 1).eval()
     x, mask = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    model = copy.deepcopy(dense)
     report = el.convert(model, {"*": "dense"})
-    assert not converted(model) and "set_fastpath_enabled" in report.skipped["layers.0.linear1"]
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        before = model(x, src_key_padding_mask=mask)
-        el.convert(model, {"*": "dense"})
-        assert converted(model) == {"layers.0.linear1", "layers.0.linear2"}
-        torch.testing.assert_close(model(x, src_key_padding_mask=mask), before)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(True)
+    assert converted(model) == {"layers.0.linear1", "layers.0.linear2"}
+    assert {*report.skipped} == {"layers.0.self_attn.out_proj", "layers.0.self_attn.in_proj_weight"}
+    if way == "loaded":
+        el.save(model, tmp_path / "m")
+        model = el.load(tmp_path / "m", copy.deepcopy(dense))
+    elif way == "copied":
+        model = copy.deepcopy(model)
+    elif way == "reversed":
+        el.convert(model, "dense", weights="reverse")
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), dense(x))
+        padded = [each(x, src_key_padding_mask=mask) for each in (model, dense)]
+    torch.testing.assert_close(*(y[~mask] for y in padded))
 
 
 def test_a_structure_fits_only_its_own_widths():

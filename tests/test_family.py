@@ -85,6 +85,11 @@ def test_a_block_of_padding_alone_is_refused():
         el.BlockDiagonal(blocks=8)(14, 16)
 
 
+@pytest.mark.parametrize(("width", "smooth"), [(7, 8), (97, 100), (769, 800), (1009, 1024), (11008, 11250)])
+def test_a_butterfly_pads_to_the_next_product_of_twos_threes_and_fives(width, smooth):
+    assert el.Butterfly()(width, width).pad_in == smooth - width
+
+
 @pytest.mark.parametrize("widths", [(0, 8), (8, 0), (-4, 8), (8, -3)], ids=str)
 def test_widths_below_one_are_refused(family, widths):
     with pytest.raises(el.StructureError, match="at least 1"):
@@ -92,8 +97,8 @@ def test_widths_below_one_are_refused(family, widths):
 
 
 @pytest.mark.parametrize("family", [el.LowRank(), el.Monarch(), el.BTT(), el.TensorTrain(), el.Butterfly()], ids=str)
-@pytest.mark.parametrize("widths", [(0, 8), (-4, 8), (8, -3)], ids=str)
-def test_widths_below_one_are_refused_with_default_settings(family, widths):
+@pytest.mark.parametrize("widths", [(0, 8), (-4, 8), (8, -3), (2.5, 8), ("8", 8)], ids=str)
+def test_widths_that_are_none_are_refused_with_default_settings(family, widths):
     with pytest.raises(el.StructureError, match="at least 1"):
         family(*widths)
 
@@ -155,6 +160,9 @@ def test_text_is_forgiving_about_space_and_defaults():
         ("btt(blocks=(0, 4))", "cannot make the family btt: blocks=(0, 4)"),
         ("btt(blocks=(4,))", "pass (in_blocks, out_blocks), such as (16, 16)"),
         ("btt(blocks=4)", "pass (in_blocks, out_blocks), such as (16, 16)"),
+        ("monarch(blocks=(2, 4))", "BTT(blocks=(in_blocks, out_blocks)) takes two"),
+        ("btt(rank=" + "-" * 5000 + "1)", "expected settings of the form name=number"),
+        (None, "expected a family and its settings"),
         ("btt(cores=1)", "it needs at least 2 cores"),
         ("btt(cores=3, blocks=(4, 4))", "explicit blocks are those of 2 cores"),
         ("theta(theta=(1, 0))", "pass a tuple of 7 exponents, or 10 for 3 factors"),

@@ -19,6 +19,7 @@ FLOORS = [
     {"space", "kernels"},
     {"projection", "routing"},
     {"layer", "operators"},
+    {"fast_path"},
     {"mlp", "expert_mlp", "shared", "optim", "muon", "storage", "targeting", "linalg"},
     {"hf", "fusion"},
     {"conversion"},

@@ -168,6 +168,17 @@ def test_a_zero_start_has_finite_gradients_under_the_cap(family):
     assert layer.factors[0].grad.abs().max() > 0
 
 
+def test_the_cap_of_complex_factors_is_on_their_absolute_values():
+    layer = el.Linear(36, 64, "btt(rank=2)", cap=True, dtype=torch.complex64)
+    factors = [factor.detach().clone() for factor in layer.factors]
+    with torch.no_grad():
+        for factor in layer.factors:
+            factor.mul_(100j)
+    for effective, factor, scale in zip(layer.effective_factors(), factors, el.spectral(layer.structure), strict=True):
+        assert_close(effective.abs().square().mean().sqrt().item(), scale.std, rtol=1e-4, atol=0)
+        assert_close(effective / effective.abs(), 1j * factor / factor.abs())
+
+
 # To and from dense layers
 
 
@@ -223,6 +234,8 @@ def test_a_structure_is_stored_as_matrices():
         (el.BTT()(16, 25), el.StructureError, "cannot make a layer from 16 to 36 features: .* maps 16 to 25"),
         ("btx", el.StructureError, "did you mean 'btt'"),
         (el.BTT(blocks=(15, 2)), el.StructureError, "choose sizes"),
+        (el.BTT, el.StructureError, "it is no family; pass one with its settings"),
+        (None, el.StructureError, "cannot make a layer of None: it is no family"),
     ],
     ids=str,
 )

@@ -253,6 +253,12 @@ def test_names_roles_and_options_that_do_not_fit_are_refused() -> None:
         el.parameter_groups(model, 1e-2, readout="head", optimizer="adafactor")
     with pytest.raises(ValueError, match="width_mult=0"):
         el.parameter_groups(model, 1e-2, readout="head", width_mult=0)
+    with pytest.raises(ValueError, match="lr=nan: pass a number of at least 0"):
+        el.parameter_groups(model, float("nan"), readout="head")
+    with pytest.raises(ValueError, match="weight_decay=-1"):
+        el.parameter_groups(model, 1e-2, -1, readout="head")
+    with pytest.raises(ValueError, match=r"cannot choose a learning rate for 0.weight: it is not there yet"):
+        el.parameter_groups(torch.nn.Sequential(torch.nn.LazyLinear(4)), 1e-2, readout=None)
 
 
 def test_an_unknown_matrix_needs_a_role() -> None:

@@ -118,6 +118,29 @@ def test_kronecker_error_is_that_of_the_rearranged_matrix():
     assert error(weight, structure, [a, b]) == pytest.approx(discarded_beyond(rearranged, 1).sqrt() / weight.norm())
 
 
+PASSING = el.Structure.parse("b i, r i, o r -> o b", b=4, i=6, o=5, r=2)
+"""The same map for every entry of b, which no factor carries."""
+
+
+@pytest.mark.parametrize("structure", [PASSING, PASSING.pad(d_in=23, d_out=19)], ids=repr)
+def test_an_axis_that_no_factor_carries_is_the_same_map_throughout(structure, draw):
+    member = el.dense(structure, draw(structure))
+    assert error(member, structure, el.project(member, structure)) < 1e-12
+    weight = torch.randn(structure.d_out, structure.d_in, dtype=torch.float64)
+    found = error(weight, structure, el.project(weight, structure))
+    others = [el.refine(weight, structure, draw(structure), sweeps=200) for _ in range(5)]
+    assert found == pytest.approx(min(error(weight, structure, other) for other in others), rel=1e-4)
+
+
+def test_its_nearest_map_is_that_of_the_mean():
+    weight = torch.randn(20, 24, dtype=torch.float64)
+    mean = weight.reshape(5, 4, 4, 6).diagonal(dim1=1, dim2=2).mean(-1)
+    inner = el.LowRank(rank=2)(6, 5)
+    wanted = el.dense(inner, el.project(mean, inner))
+    found = el.dense(PASSING, el.project(weight, PASSING)).reshape(5, 4, 4, 6)
+    torch.testing.assert_close(found, torch.einsum("oi,bc->obci", wanted, torch.eye(4, dtype=torch.float64)))
+
+
 @pytest.mark.parametrize("family", [el.Monarch(blocks=4), el.BTT(rank=2), el.Butterfly(), el.LowRank(rank=3)], ids=str)
 def test_complex_members_are_recovered(structure, draw):
     member = el.dense(structure, draw(structure, torch.complex128))

@@ -246,6 +246,11 @@ def test_settings_out_of_range_are_one_sentence(arguments, options, says):
         el.Router(*arguments, **options)
 
 
+def test_complex_logits_have_no_order():
+    with pytest.raises(el.StructureError, match="pass a real dtype"):
+        el.Linear(16, 16, "btt", experts=4, active=2, dtype=torch.complex64)
+
+
 def test_an_input_that_does_not_fit():
     with pytest.raises(el.StructureError, match="its last dimension must be 6"):
         el.Router(6, 4, 2)(torch.randn(3, 5))

@@ -94,6 +94,13 @@ def test_dtypes_are_kept(dtype: torch.dtype, tmp_path: Path):
     assert torch.equal(other[0].factors[1], model[0].factors[1])
 
 
+def test_a_dtype_without_a_place_in_the_format_is_refused(tmp_path: Path):
+    model = nn.Sequential(el.Linear(16, 24, "btt", dtype=torch.complex128))
+    with pytest.raises(ValueError, match=r"cannot save '0.bias' .* no type for complex128"):
+        el.save(model, tmp_path / "m")
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_spec_makes_the_layer_again(layer: el.Linear):
     again = made_layer(json.loads(json.dumps(layer_spec(layer))))
     assert repr(again) == repr(layer)

@@ -191,3 +191,9 @@ def test_padding_to_the_same_widths_is_no_padding():
 def test_routes_that_cannot_be(axis, active, says):
     with pytest.raises(el.StructureError, match=says):
         BLOCKS.route(axis, active=active)
+
+
+def test_an_axis_that_no_factor_carries_cannot_be_routed():
+    passing = el.Structure.parse("b i, o i -> b o", b=4, i=3, o=5)
+    with pytest.raises(el.StructureError, match="no factor carries it, so a gate would choose nothing"):
+        passing.route("b", active=2)

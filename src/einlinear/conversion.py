@@ -17,9 +17,11 @@ from einlinear.contract import Factors, dense
 from einlinear.cost import flops, parameters
 from einlinear.family import Family
 from einlinear.family import structure as family_of
+from einlinear.fast_path import leave_fast_path
 from einlinear.layer import Linear
 from einlinear.projection.moments import Moments
 from einlinear.projection.nearest import project
+from einlinear.projection.refinement import projectable
 from einlinear.structure import Structure, StructureError
 from einlinear.structures import Dense, Mixture
 from einlinear.targeting import (
@@ -27,10 +29,10 @@ from einlinear.targeting import (
     REGEX,
     LinearLayer,
     linear_layers,
+    loose_weights,
     matching,
     peft_patterns,
     reject,
-    stacked_weights,
 )
 
 Rule = Family | Structure | None
@@ -124,7 +126,8 @@ def convert(
 
     Layers are `torch.nn.Linear` and the `Conv1D` of transformers' GPT-2. One that cannot be converted
     is skipped, with its reason in the report, unless a pattern without wildcards names it: then it
-    is an error. Whatever the error, the model is left as it was.
+    is an error. Whatever the error, the model is left as it was. A `torch.nn.TransformerEncoderLayer` that gets
+    structured layers no longer takes its fast path, which multiplies by dense weights itself.
 
     Device, dtype, training mode and `requires_grad` are kept. Layers that share a weight go on sharing
     it where all of them are converted alike, and are not converted otherwise. Make the optimizer
@@ -204,13 +207,14 @@ def convert(
         swaps += [(name, new) for name in layer.names]
     for name, new in swaps:
         model.set_submodule(name, new)
+    leave_fast_path(model)
     if "transformers.modeling_utils" in sys.modules:  # else the model can be none of theirs
         from einlinear.hf.models import adopt
 
         adopt(model)
     skipped = {layer.name: reason for layer, reason in refused.items()}
     if weights != "reverse" and any(_wild(pattern) for pattern, _ in chosen.values()):
-        skipped |= stacked_weights(model)
+        skipped |= loose_weights(model)
     return Report(tuple(rows), skipped, size_before, _size(model))
 
 
@@ -338,9 +342,14 @@ def _refusal(model: nn.Module, layer: LinearLayer, project: bool) -> str | None:
     if type(module).forward is not layer.kind.forward or "forward" in vars(module):
         return f"{type(module).__name__} computes its output in a way of its own"
     weight = layer.weight
-    if type(weight) is not nn.Parameter or not (weight.is_floating_point() or weight.is_complex()):
-        return f"its weight is a {type(weight).__name__} of {weight.dtype}, not a plain parameter of floating point"
-    if any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks")):
+    if is_lazy(weight):
+        return "its weight is not there yet; call the model once first"
+    if type(weight) is not nn.Parameter or not projectable(weight):
+        return (
+            f"its weight is a {type(weight).__name__} of {weight.dtype} ({weight.layout}), not a plain parameter of "
+            f"floating point"
+        )
+    if weight._backward_hooks or any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks")):
         return "it has hooks, which would be lost; remove them first and add them again afterwards"
     if project and weight.is_meta:
         return 'its weight is on the meta device, so there is nothing to project; load it, or pass weights="init"'
@@ -349,13 +358,8 @@ def _refusal(model: nn.Module, layer: LinearLayer, project: bool) -> str | None:
     for name in layer.names:
         parent, _, attribute = name.rpartition(".")
         owner = model.get_submodule(parent)
-        if isinstance(owner, nn.TransformerEncoderLayer):
-            if torch.backends.mha.get_fastpath_enabled():
-                return (
-                    "torch.nn.TransformerEncoderLayer reads its weight where it takes its fast path; "
-                    "turn that off first (torch.backends.mha.set_fastpath_enabled(False))"
-                )
-        elif _reads_weight(owner, attribute):
+        # The encoder layer of torch reads weights on its fast path alone, which it leaves (`leave_fast_path`).
+        if not isinstance(owner, nn.TransformerEncoderLayer) and _reads_weight(owner, attribute):
             return f"{type(owner).__name__}.forward reads its weight, which a structured layer does not have"
     return None
 

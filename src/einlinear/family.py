@@ -77,7 +77,7 @@ def structure(text: str) -> Family:
         StructureError: for an unknown family or setting, naming the nearest one.
     """
     doing = f"cannot read the structure '{text}'"
-    match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
+    match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", text, re.DOTALL) if isinstance(text, str) else None
     if match is None:
         raise StructureError(f"{doing}: expected a family and its settings, as in 'btt(rank=4)'")
     name = match.group(1)
@@ -93,7 +93,7 @@ def structure(text: str) -> Family:
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
             raise SyntaxError
         settings = {str(pair.arg): ast.literal_eval(pair.value) for pair in call.keywords}
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the parser's own limits among them
         raise StructureError(f"{doing}: expected settings of the form name=number, as in 'btt(rank=4)'") from None
     if call.args:
         raise StructureError(f"{doing}: settings are given by name, as in 'btt(rank=4)'")
@@ -117,8 +117,7 @@ def split(width: int, shares: Sequence[float]) -> tuple[int, ...]:
     taken, or failing that the best factorisation within `PADDING_TOLERANCE`. Among equally good
     ones the smaller part comes first: `split(11008, (.5, .5)) == (86, 128)`.
     """
-    if width < 1:
-        raise StructureError(f"cannot split the width {width}: a width is an integer of at least 1")
+    check_width(width)
     best: tuple[float, tuple[int, ...]] = (math.inf, (width,))
     for padded in range(width, int(width * (1 + PADDING_TOLERANCE)) + 1):
         parts = _factorise(padded, shares)
@@ -130,6 +129,12 @@ def split(width: int, shares: Sequence[float]) -> tuple[int, ...]:
     return best[1]
 
 
+def check_width(width: object) -> None:
+    """Refuses what is no width."""
+    if not isinstance(width, int) or isinstance(width, bool) or width < 1:
+        raise StructureError(f"cannot make a structure of the width {width!r}: pass an integer of at least 1")
+
+
 def equal_split(width: int, parts: int) -> tuple[int, ...]:
     """`split` into equal shares."""
     return split(width, [1 / parts] * parts)
@@ -137,8 +142,7 @@ def equal_split(width: int, parts: int) -> tuple[int, ...]:
 
 def block_size(width: int, blocks: int) -> int:
     """Features per block when `width` is cut into `blocks` of equal size, rounded up."""
-    if width < 1:
-        raise StructureError(f"cannot cut the width {width} into blocks: a width is an integer of at least 1")
+    check_width(width)
     return -(-width // blocks)
 
 

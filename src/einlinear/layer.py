@@ -192,6 +192,11 @@ def _structure(
     """What to build, with its factors stored as matrices."""
     if isinstance(family, str):
         family = family_of(family)
+    if not isinstance(family, Structure) and (isinstance(family, type) or not callable(family)):
+        raise StructureError(
+            f"cannot make a layer of {family!r}: it is no family; pass one with its settings, such as "
+            f"einlinear.BTT(rank=4) or 'btt(rank=4)', or a Structure"
+        )
     found = family if isinstance(family, Structure) else family(d_in, d_out)
     if (found.d_in, found.d_out) != (d_in, d_out):
         raise StructureError(
@@ -230,5 +235,6 @@ def _excess(factor: Tensor, ceiling: float) -> Tensor:
 
     The constant inside the root keeps its derivative finite where a factor starts at zero.
     """
-    mean_square = factor.to(torch.promote_types(factor.dtype, torch.float32)).square().mean()
+    sizes = factor.abs() if factor.is_complex() else factor
+    mean_square = sizes.to(torch.promote_types(sizes.dtype, torch.float32)).square().mean()
     return ((mean_square + 1e-12 * ceiling**2).sqrt() / ceiling).clamp(min=1.0)

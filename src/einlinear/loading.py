@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from einlinear.conversion import Rules, choose, structured
+from einlinear.fast_path import leave_fast_path
 from einlinear.projection.moments import Moments
 from einlinear.projection.nearest import project
 from einlinear.structure import Structure
@@ -73,6 +74,7 @@ def _config_class() -> type[Any]:
             for module in model.modules():
                 if hasattr(module, "config") and hasattr(module.config, "_is_quantized"):
                     del module.config._is_quantized
+            leave_fast_path(model)
             adopt(model)
             return model
 

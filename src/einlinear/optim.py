@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import AdamW, Optimizer
 
 from einlinear.kernels import explain
@@ -119,6 +120,9 @@ def parameter_groups(
     for option, value in (("width_mult", width_mult), ("depth_mult", depth_mult)):
         if not value > 0:
             raise ValueError(f"cannot scale learning rates for {option}={value}: pass a positive ratio of sizes")
+    for option, value in (("lr", lr), ("weight_decay", weight_decay), ("adamw_lr", adamw_lr or 0.0)):
+        if not 0 <= value < math.inf:  # torch checks an optimizer's defaults, and not those of its groups
+            raise ValueError(f"cannot make parameter groups with {option}={value}: pass a number of at least 0")
     merged: dict[tuple[object, ...], Group] = {}
     seen: dict[int, tuple[str, float]] = {}
     for use in _resolved(model, readout, roles or {}):
@@ -240,6 +244,10 @@ def _own(name: str, module: nn.Module) -> Iterator[_Use]:
             yield _Use(name, f"factors.{index}", factor, "hidden", module.structure, index)
     conv1d = type(module).__name__ == "Conv1D"  # transformers' GPT-2, whose weight is [in, out]
     for local, parameter in module.named_parameters(recurse=False):
+        if is_lazy(parameter):
+            raise ValueError(
+                f"cannot choose a learning rate for {name}.{local}: it is not there yet; call the model once first"
+            )
         if local == "_flat_param":
             raise ValueError(
                 f"cannot see the parameters inside {name}.{local}: FullyShardedDataParallel has flattened them; "

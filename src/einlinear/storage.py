@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from einlinear.fast_path import leave_fast_path
 from einlinear.layer import Linear
 from einlinear.routing import Router
 from einlinear.scaling import spectral
@@ -97,6 +98,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             raise ValueError(
                 f"cannot save '{name}' of the {type(model).__name__}: it is on the meta device; load it first"
             )
+        if value.dtype == torch.complex128:
+            raise ValueError(
+                f"cannot save '{name}' of the {type(model).__name__}: safetensors has no type for complex128; "
+                f"model.to(torch.complex64) has one"
+            )
         same = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else (name,)
         if same in first:
             aliases[name] = first[same]
@@ -150,6 +156,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, device: torch.device | 
     for name, of in aliases.items():
         owner, local = _owner(model, name)
         setattr(owner, local, getattr(*_owner(model, of)))
+    leave_fast_path(model)
     return model
 
 

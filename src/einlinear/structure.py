@@ -139,6 +139,11 @@ class Structure:
         """
         if axis not in self.sizes:
             raise StructureError(f"cannot route axis '{axis}' of {self}: it has only {', '.join(self.sizes)}")
+        if not any(axis in factor for factor in self.factors):
+            raise StructureError(
+                f"cannot route axis '{axis}' of {self}: no factor carries it, so a gate would choose nothing; "
+                f"route an axis of a factor"
+            )
         if not 0 < active <= self.sizes[axis]:
             raise StructureError(
                 f"cannot route axis '{axis}' of {self} with {active} active entries: "

@@ -72,19 +72,26 @@ def linear_layers(model: nn.Module) -> list[LinearLayer]:
     return list(found.values())
 
 
-def stacked_weights(model: nn.Module) -> dict[str, str]:
-    """Weights of several linear maps in one parameter, as those of experts are, each with what owns it.
+def loose_weights(model: nn.Module) -> dict[str, str]:
+    """Weights that belong to no layer, each with the reason: stacks of them, as of experts, and attention's own.
 
-    They belong to no layer: their owner multiplies by them in a way of its own.
+    Their owner multiplies by them in a way of its own.
     """
-    return {
-        f"{name}.{local}": f"it is a stack of {len(weight)} matrices that {type(module).__name__}.forward "
-        f"multiplies by itself, and belongs to no layer that could be replaced"
-        for name, module in model.named_modules()
-        if not isinstance(module, Linear | nn.ParameterList | _ConvNd)
-        for local, weight in module.named_parameters(recurse=False)
-        if not is_lazy(weight) and weight.ndim == 3 and min(weight.shape) > 1
-    }
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear | nn.ParameterList | _ConvNd):
+            continue
+        kind = type(module).__name__
+        for local, weight in module.named_parameters(recurse=False):
+            at = f"{name}.{local}".lstrip(".")
+            if isinstance(module, nn.MultiheadAttention) and local.endswith("proj_weight"):
+                found[at] = f"{kind}.forward multiplies by it itself; it belongs to no layer that could be replaced"
+            elif not is_lazy(weight) and weight.ndim == 3 and min(weight.shape) > 1:
+                found[at] = (
+                    f"it is a stack of {len(weight)} matrices that {kind}.forward multiplies by itself, and belongs "
+                    f"to no layer that could be replaced"
+                )
+    return found
 
 
 def peft_patterns(modules: str | Sequence[str]) -> list[str]:
@@ -130,7 +137,7 @@ def reject(pattern: str, model: nn.Module, layers: list[LinearLayer]) -> NoRetur
     parts = {name.rsplit(".", depth)[-1] if depth else name for name in known for depth in (0, 1)}
     near = difflib.get_close_matches(pattern, sorted(parts), n=4)
     hint = f"near names are {', '.join(near)}" if near else f"its linear layers are {', '.join(known[:12])}"
-    for name, why in stacked_weights(model).items():
+    for name, why in loose_weights(model).items():
         if matches(name, pattern):
             raise ValueError(f"cannot convert '{name}' of the {type(model).__name__}: {why}")
     for name, module in model.named_modules():

@@ -14,7 +14,7 @@ from torch import Tensor
 from einlinear.projection.diagonalisation import diagonalised
 from einlinear.projection.moments import Moments
 from einlinear.projection.network import contract
-from einlinear.projection.refinement import Target, balanced, descend
+from einlinear.projection.refinement import Target, balanced, descend, uncarried
 from einlinear.structure import Axes, Structure
 
 RACE = (6, 24)
@@ -140,6 +140,8 @@ def closed_form(structure: Structure) -> bool:
     """Whether splitting is the global optimum: one factor, or two whose every block padding leaves a rectangle."""
     if len(structure.factors) > 2:
         return False
+    if (structure.pad_in or structure.pad_out) and uncarried(structure):
+        return False
     for axes, pad in ((structure.x, structure.pad_in), (structure.y, structure.pad_out)):
         owners = [[k for k, factor in enumerate(structure.factors) if axis in factor] for axis in axes]
         if pad and len({k for (k, *more) in owners if not more}) > 1:
@@ -183,7 +185,7 @@ def discarded(target: Target) -> tuple[Tensor | None, bool]:
     matrix = _unfolded(s, axes, blocks, groups)
     if matrix.shape[-2] > matrix.shape[-1]:
         matrix = matrix.mH
-    squares = torch.linalg.eigvalsh(matrix @ matrix.mH).clamp_min(0).sum(0)
+    squares = torch.linalg.eigvalsh(matrix @ matrix.mH).clamp_min(0).sum(0) * s.size(uncarried(s))
     outside = target.norm(target.weight) ** 2 - float(squares.sum())
     return torch.cat([squares.cumsum(0).flip(0), squares.new_zeros(1)]) + max(outside, 0.0), exact
 

@@ -73,7 +73,8 @@ class Target:
         self.gram = None if moments is None else second_moments(moments, self.weight)
         x, y = structure.x, structure.y
         self._masks: list[tuple[Axes, Tensor]] = []
-        """Zero on padding: operands beside the squared error."""
+        """Operands beside the squared error: zero on padding, one along the axes that no factor carries."""
+        self._masks += [((axis,), torch.ones(structure.sizes[axis]).to(self.weight)) for axis in uncarried(structure)]
         for axes, kept, pad in ((y, structure.d_out, structure.pad_out), (x, structure.d_in, structure.pad_in)):
             if pad and not (axes == x and self.gram is not None):
                 mask = torch.arange(kept + pad, device=weight.device) < kept
@@ -94,11 +95,15 @@ class Target:
         return matrix.reshape(s.size(s.y), s.size(s.x))[: s.d_out, : s.d_in]
 
     def blocks(self) -> tuple[Axes, Tensor]:
-        """The weight with an axis for each end, those common to both taken once: elsewhere the structure has zeros."""
+        """The weight with an axis for each end, those common to both taken once: elsewhere the structure has zeros.
+
+        Along axes that no factor carries the structure has the same everywhere: the mean of the weight stands for it.
+        """
         s = self.structure
+        alike = uncarried(s)
         padded = torch.nn.functional.pad(self.weight, (0, s.pad_in, 0, s.pad_out)).reshape(s.shape(s.y + s.x))
-        axes = tuple(dict.fromkeys(s.y + s.x))
-        return axes, contract([s.y + s.x], [padded], axes)
+        axes = tuple(axis for axis in dict.fromkeys(s.y + s.x) if axis not in alike)
+        return axes, contract([s.y + s.x], [padded], axes) / s.size(alike)
 
     def whitened(self) -> tuple[int, Tensor] | None:
         """The factor that reads every input, if one does, and the weight times a root of the moments of what it mixes.
@@ -312,14 +317,25 @@ def checked(weight: Tensor, structure: Structure) -> Tensor:
         )
     if structure.routed:
         raise StructureError(f"cannot project onto {structure!r}: a routed structure has no single matrix; unroute it")
-    if weight.is_meta or not (weight.is_floating_point() or weight.is_complex()):
+    if weight.is_meta or not projectable(weight):
         raise StructureError(
-            f"cannot project a weight of {weight.dtype} on the device '{weight.device}': "
-            f"it needs entries of floating point; load or dequantise the weight first"
+            f"cannot project a weight of {weight.dtype} ({weight.layout}) on the device '{weight.device}': it needs "
+            f"entries of floating point, of 16 bits or more; load, dequantise or densify the weight first"
         )
     if not torch.isfinite(weight).all():
         raise StructureError("cannot project a weight with entries that are not finite; mend NaN or infinity first")
     return weight.detach().to(torch.complex128 if weight.is_complex() else torch.float64)
+
+
+def projectable(weight: Tensor) -> bool:
+    """Whether a weight is written out in real or complex numbers that torch computes with, 16 bits and more."""
+    numbers = weight.is_complex() or (weight.is_floating_point() and weight.itemsize > 1)
+    return numbers and weight.layout is torch.strided
+
+
+def uncarried(structure: Structure) -> Axes:
+    """The axes that pass from input to output by no factor: the map is the same for all of their entries."""
+    return tuple(axis for axis in structure.x if not any(axis in factor for factor in structure.factors))
 
 
 def _prime(axis: str) -> str:

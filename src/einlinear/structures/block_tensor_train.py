@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from einlinear.clock import seconds
 from einlinear.cost import generic_rank, parameters
-from einlinear.family import Family, block_size, equal_split, prime_factors
+from einlinear.family import Family, block_size, check_width, equal_split, prime_factors
 from einlinear.structure import Structure, StructureError
 
 FAST = "fast"
@@ -78,9 +78,19 @@ class Monarch(Family):
     example: ClassVar = {"blocks": 4}
     source: ClassVar = "Dao et al. 2022, https://arxiv.org/abs/2204.00595"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.blocks is None or isinstance(self.blocks, int)):
+            raise StructureError(
+                f"cannot make a Monarch with blocks={self.blocks!r}: it is one number, for input and output alike; "
+                f"BTT(blocks=(in_blocks, out_blocks)) takes two"
+            )
+
     def __call__(self, d_in: int, d_out: int) -> Structure:
         if self.blocks is None:
             return BTT()(d_in, d_out)
+        for width in (d_in, d_out):
+            check_width(width)
         rank = max(1, -(-min(d_in, d_out) // self.blocks**2))
         return BTT(rank, blocks=(self.blocks, self.blocks))(d_in, d_out)
 
@@ -161,9 +171,9 @@ def _divisors(width: int) -> list[int]:
 
 
 def _radices(width: int, radix: int) -> list[int]:
-    if width < 1:
-        raise StructureError(f"cannot split the width {width}: a width is an integer of at least 1")
-    smooth = next(n for n in range(block_size(width, 1), 2 * width + 1) if max(prime_factors(n), default=1) <= 5)
+    check_width(width)
+    odd = (3**m * 5**n for m in range(width.bit_length()) for n in range(width.bit_length()))
+    smooth = min(part << (-(-width // part) - 1).bit_length() for part in odd)
     groups: list[int] = []
     for prime in sorted(prime_factors(smooth), reverse=True):
         if groups and groups[-1] * prime <= radix:

@@ -2,7 +2,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from einlinear.family import Family
+from einlinear.family import Family, check_width
 from einlinear.structure import Structure
 
 ALIGNED = 8
@@ -22,6 +22,8 @@ class LowRank(Family):
     source: ClassVar = "Sainath et al. 2013, ICASSP, doi:10.1109/ICASSP.2013.6638949"
 
     def __call__(self, d_in: int, d_out: int) -> Structure:
-        root = math.isqrt(max(1, min(d_in, d_out)))
+        for width in (d_in, d_out):
+            check_width(width)
+        root = math.isqrt(min(d_in, d_out))
         rank = self.rank or (root if root < ALIGNED else -(-root // ALIGNED) * ALIGNED)
         return Structure.parse("i, r i, o r -> o", i=d_in, r=rank, o=d_out)
