@@ -46,7 +46,6 @@ FAMILIES = (
     "btt(rank=2)",  # the FLOPs of two active experts, without a choice
     STANDARD,
     *(everywhere(experts, 2) for experts in (4, 8, 16)),
-    everywhere(8, 1),
 )
 THOUSAND, MILLION = 1_000, 1_000_000
 PLANS = {
@@ -64,7 +63,7 @@ PLANS = {
     ),
     # Four budgets over 2 decades and more; width 1024 is where experts begin to pay by the clock.
     "h200": compare.Plan(
-        families=(*FAMILIES, everywhere(8, 4)),
+        families=(*FAMILIES, everywhere(8, 1), everywhere(8, 4)),
         widths=(128, 256, 512, 1024),
         depth=4,
         horizons=(4 * MILLION, 8 * MILLION, 16 * MILLION, 32 * MILLION),
@@ -190,10 +189,11 @@ def main() -> None:
     if options.clock:
         clock(plan, task, machine, options.results, options.scale)
         return
-    foretold = forecast(plan, task, machine)
-    print(foretold, foretold.refusal(), sep="\n", flush=True)
-    if not options.plan:
-        run(plan, task, machine, options)
+    if options.plan:
+        foretold = forecast(plan, task, machine)
+        print(foretold, foretold.refusal() or "", sep="\n")
+        return
+    run(plan, task, machine, options)
 
 
 if __name__ == "__main__":
