@@ -13,8 +13,6 @@ from einlinear.lab.summary import Summary
 with extra("lab"):
     import altair as alt
 
-EVEN = "load, in even shares (1: as much as every other expert; 0: dead)"
-
 
 @dataclass(frozen=True)
 class FamilyHealth:
@@ -88,13 +86,17 @@ def load_chart(summary: Summary) -> Specification:
         for layer, found in json.loads(health.run.routers).items()
         for expert, share in enumerate(found["load"])
     ]
-    families, layers = ({row[name]: None for row in rows} for name in ("family", "layer"))
+    families = {row["family"]: None for row in rows}
+    # In the order of the model, as a family knows it that has experts in every layer.
+    layers = max(([row["layer"] for row in rows if row["family"] == name] for name in families), key=len, default=[])
+    layers = list(dict.fromkeys([*layers, *(row["layer"] for row in rows)]))
+    names = alt.Axis(title=None, labelLimit=230, grid=True, labelExpr="replace(datum.label, 'blocks.', '')")
     ticks = (
         plotted(rows)
         .mark_tick(thickness=2, size=9, opacity=0.75)
         .encode(
-            x=alt.X("load:Q", scale=alt.Scale(domainMin=0), axis=alt.Axis(title=EVEN)),
-            y=alt.Y("layer:N", sort=list(layers), axis=alt.Axis(title=None, labelLimit=230, grid=True)),
+            x=alt.X("load:Q", scale=alt.Scale(domainMin=0), axis=alt.Axis(title="load, in even shares", tickCount=8)),
+            y=alt.Y("layer:N", sort=layers, axis=names),
             yOffset=alt.YOffset("family:N", sort=list(families)),
             color=_families(summary, rows),
             tooltip=["family:N", "layer:N", "expert:Q", alt.Tooltip("load:Q", format=".2f")],
@@ -107,7 +109,7 @@ def load_chart(summary: Summary) -> Specification:
 def entropy_chart(summary: Summary) -> Specification:
     """Entropy over training: the mean over the layers of each family's largest run, and all of them as a band."""
     rows = _over_training(summary)
-    colour, x = _families(summary, rows), _tokens()
+    colour, x = _families(summary, rows, columns=1), _tokens()
     band = plotted(rows).mark_area(opacity=0.13).encode(x=x, y="least:Q", y2="most:Q", color=colour)
     line = (
         plotted(rows)
@@ -142,7 +144,7 @@ def dead_chart(summary: Summary) -> Specification:
         .encode(
             x=_tokens(),
             y=alt.Y("share:Q", scale=alt.Scale(domain=[0, top]), axis=axis),
-            color=_families(summary, rows),
+            color=_families(summary, rows, columns=1),
             strokeDash=alt.StrokeDash("kind:N", sort=list(kinds.values()), title=None, legend=legend),
             tooltip=["family:N", "kind:N", alt.Tooltip("tokens:Q", format="~s"), alt.Tooltip("share:Q", format=".2%")],
         )
@@ -178,8 +180,8 @@ def _tokens() -> alt.X:
     return alt.X("tokens:Q", axis=alt.Axis(title="training tokens", format="~s", tickCount=5))
 
 
-def _families(summary: Summary, rows: Rows) -> alt.Color:
+def _families(summary: Summary, rows: Rows, **legend: int) -> alt.Color:
     """Each family in its own colour, those without routers left out of the legend."""
     there = {row["family"] for row in rows}
     shown = [family.family for family in summary.families if family.family in there]
-    return coloured(summary).legend(values=shown)
+    return coloured(summary).legend(values=shown, labelLimit=320, **legend)
