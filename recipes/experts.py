@@ -1,94 +1,199 @@
-"""Experts in every layer against the standard mixture, dense layers and BTT, for the same compute.
+"""Experts in every linear layer against the standard mixture, dense layers and BTT, for the same compute.
 
-    python recipes/experts.py --task text --paths corpus/ --device cuda   # as often as it takes
-    python recipes/experts.py --health                                    # routers on `bytes`
+    python recipes/experts.py --plan                  # what it takes here, before any of it is trained
+    python recipes/experts.py                         # small, on a CPU
+    python recipes/experts.py --scale h200 --task text --paths corpus/ --workers 4 --minutes 9
+    python recipes/experts.py --health                # routers of 16 experts on `bytes`, 1000 steps
+    python recipes/experts.py --clock                 # seconds of a step, where the machine was busy with other things
 
-Every call goes on where the last one stopped: finished runs are found in the store, one in progress beside it. The
-report is written again after each call. Families, rates and horizons are tuned and measured alike (docs/laws.md).
+Every call goes on where the last one stopped, killed or out of its minutes: finished runs are found in the store,
+those in progress beside it. Families, rates and horizons are tuned and measured alike (docs/laws.md). Afterwards
+`recipes/experts_page.py` writes figures and tables of docs/experts.md from the results. See recipes/README.md.
 """
 
 import argparse
-from dataclasses import replace
+import csv
+import json
+import signal
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 
-import einlinear as el
 from einlinear.lab import compare
 from einlinear.lab.data import Task, load
+from einlinear.lab.forecast import forecast
 from einlinear.lab.machine import Machine
 from einlinear.lab.report import write_report
+from einlinear.lab.run import Run
 from einlinear.lab.store import Store
-from einlinear.lab.train import Recipe, Training, Trunk
+from einlinear.lab.train import Recipe, Training, Trunk, train
+
+STANDARD = "moe(experts=8, active=2)"
+
+
+def everywhere(experts: int, active: int) -> str:
+    """BTT-MoE: experts of rank one in every linear layer."""
+    return f"mixture(of='btt', experts={experts}, active={active})"
+
 
 FAMILIES = (
     "dense",
     "btt",
     "btt(rank=2)",  # the FLOPs of two active experts, without a choice
-    "moe(experts=8, active=2)",
-    *(f"mixture(of='btt', experts={experts}, active=2)" for experts in (4, 8, 16)),
+    STANDARD,
+    *(everywhere(experts, 2) for experts in (4, 8, 16)),
 )
-MILLION = 1_000_000
-
-
-def plan(task: Task, device: str) -> compare.Plan:
-    """Four budgets over more than 1.5 decades on a GPU; a small one elsewhere."""
-    if not device.startswith("cuda"):
-        return replace(compare.default_plan(task, device), families=FAMILIES)
-    return compare.Plan(
+THOUSAND, MILLION = 1_000, 1_000_000
+PLANS = {
+    # Four budgets over 1.6 decades for every family.
+    "small": compare.Plan(
         families=FAMILIES,
-        widths=(128, 256, 384, 512, 768, 1024),
-        depth=4,
-        horizons=(20 * MILLION, 60 * MILLION, 200 * MILLION, 600 * MILLION),
-        rates=(2**-9, 2**-8, 2**-7),
-        tuning=200 * MILLION,
-        recipe=Recipe(batch=128, base_width=256, base_depth=4, head=64, warmup=200, precision="bfloat16"),
-        context=256,
+        widths=(32, 64, 128),
+        depth=2,
+        horizons=(40 * THOUSAND, 80 * THOUSAND, 160 * THOUSAND, 320 * THOUSAND),
+        rates=(2**-8, 2**-7, 2**-6),
+        tuning=160 * THOUSAND,
+        recipe=Recipe(batch=16, base_width=64, base_depth=2, warmup=10),
+        context=64,
         seeds=(0, 1),
+    ),
+    # Four budgets over 2 decades and more; width 1024 is where experts begin to pay by the clock.
+    "h200": compare.Plan(
+        families=(*FAMILIES, everywhere(8, 1), everywhere(8, 4)),
+        widths=(128, 256, 512, 1024),
+        depth=4,
+        horizons=(4 * MILLION, 8 * MILLION, 16 * MILLION, 32 * MILLION),
+        rates=(2**-9, 2**-8, 2**-7),
+        tuning=16 * MILLION,
+        recipe=Recipe(batch=64, base_width=256, base_depth=4, head=64, warmup=50, precision="bfloat16"),
+        context=256,
+        seeds=(0, 1, 2),
+    ),
+}
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+LEFT_OUT = ("curve", "routers", "spec")  # what the store keeps and a table of results does not
+HEALTHY = ("mixture(of='btt', experts=16, active=2)", "moe(experts=16, active=2)")
+REPEATS = 3  # of a timing, between those of all others
+
+
+def run(plan: compare.Plan, task: Task, machine: Machine, options: argparse.Namespace) -> None:
+    """Trains until all is done or the minutes are over; writes what there is either way."""
+    if options.minutes:
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 60 * options.minutes)
+    with Store(options.store) as store:
+        folder = Path(options.store).with_suffix(".parts")
+        try:
+            compare.compare(plan, task, store, machine=machine, folder=folder, progress=told)
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on from here", flush=True)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        runs = store.runs()
+    write_report(runs, options.report, command="python recipes/experts.py", plan=plan)
+    names = [field.name for field in fields(Run) if field.name not in LEFT_OUT]
+    write(
+        options.results / f"experts_{options.scale}.csv", ({name: getattr(run, name) for name in names} for run in runs)
     )
-
-
-def health(steps: int, width: int) -> None:
-    """Loads of all routers of a small model while it trains: on each 100 steps, from every tenth batch."""
-    recipe = Recipe(batch=16, base_width=width, base_depth=1)
-    trunk = Trunk(family=FAMILIES[-1], width=width, depth=1, rate=2**-7, seed=0, horizons=(steps,), recipe=recipe)
-    training = Training(trunk, load("bytes", context=64))
-    loads: dict[str, list[torch.Tensor]] = {}
-    for _ in training.advance(steps):
-        for name, found in el.router_statistics(training.model).items():
-            loads.setdefault(name, []).append(torch.tensor(found.load))
-        if training.step % 100 == 0:
-            for name, seen in loads.items():
-                mean = torch.stack(seen).mean(0)
-                told = f"load {mean.min():.3f} to {mean.max():.3f}, {int((mean == 0).sum())} of {len(mean)} dead"
-                print(f"step {training.step:5}  loss {training.curve[-1][1]:.3f}  {name:40} {told}", flush=True)
-            loads = {}
 
 
 def told(progress: compare.Progress) -> None:
     if run := progress.run:
-        print(f"{progress.runs}/{progress.total} {run.family} width {run.width} {run.status} {run.loss}", flush=True)
+        left = f", {progress.seconds_left / 60:.0f} minutes left" if progress.seconds_left else ""
+        outcome = run.status if run.loss is None else f"{run.loss:.4f}"
+        what = f"{run.family} width {run.width} {run.tokens} tokens rate {run.rate:.4g} seed {run.seed} ({run.purpose})"
+        print(f"{progress.runs}/{progress.total} {what}: {outcome}{left}", flush=True)
+
+
+def health(steps: int, seeds: Iterable[int], results: Path) -> None:
+    """Routers of the lab's GPT with its defaults while it trains: every window of training, and loads at its end."""
+    task = load("bytes", context=64)
+    recipe = Recipe(batch=16, base_width=64, base_depth=1)
+    windows: list[dict[str, object]] = []
+    loads: list[dict[str, object]] = []
+    for family in HEALTHY:
+        for seed in seeds:
+            trunk = Trunk(family=family, width=64, depth=1, rate=2**-7, seed=seed, horizons=(steps,), recipe=recipe)
+            (run,) = train(trunk, task)
+            print(f"{family} seed {seed}: loss {run.loss}", flush=True)
+            for layer, found in json.loads(run.routers).items():
+                about = {"family": family, "seed": seed, "layer": layer}
+                by_window = zip(*found["history"].values(), strict=True)
+                windows += [about | dict(zip(found["history"], values, strict=True)) for values in by_window]
+                loads += [about | {"expert": e, "load": share} for e, share in enumerate(found["load"])]
+            write(results / "experts_health.csv", windows)
+            write(results / "experts_loads.csv", loads)
+
+
+def clock(plan: compare.Plan, task: Task, machine: Machine, results: Path, scale: str) -> None:
+    """Seconds of a step of every family and width, on a CPU those of the processor; all timed in turn, then again.
+
+    On a machine that others use, the wall time of a run says when it ran and not what it takes.
+    """
+    torch.set_num_threads(machine.threads)
+    now = time.process_time if machine.device == "cpu" else time.perf_counter
+    seen: dict[tuple[str, int], list[float]] = {}
+    for _ in range(REPEATS):
+        for trunk in plan.trunks(task, dict.fromkeys(plan.families, plan.rates[0])):
+            if trunk.seed != plan.seeds[0]:
+                continue
+            training = Training(trunk, task, machine)
+            begun = now()
+            steps = sum(training.advance(20))
+            seen.setdefault((trunk.family, trunk.width), []).append((now() - begun) / steps)
+    rows = (
+        {"family": family, "width": width, "seconds": statistics.median(found)}
+        for (family, width), found in seen.items()
+    )
+    write(results / f"experts_{scale}_clock.csv", rows)
+
+
+def write(file: Path, rows: Iterable[dict[str, object]]) -> None:
+    """A table of results; rows have the same columns."""
+    found = list(rows)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="") as out:
+        writer = csv.DictWriter(out, list(found[0]) if found else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=PLANS, default="small")
+    parser.add_argument("--seeds", type=int, help="how many; a later call with more of them adds to it")
     parser.add_argument("--task", default="bytes")
     parser.add_argument("--paths", nargs="*", type=Path, default=[])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=1, help="trunks trained at once, also on one GPU")
+    parser.add_argument("--minutes", type=float, help="after which it stops and keeps what it is at")
     parser.add_argument("--store", default="runs/experts.sqlite")
     parser.add_argument("--report", type=Path, default=Path("runs/experts.html"))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of CSVs")
+    parser.add_argument("--plan", action="store_true", help="say what it takes, instead")
+    parser.add_argument("--clock", action="store_true", help="time a step of each, instead")
     parser.add_argument("--health", type=int, nargs="?", const=1000, help="steps to watch routers for, instead")
     options = parser.parse_args()
+    plan = PLANS[options.scale]
+    if options.seeds:
+        plan = replace(plan, seeds=tuple(range(options.seeds)))
     if options.health:
-        health(options.health, 64)
+        torch.set_num_threads(1)
+        health(options.health, plan.seeds, options.results)
         return
-    task = load(options.task, paths=options.paths)
-    wanted = plan(task, options.device)
-    folder = Path(options.store).with_suffix(".parts")
-    with Store(options.store) as store:
-        runs = compare.compare(wanted, task, store, machine=Machine.here(options.device), folder=folder, progress=told)
-    options.report.parent.mkdir(parents=True, exist_ok=True)
-    write_report(runs, options.report, command="python recipes/experts.py", plan=wanted)
+    task = plan.cut(load(options.task, paths=options.paths))
+    machine = replace(Machine.here(options.device), workers=options.workers)
+    if options.clock:
+        clock(plan, task, machine, options.results, options.scale)
+        return
+    if options.plan:
+        foretold = forecast(plan, task, machine)
+        print(foretold, foretold.refusal() or "", sep="\n")
+        return
+    run(plan, task, machine, options)
 
 
 if __name__ == "__main__":

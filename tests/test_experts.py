@@ -281,6 +281,10 @@ def test_saved_and_loaded(tmp_path):
         ),
         (lambda: el.Linear(8, 8, "btt", experts=4, active=2).to_dense(), "another map for each token"),
         (lambda: el.Mixture("btt", 2, 3), "choose active between 1 and 2"),
+        (lambda: el.Linear(8, 8, "btt", experts=4, active=1.5), "with 1.5 active entries: it has 4"),
+        (lambda: el.Linear(8, 8, "btt", experts=4, active="2"), "with '2' active entries: it has 4"),
+        (lambda: el.Mixture("btt", 4.0, 2), "experts=4.0, but it counts something"),
+        (lambda: el.structure("mixture(of='btt', experts=4, active='2')"), "active='2', but it counts something"),
     ],
 )
 def test_errors_are_one_sentence(make, says):

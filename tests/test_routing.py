@@ -140,6 +140,36 @@ def test_losses_survive_checkpointing_and_compilation(monkeypatch):
                 assert_close(found, want)
 
 
+@pytest.mark.parametrize("options", [{}, {"choice": "expert"}, {"capacity": 0.5}, {"jitter": 0.1}], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_every_kind_of_router_is_trained_alike_under_checkpointing(options, autocast):
+    model, x = Two(), torch.randn(5, 3, 8)
+    for layer in model.layers:
+        layer.router = drawn(8, 4, 2, **options)
+
+    def run(x: Tensor) -> Tensor:
+        torch.manual_seed(3)  # of the jitter
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            return model(x).float()
+
+    wanted = gradients(model, run, x)
+    model.checkpointed = True
+    for found, want in zip(gradients(model, run, x), wanted, strict=True):
+        assert_close(found, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"choice": "expert"}, {"capacity": 0.5}], ids=str)
+def test_a_batch_without_tokens_has_finite_losses_and_statistics(options):
+    router = drawn(6, 4, 2, **options)
+    router(torch.randn(0, 3, 6))
+    assert el.router_statistics(router)[""] == el.routing.RouterStatistics((0.0,) * 4, 0.0, 0.0, 0)
+    loss = el.balance_loss(router)
+    loss.backward()
+    el.rebalance(router)
+    assert loss == 0 and (router.weight.grad == 0).all()
+    assert router.bias is None or (router.bias == 0).all()
+
+
 def test_what_is_recomputed_records_nothing():
     model = Two(checkpointed=True)
     gradients(model, model, torch.randn(5, 8))
@@ -235,7 +265,9 @@ def test_statistics_name_the_dead():
     "arguments, options, says",
     [
         ((6, 4, 5), {}, "choose active between 1 and 4"),
-        ((6, 4, 0), {}, "choose active between 1 and 4"),
+        ((6, 4, 0), {}, "of 0 of 4 experts: pass two integers of at least 1"),
+        ((6, 4, 1.5), {}, "of 1.5 of 4 experts: pass two integers"),
+        ((6, "4", 2), {}, "of 2 of '4' experts: pass two integers"),
         ((6, 4, 2), {"choice": "token choice"}, "pass 'token' or 'expert'"),
         ((6, 4, 2), {"capacity": 0.0}, "capacity=0.0"),
         ((6, 4, 2), {"jitter": 1.0}, "jitter=1.0"),
@@ -254,3 +286,5 @@ def test_complex_logits_have_no_order():
 def test_an_input_that_does_not_fit():
     with pytest.raises(el.StructureError, match="its last dimension must be 6"):
         el.Router(6, 4, 2)(torch.randn(3, 5))
+    with pytest.raises(el.StructureError, match=r"an input of shape \(\)"):
+        el.Router(6, 4, 2)(torch.tensor(1.0))

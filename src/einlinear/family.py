@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from einlinear.structure import PADDING_TOLERANCE, Structure, StructureError
+from einlinear.structure import PADDING_TOLERANCE, Structure, StructureError, is_count
 
 _families: dict[str, type["Family"]] = {}
 
@@ -43,11 +43,11 @@ class Family(ABC):
         _families[name] = cls
 
     def __post_init__(self) -> None:
-        """Refuses counts below one (ranks, blocks, cores), whatever the family."""
+        """Refuses what is no count of at least one (ranks, blocks, cores, experts), whatever the family."""
         for field in fields(self):
             value = getattr(self, field.name)
             for count in value if isinstance(value, tuple) else (value,):
-                if isinstance(count, int) and count < 1:
+                if (isinstance(count, int) or field.type is int) and not is_count(count):
                     raise StructureError(
                         f"cannot make the family {_short_name(type(self))}: {field.name}={value!r}, "
                         f"but it counts something; pass an integer of at least 1"

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from einlinear.kernels import Routing
 from einlinear.kernels.select import TIE, route, routes
-from einlinear.structure import StructureError
+from einlinear.structure import StructureError, is_count
 
 SHARPNESS = 8.0
 """Logits are this over the width times the sum over features: at any width they then move alike at a step of the
@@ -71,8 +71,10 @@ class Router(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        doing = f"cannot make a router of {active} of {experts} experts"
-        if not 0 < active <= experts:
+        doing = f"cannot make a router of {active!r} of {experts!r} experts"
+        if not is_count(experts) or not is_count(active):
+            raise StructureError(f"{doing}: pass two integers of at least 1")
+        if active > experts:
             raise StructureError(f"{doing}: choose active between 1 and {experts}")
         if choice not in ("token", "expert"):
             raise StructureError(f"{doing} with choice={choice!r}: pass 'token' or 'expert'")
@@ -96,7 +98,7 @@ class Router(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Routing:
-        if x.shape[-1] != self.d_in:
+        if x.ndim == 0 or x.shape[-1] != self.d_in:
             raise StructureError(
                 f"cannot route an input of shape {tuple(x.shape)}: its last dimension must be {self.d_in}"
             )
@@ -196,10 +198,13 @@ def balance_loss(model: nn.Module, z: float = 0.1) -> Tensor:
                 f"cannot collect the balance loss: the router '{name}' ran without recording gradients; do not run it "
                 f"under torch.no_grad, and checkpoint with use_reentrant=False"
             )
-        loss = z * logits.logsumexp(-1).square().mean()
+        # Sums over counts, where a mean over no tokens would be no number.
+        tokens = max(1, logits.shape[0])
+        loss = z * logits.logsumexp(-1).square().sum() / tokens
         if router.choice == "token":
             load = _counts(index, router.experts)
-            loss = loss + router.experts * (logits.softmax(-1).mean(0) * load / load.sum().clamp(min=1)).sum()
+            share = logits.softmax(-1).sum(0) / tokens
+            loss = loss + router.experts * (share * load / load.sum().clamp(min=1)).sum()
         losses.append(loss)
         router.latest, router.collected = None, Choices(logits.detach(), index)
     if not losses:
@@ -238,15 +243,17 @@ def router_statistics(model: nn.Module) -> dict[str, RouterStatistics]:
         if seen is None:
             continue
         logits, index = seen
+        count, choices = max(1, logits.shape[0]), max(1, index.numel())
         share = logits.log_softmax(-1)
-        entropy = -(share.exp() * share).sum(-1).mean() / math.log(max(2, router.experts))
+        entropy = -(share.exp() * share).sum() / (count * math.log(max(2, router.experts)))
         if router.choice == "expert":
-            load = torch.full((router.experts,), 1 / router.experts)
-            dropped = (_counts(index, logits.shape[0]) == 0).float().mean()
+            load = index.new_full((router.experts,), index.shape[1], dtype=torch.float32) / choices
+            dropped = (_counts(index, logits.shape[0]) == 0).sum() / count
         else:
-            load = _counts(index, router.experts) / max(1, index.numel())
-            dropped = (index == router.experts).float().mean()
-        found[name] = RouterStatistics(tuple(load.tolist()), float(entropy), float(dropped), logits.shape[0])
+            load = _counts(index, router.experts) / choices
+            dropped = (index == router.experts).sum() / choices
+        numbers = torch.cat([load, torch.stack([entropy, dropped])]).tolist()  # the one wait for the device
+        found[name] = RouterStatistics(tuple(numbers[:-2]), *numbers[-2:], logits.shape[0])
     return found
 
 

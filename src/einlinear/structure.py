@@ -144,9 +144,9 @@ class Structure:
                 f"cannot route axis '{axis}' of {self}: no factor carries it, so a gate would choose nothing; "
                 f"route an axis of a factor"
             )
-        if not 0 < active <= self.sizes[axis]:
+        if not is_count(active) or active > self.sizes[axis]:
             raise StructureError(
-                f"cannot route axis '{axis}' of {self} with {active} active entries: "
+                f"cannot route axis '{axis}' of {self} with {active!r} active entries: "
                 f"it has {self.sizes[axis]}; choose active between 1 and {self.sizes[axis]}"
             )
         return replace(self, routed=axis, active=active)
@@ -161,7 +161,7 @@ class Structure:
             raise StructureError(
                 f"cannot make experts of {self!r}: its axis '{self.routed}' is routed already, and a map has one such"
             )
-        if isinstance(experts, bool) or not isinstance(experts, int) or experts < 1:
+        if not is_count(experts):
             raise StructureError(f"cannot make {experts!r} experts of {self}: pass an integer of at least 1")
         axis = next(
             name for name in ("expert", *(f"expert{k}" for k in range(len(self.sizes)))) if name not in self.sizes
@@ -298,6 +298,11 @@ class Structure:
         return f"Structure.parse({str(self)!r}, {sizes}){pad}{gate}"
 
 
+def is_count(value: object) -> bool:
+    """Whether it counts something: an integer of at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def _axes_of(operands: Iterable[Axes]) -> Axes:
     """Every axis of `operands` once, in order of first use."""
     return tuple(dict.fromkeys(axis for axes in operands for axis in axes))
@@ -323,7 +328,7 @@ def _check(expression: str, x: Axes, factors: list[Axes], y: Axes, sizes: dict[s
             if axis not in sizes:
                 _reject(expression, place, f"axis '{axis}' has no size; pass {axis}=...")
             size = sizes[axis]
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            if not is_count(size):
                 _reject(expression, place, f"axis '{axis}' has size {size!r}; pass an integer of at least 1")
     if unused := sorted(set(sizes) - set(carriers)):
         raise StructureError(

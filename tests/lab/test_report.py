@@ -9,14 +9,15 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 
 import pytest
 from rich.console import Console
 
 from einlinear.lab.report import live, page, print_summary, save_figure, watch, write_report
-from einlinear.lab.report.maps import places, router_rows
+from einlinear.lab.report.maps import places
+from einlinear.lab.report.routers import family_health
 from einlinear.lab.run import Run
 from einlinear.lab.summary import answer, summary
 
@@ -121,19 +122,37 @@ def test_structures_lie_where_their_exponents_say(study):
     assert "my own layer" not in {row["family"] for row in places(summary(foreign))}
 
 
-def test_router_health_is_shown_when_runs_carry_it(study, tmp_path):
-    @dataclass(frozen=True, kw_only=True)
-    class Routed(Run):
-        routers: str = ""
+def routed(study: list[Run]) -> list[Run]:
+    """The study, one of whose structures has two layers of four experts; the last one of the first layer died."""
+    history = {"tokens": [10, 20], "entropy": [1.0, 0.6], "busiest": [0.3, 0.5], "idlest": [0.2, 0.0]}
+    history |= {"dead": [0, 1], "dropped": [0.0, 0.02]}
+    dying = {"load": [0.5, 0.3, 0.2, 0.0], "entropy": 0.6, "dropped": 0.02, "history": history}
+    even = {"load": [0.25] * 4, "entropy": 0.8, "dropped": 0.0, "history": history | {"dead": [0, 0]}}
+    text = json.dumps({"blocks.0.mlp": dying, "blocks.1.mlp": even})
+    return [replace(run, routers=text) if run.family == "btt(rank=1)" else run for run in study]
 
-    health = json.dumps({"blocks.0.mlp": {"load": [0.5, 0.3, 0.2, 0.0], "entropy": 0.6, "dropped": 0.02}})
-    routed = [Routed(**{f.name: getattr(run, f.name) for f in fields(run)}, routers=health) for run in study]
-    row = router_rows(routed)[0]
-    assert (row["busiest"], row["dead"], row["experts"], row["entropy"]) == (2.0, 1, 4, 0.6)
-    write_report(routed, tmp_path / "r.html")
+
+def test_router_health_is_shown_when_runs_carry_it(study, tmp_path):
+    runs = routed(study)
+    (health,) = family_health(summary(runs))
+    assert (health.family, health.run.width, health.layers, health.experts) == ("btt(rank=1)", 512, 2, 8)
+    assert (health.dead, health.worst, health.busiest, health.idlest, health.entropy) == (1, 1, 2.0, 0.0, 0.7)
+    assert (health.runs_with_dead, health.runs) == (8, 8)
+    write_report(runs, tmp_path / "r.html")
     parsed = Page((tmp_path / "r.html").read_text())
-    assert "Router health" in parsed.words and 'id="routers"' in parsed.source
-    assert router_rows(study) == []
+    assert "Some runs end with dead experts" in parsed.words and "1 of 8" in parsed.words
+    charts = json.loads(next(script for script in parsed.scripts if script.startswith("{")))
+    assert all(f'id="{name}"' in parsed.source for name in charts)
+    loads, dead = ([row for rows in charts[name]["datasets"].values() for row in rows] for name in ("loads", "dead"))
+    assert [row["load"] for row in loads if row.get("layer") == "blocks.0.mlp"] == [2.0, 1.2, 0.8, 0.0]
+    assert [row["share"] for row in dead if row["kind"] == "dead experts"] == [0, 1 / 8]
+    table = list(csv.DictReader(io.StringIO(_decoded(parsed.loads[-1]))))
+    assert len(table) == 2 * sum(run.family == "btt(rank=1)" for run in study)
+    assert (table[0]["layer"], table[0]["dead"], table[0]["busiest"]) == ("blocks.0.mlp", "1", "2.0")
+
+
+def test_without_experts_nothing_is_said_of_routers(study, parsed):
+    assert family_health(summary(study)) == [] and "Router health" not in parsed.words
 
 
 def test_the_law_card_is_on_the_page_and_below_it(study, parsed):

@@ -53,7 +53,7 @@ def old(tmp_path: Path) -> Path:
 def test_a_store_of_the_first_version_is_migrated(old: Path) -> None:
     with Store(old) as store:
         assert store.runs() == [RUN]
-        assert store.runs()[0].spec == ""
+        assert (store.runs()[0].spec, store.runs()[0].routers) == ("", "{}")
         assert not store.add(RUN)
         assert store.add(replace(RUN, seed=1, spec="Structure.parse('i, o i -> o', i=64, o=64)"))
     with closing(sqlite3.connect(old)) as connection:
@@ -183,7 +183,7 @@ def test_a_server_s_table_is_migrated_refused_or_left_alone(url: str) -> None:
             connection.exec_driver_sql(statement)
 
     Store(url).add(RUN)
-    do("ALTER TABLE runs DROP COLUMN spec")
+    do("ALTER TABLE runs DROP COLUMN spec, DROP COLUMN routers")
     do("UPDATE einlinear_store SET schema = 1")
     assert Store(url).runs() == [RUN]
     do("UPDATE einlinear_store SET schema = 99")

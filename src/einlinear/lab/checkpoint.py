@@ -3,12 +3,15 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 from torch import Tensor
+
+from einlinear.lab.health import Window
 
 
 @dataclass(frozen=True)
@@ -16,13 +19,14 @@ class State:
     """All that a training run needs to go on exactly as if it had never stopped.
 
     The data's cursor is `step`, since batches are functions of it. `curve` holds [tokens, training loss] pairs,
-    `seconds` the time of training so far.
+    `seconds` the time of training so far, `health` what was seen of routers.
     """
 
     step: int
     seconds: float
     curve: list[tuple[int, float]]
     tensors: dict[str, Tensor]
+    health: list[Window] = field(default_factory=list)
 
 
 def save(path: Path, states: Mapping[str, State]) -> None:
@@ -31,7 +35,9 @@ def save(path: Path, states: Mapping[str, State]) -> None:
     Raises OSError, saying so, where there is no room or no permission.
     """
     tensors = {f"{name}/{key}": value for name, state in states.items() for key, value in state.tensors.items()}
-    metadata = {name: json.dumps([state.step, state.seconds, state.curve]) for name, state in states.items()}
+    metadata = {
+        name: json.dumps([state.step, state.seconds, state.curve, state.health]) for name, state in states.items()
+    }
     partial = _partial(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,9 +71,10 @@ def load(path: Path) -> dict[str, State]:
         ) from error
     states = {}
     for name, text in metadata.items():
-        step, seconds, curve = json.loads(text)
+        step, seconds, curve, *health = json.loads(text)  # which files of older versions lack
         mine = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
-        states[name] = State(step, seconds, [(tokens, loss) for tokens, loss in curve], mine)
+        seen = [(tokens, looks, sums) for tokens, looks, sums in chain(*health)]
+        states[name] = State(step, seconds, [(tokens, loss) for tokens, loss in curve], mine, seen)
     return states
 
 

@@ -34,6 +34,7 @@ class Run:
     seconds: float = 0.0  # wall time of the training steps alone, evaluation excluded
     trunk: str = ""  # runs that share a trunk are horizons of one training run, hence dependent
     curve: str = "[]"  # JSON list of [tokens, training loss]
+    routers: str = "{}"  # JSON: what `health.Health` tells of each routed layer; {} without experts
 
     device: str = ""
     versions: str = "{}"  # JSON: einlinear, torch, python

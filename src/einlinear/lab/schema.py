@@ -21,6 +21,7 @@ DAMAGED = "The file is damaged: restore a copy, or move it away and give the sam
 
 MIGRATIONS = {
     1: ("ALTER TABLE runs ADD COLUMN spec TEXT NOT NULL DEFAULT ''",),
+    2: ("ALTER TABLE runs ADD COLUMN routers TEXT NOT NULL DEFAULT '{}'",),
 }
 """What takes a store of a version to the next one: statements that every database understands."""
 

@@ -24,6 +24,7 @@ import einlinear as el
 from einlinear.lab import checkpoint, models
 from einlinear.lab.checkpoint import State
 from einlinear.lab.data import Sequences, Task
+from einlinear.lab.health import Health
 from einlinear.lab.models import Architecture, counted
 from einlinear.lab.parallel import World, put, shard, whole
 from einlinear.lab.run import Run
@@ -173,7 +174,7 @@ def train(
                 raise KeyboardInterrupt
 
     def record(horizon: int, **results: object) -> None:
-        measured = {} if training is None else {"seconds": training.seconds, "curve": _thinned(training.curve)}
+        measured = {} if training is None else training.measured()
         facts = _provenance(execution.device, world.size) | measured | results
         runs.append(replace(trunk.run(task, horizon), **facts))  # type: ignore[arg-type]
         if first:
@@ -236,7 +237,7 @@ class Training:
             half=half and not sharded,  # where it shards, FSDP2 makes the copies
             execution=execution, world=self.world,
         )  # fmt: skip
-        self.step, self.seconds, self.curve = 0, 0.0, list[tuple[int, float]]()
+        self.step, self.seconds, self.curve, self.health = 0, 0.0, list[tuple[int, float]](), Health()
         # What is done once, such as compilation, is not training time.
         first = self.update.prepare(*self._batch(0))
         self.ceiling = self.world.mean(first).item() + MARGIN
@@ -255,7 +256,9 @@ class Training:
             mean = self.world.mean(torch.stack(losses).mean()).item()  # the one wait for the device
             self.seconds += time.perf_counter() - started
             done, self.step = end - self.step, end
-            self.curve.append((end * self.trunk.recipe.tokens(self.task), mean))
+            tokens = end * self.trunk.recipe.tokens(self.task)
+            self.curve.append((tokens, mean))
+            self.health.look(tokens, el.router_statistics(self.update.working))
             if not mean <= self.ceiling:
                 raise Failure("diverged", f"training loss {mean:.4g} at step {end} of {until}")
             yield done
@@ -286,7 +289,7 @@ class Training:
     def state(self) -> State:
         """A copy of everything that the next step depends on."""
         copies = {name: whole(tensor) for name, tensor in self._tensors()}
-        return State(self.step, self.seconds, list(self.curve), copies)
+        return State(self.step, self.seconds, list(self.curve), copies, list(self.health.windows))
 
     def load(self, state: State) -> None:
         """Goes back (or on) to where a state was taken, in place; the state stays as it is."""
@@ -295,6 +298,12 @@ class Training:
                 put(tensor, state.tensors[name])
         self.update.renew()
         self.step, self.seconds, self.curve = state.step, state.seconds, list(state.curve)
+        self.health = Health(list(state.health))
+
+    def measured(self) -> dict[str, object]:
+        """What a run keeps of the training so far. Of several processes, the first one's tokens tell of routers."""
+        routers = json.dumps(self.health.told())
+        return {"seconds": self.seconds, "curve": _thinned(self.curve), "routers": routers}
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Parameters, the optimizer's state and the biases of routers, by name."""

@@ -1,15 +1,12 @@
-"""Two further figures: families in the space of structures, and how mixtures spread their tokens."""
+"""Families in the space of structures."""
 
-import json
 import math
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import einlinear as el
 from einlinear.lab.extras import extra
-from einlinear.lab.report.charts import INK, Rows, Specification, coloured, finished, plotted, shaped
-from einlinear.lab.run import Run
+from einlinear.lab.report.charts import INK, Rows, Specification, finished, plotted
 from einlinear.lab.summary import Summary
 
 with extra("lab"):
@@ -64,37 +61,3 @@ def taxonomy_chart(summary: Summary) -> Specification:
     )  # fmt: skip
     names = base.mark_text(align="left", dx=14, color=INK, fontSize=12).encode(text="family:N")
     return finished(alt.layer(dots, names), 320, "Families by their exponents")
-
-
-def router_rows(runs: Sequence[Run]) -> Rows:
-    """One row per run and routed layer, from what the run says of its routers.
-
-    `routers` is JSON: {layer: {"load": [share of each expert], "entropy": 0 to 1, "dropped": share}}, as
-    `einlinear.router_statistics` counts them; runs without it have no row.
-    """
-    rows: Rows = []
-    for run in runs:
-        layers = json.loads(getattr(run, "routers", "") or "{}")
-        for layer, found in layers.items():
-            load = [float(share) for share in found["load"]]
-            rows.append({
-                "family": run.family, "width": run.width, "tokens": run.tokens, "seed": run.seed, "layer": layer,
-                "busiest": max(load) * len(load), "dead": sum(share == 0 for share in load), "experts": len(load),
-                "entropy": float(found["entropy"]), "dropped": float(found["dropped"]),
-            })  # fmt: skip
-    return rows
-
-
-def router_chart(summary: Summary) -> Specification:
-    """Each routed layer's busiest expert against an even share, over how undecided its router is."""
-    rows = router_rows([run for run in summary.runs if run.purpose == "measure"])
-    base = plotted(rows).mark_point(size=70, filled=True, opacity=0.8)
-    chart = base.encode(
-        x=alt.X("entropy:Q", scale=alt.Scale(domain=[0, 1]),
-                axis=alt.Axis(title="entropy of the router (1: undecided)")),
-        y=alt.Y("busiest:Q", axis=alt.Axis(title="load of the busiest expert, in even shares")),
-        color=coloured(summary), shape=shaped(summary),
-        tooltip=["family:N", "layer:N", "width:Q", "tokens:Q", alt.Tooltip("busiest:Q", format=".2f"), "dead:Q",
-                 "experts:Q", alt.Tooltip("dropped:Q", format=".1%")],
-    )  # fmt: skip
-    return finished(alt.layer(chart), 280, "Router health")

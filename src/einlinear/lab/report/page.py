@@ -9,7 +9,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,8 @@ from einlinear.lab.report.charts import (
     multiplier_chart,
     tuning_chart,
 )
-from einlinear.lab.report.maps import places, router_chart, router_rows, taxonomy_chart
+from einlinear.lab.report.maps import places, taxonomy_chart
+from einlinear.lab.report.routers import dead_chart, entropy_chart, family_health, load_chart, router_rows
 from einlinear.lab.run import Run
 from einlinear.lab.summary import Summary, answer, sentences, summary
 
@@ -69,9 +70,11 @@ def write_report(
     }
     if places(found):
         charts["taxonomy"] = taxonomy_chart(found)
-    if router_rows(runs):
-        charts["routers"] = router_chart(found)
+    routers = family_health(found)
+    if routers:
+        charts |= {"loads": load_chart(found), "entropy": entropy_chart(found), "dead": dead_chart(found)}
     card = _card(runs, baseline)
+    names = [field.name for field in fields(Run) if field.name not in ("curve", "routers")]  # the store keeps them
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("einlinear.lab.report", "."),
         autoescape=True,
@@ -93,12 +96,14 @@ def write_report(
         plan=_flat(asdict(plan)) if plan is not None else {},
         command=command,
         card=card,
+        routers=routers,
         refresh=refresh,
         downloads={
-            "runs.csv": _data("text/csv", _csv(runs)),
+            "runs.csv": _data("text/csv", _csv([{name: getattr(run, name) for name in names} for run in runs])),
             "summary.json": _data("application/json", _json(found)),
             "law_card.json": _data("application/json", json.dumps(card, indent=1)),
-        },
+        }
+        | ({"routers.csv": _data("text/csv", _csv(router_rows(runs)))} if routers else {}),
     )
     _replace(Path(path), page.encode(), "report")
 
@@ -227,13 +232,12 @@ def _data(kind: str, text: str) -> str:
     return f"data:{kind};charset=utf-8;base64,{base64.b64encode(text.encode()).decode()}"
 
 
-def _csv(runs: Sequence[Run]) -> str:
-    """All fields of all runs but the training curves, which the store keeps."""
-    names = [field.name for field in fields(Run) if field.name != "curve"]
+def _csv(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows of the same columns."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows([getattr(run, name) for name in names] for run in runs)
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return text.getvalue()
 
 

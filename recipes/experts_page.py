@@ -1,0 +1,162 @@
+"""Figures and tables of docs/experts.md from the results of recipes/experts.py: `python recipes/experts_page.py`."""
+
+import csv
+import json
+import re
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+from experts import PLANS, RESULTS, STANDARD, everywhere
+
+from einlinear.lab.laws import Axis, multiplier
+from einlinear.lab.report import save_figure
+from einlinear.lab.report.charts import INK, Specification, finished, plotted
+from einlinear.lab.report.page import quantity, save_picture
+from einlinear.lab.run import Run
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = DOCS / "experts.md"
+NAMES = {STANDARD: "standard mixture, E = 8"} | {everywhere(e, 2): f"BTT-MoE, E = {e}" for e in (4, 8, 16)}
+BASELINES = ("dense", STANDARD, "btt(rank=2)")
+AXES: tuple[Axis, ...] = ("flops", "seconds")
+
+
+def read(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as rows:
+        return list(csv.DictReader(rows))
+
+
+def results(scale: str) -> list[Run]:
+    """The runs of a scale; their seconds are steps times what a step was timed to take (`experts.clock`)."""
+    kinds: dict[str, Any] = {field.name: field.type for field in fields(Run)}
+    runs = []
+    for row in read(RESULTS / f"experts_{scale}.csv"):
+        loss = float(row.pop("loss")) if row["loss"] else None
+        runs.append(Run(loss=loss, **{name: kinds[name](value) for name, value in row.items()}))
+    file = RESULTS / f"experts_{scale}_clock.csv"
+    if not file.exists():
+        return runs
+    timed = {(row["family"], int(row["width"])): float(row["seconds"]) for row in read(file)}
+    return [replace(run, seconds=timed[run.family, run.width] * run.tokens / _batch(run)) for run in runs]
+
+
+def _batch(run: Run) -> int:
+    setup = json.loads(run.setup)
+    return int(setup["batch"] * setup["context"])
+
+
+def table(scale: str) -> str:
+    """Every family's multipliers over each baseline, with intervals, and its best loss."""
+    runs = results(scale)
+    heads = [f"over {NAMES.get(base, base)}" for base in BASELINES]
+    lines = [
+        "| | runs | best loss | base rate | " + " | ".join(f"{head}: FLOPs | seconds" for head in heads) + " |",
+        "|---|---|---|---|" + "---|---|" * len(BASELINES),
+    ]
+    for family in dict.fromkeys(run.family for run in runs):
+        own = [run for run in runs if run.family == family and run.purpose == "measure" and run.loss is not None]
+        if not own:
+            continue
+        best = min(run.loss for run in own if run.loss is not None)
+        cells = [NAMES.get(family, family), f"{len(own)}", f"{best:.3f}", f"{own[0].rate:.4g}"]
+        for base in BASELINES:
+            for axis in AXES:
+                cells.append("1" if family == base else str(multiplier(runs, family, base, axis)))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def verdict(scale: str) -> str:
+    """The claim in one sentence: BTT-MoE against dense and the standard mixture, by training FLOPs."""
+    runs, words, told = results(scale), set[str](), []
+    for base in BASELINES[:2]:
+        found = {family: multiplier(runs, family, base, "flops") for family in NAMES if family != STANDARD}
+        words |= {"no value" if one.reason else one.verdict for one in found.values()}
+        each = ", ".join(f"{one} with {NAMES[family].removeprefix('BTT-MoE, ')}" for family, one in found.items())
+        told.append(f"over {NAMES.get(base, base)} BTT-MoE reaches {each}")
+    said = {("better",): "Holds", ("worse",): "Does not hold"}.get(tuple(words), "Undecided")
+    return f"**{said} at this scale**: at equal loss, by training FLOPs, {'; '.join(told)}."
+
+
+def protocol(scale: str) -> str:
+    """What was trained, in numbers."""
+    plan, runs = PLANS[scale], results(scale)
+    measured = [run for run in runs if run.purpose == "measure" and run.status == "done"]
+    seeds = sorted({run.seed for run in measured})
+    flops = [run.flops for run in measured]
+    widths, horizons = ({getattr(run, name) for run in measured} for name in ("width", "tokens"))
+    return (
+        f"{len(runs)} runs, of them {len(runs) - len(measured)} to tune or failed: `{runs[0].task}`, GPTs of depth "
+        f"{plan.depth} and widths {', '.join(map(str, sorted(widths)))}, batches of "
+        f"{_batch(runs[0])} tokens, horizons of {', '.join(map(quantity, sorted(horizons)))} tokens "
+        f"(each a cooled-down branch), seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, "
+        f"{quantity(min(flops))} to {quantity(max(flops))} training FLOPs, on {runs[0].device}; commit "
+        f"{runs[0].commit[:7]}."
+    )
+
+
+def health_chart() -> Specification:
+    """The loads of the busiest and the idlest expert of each router over training, in even shares."""
+    rows = [
+        {"layer": row["layer"].removeprefix("blocks.0."), "tokens": int(row["tokens"]), "expert": which,
+         "load": max(16 * float(row[which]), 0.01)}
+        for row in read(RESULTS / "experts_health.csv") if row["family"] == everywhere(16, 2) and row["seed"] == "0"
+        for which in ("busiest", "idlest")
+    ]  # fmt: skip
+    lines = (
+        plotted(rows)
+        .mark_line(strokeWidth=1.8)
+        .encode(
+            x=alt.X("tokens:Q", axis=alt.Axis(title="training tokens", format="~s")),
+            y=alt.Y("load:Q", scale=alt.Scale(type="log", domain=[0.05, 8], clamp=True),
+                    axis=alt.Axis(title="load, in even shares", values=[0.05, 0.1, 0.25, 0.5, 1, 2, 4])),
+            color=alt.Color("layer:N", title=None, scale=alt.Scale(range=["#d55e00", "#0072b2", "#009e73", "#cc79a7"])),
+            strokeDash=alt.StrokeDash("expert:N", title=None),
+        )
+    )  # fmt: skip
+    even = plotted([{"load": 1}]).mark_rule(color=INK, strokeDash=[2, 3], opacity=0.7).encode(y="load:Q")
+    return finished(alt.layer(even, lines), 300, "Loads of the busiest and the idlest expert over training")
+
+
+def health_table() -> str:
+    """Each router at the end of 1000 steps, and the windows of training in which it left an expert idle."""
+    lines = [
+        "| | router | experts | least and most loaded | dead | entropy | windows with an idle expert |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    windows, loads = read(RESULTS / "experts_health.csv"), read(RESULTS / "experts_loads.csv")
+    for family, seed, layer in dict.fromkeys((row["family"], row["seed"], row["layer"]) for row in loads):
+        own, seen = (
+            [row for row in rows if (row["family"], row["seed"], row["layer"]) == (family, seed, layer)]
+            for rows in (loads, windows)
+        )
+        shares = [float(row["load"]) for row in own]
+        idle = sum(row["dead"] != "0" for row in seen)
+        lines.append(
+            f"| {family.partition('(')[0]} | {layer.removeprefix('blocks.0.')} | {len(own)} | {min(shares):.1%} to "
+            f"{max(shares):.1%} | {shares.count(0.0)} | {float(seen[-1]['entropy']):.2f} | {idle} of {len(seen)} |"
+        )
+    return "\n".join(lines)
+
+
+PARTS = {"health": health_table} | {
+    f"{part.__name__} {scale}": partial(part, scale) for scale in ("small",) for part in (protocol, table, verdict)
+}
+
+
+def main() -> None:
+    text = PAGE.read_text()
+    for name, part in PARTS.items():
+        text = re.sub(
+            rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, part=part: m[1] + part() + "\n" + m[2], text, flags=re.S
+        )
+    PAGE.write_text(text)
+    save_picture(health_chart(), DOCS / "img" / "experts_health.svg")
+    save_figure(results("small"), DOCS / "img" / "experts_small.svg")
+
+
+if __name__ == "__main__":
+    main()
