@@ -10,7 +10,7 @@ end it writes the raw runs and the page. What a study trains is data, at two sca
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -50,16 +50,20 @@ def powers(first: int, last: int) -> tuple[float, ...]:
     return tuple(2.0**power for power in range(first, last + 1))
 
 
-def landscape(task: str, plan: Plan, rates: Sequence[float], **rule: object) -> tuple[Experiment, ...]:
-    """A plan at each rate, without any tuning, by a rule of rates."""
-    plan = replace(plan, recipe=replace(plan.recipe, **rule))
+def landscape(task: str, plan: Plan, rates: Sequence[float]) -> tuple[Experiment, ...]:
+    """A plan at each rate, without any tuning."""
     return tuple(Experiment(task=task, plan=replace(plan, rates=(rate,))) for rate in rates)
 
 
-def both_rules(task: str, plan: Plan, aware: Sequence[float], naive: Sequence[float]) -> tuple[Experiment, ...]:
-    """The landscape by the structure-aware rule and, without dense, for which both are one, by the naive one."""
-    structured = replace(plan, families=plan.families[1:])
-    return (*landscape(task, plan, aware), *landscape(task, structured, naive, structure_aware=False))
+def both_rules(
+    task: str, plan: Plan, grids: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+) -> tuple[Experiment, ...]:
+    """Each family over its rates for the structure-aware rule, then over those for the naive one."""
+    aware = [replace(plan, families=(family,)) for family in grids]
+    naive = [replace(one, recipe=replace(plan.recipe, structure_aware=False)) for one in aware]
+    first = [landscape(task, one, rates) for one, (rates, _) in zip(aware, grids.values(), strict=True)]
+    second = [landscape(task, one, rates) for one, (_, rates) in zip(naive, grids.values(), strict=True)]
+    return tuple(experiment for part in (*first, *second) for experiment in part)
 
 
 def reversing(task: str, plan: Plan, *shares: float) -> tuple[Experiment, ...]:
@@ -88,18 +92,35 @@ RATES = Study(
         "small": both_rules(
             "teacher",
             Plan(
-                families=("dense", "btt", "kronecker"), widths=(16, 64, 256), depth=2, horizons=(200 * 256,),
-                rates=(1.0,), tuning=1, recipe=MLP, seeds=(0, 1),
+                families=("dense",), widths=(16, 64, 256), depth=2, horizons=(200 * 256,), rates=(1.0,), tuning=1,
+                recipe=MLP, seeds=(0, 1),
             ),
-            aware=powers(-12, -7), naive=powers(-9, -5),
+            {
+                "dense": (powers(-12, -7), ()),
+                "btt": (powers(-12, -7), powers(-9, -5)),
+                "kronecker": (powers(-11, -5), powers(-9, -3)),
+            },
+        ),
+        "gpt": both_rules(  # the structure-aware rule alone: the first thing that ran on a GPU
+            "bytes",
+            Plan(
+                families=("dense",), widths=(32, 64, 128, 256, 512), depth=2, horizons=(300 * 16 * 128,), rates=(1.0,),
+                tuning=1, recipe=replace(GPT, batch=16), context=128, seeds=(0, 1),
+            ),
+            dict.fromkeys(("dense", "btt(rank=2)", "monarch(blocks=4)"), (powers(-9, -3), ())),
         ),
         "full": both_rules(
             "text",
             Plan(
-                families=("dense", "btt", "kronecker", "monarch(blocks=16)"), widths=(128, 512, 2048), depth=4,
-                horizons=(8 * MILLION,), rates=(1.0,), tuning=1, recipe=WIDE_GPT, context=256, seeds=(0, 1),
+                families=("dense",), widths=(128, 512, 2048), depth=4, horizons=(8 * MILLION,), rates=(1.0,), tuning=1,
+                recipe=WIDE_GPT, context=256, seeds=(0, 1),
             ),
-            aware=powers(-11, -5), naive=powers(-10, -4),
+            {
+                "dense": (powers(-11, -5), ()),
+                "btt": (powers(-11, -5), powers(-9, -3)),
+                "kronecker": (powers(-11, -5), powers(-9, -3)),
+                "monarch(blocks=16)": (powers(-11, -5), powers(-9, -3)),
+            },
         ),
     },
     judge=rate_transfer,
@@ -171,7 +192,7 @@ REVERSE = Study(
             "text",
             Plan(
                 families=("dense", "monarch(blocks=16)"), widths=(256, 512, 1024), depth=4,
-                horizons=(20 * MILLION, 60 * MILLION, 180 * MILLION), rates=powers(-9, -7), tuning=60 * MILLION,
+                horizons=(15 * MILLION, 45 * MILLION, 135 * MILLION), rates=powers(-9, -7), tuning=45 * MILLION,
                 recipe=WIDE_GPT, context=256, seeds=(0, 1),
             ),
             0.2, 0.5,
@@ -216,8 +237,8 @@ ORDER = Study(
         ),
         "full": (
             Experiment(task="text", plan=Plan(
-                families=POINTS, widths=(128, 256, 512, 1024), depth=4,
-                horizons=(20 * MILLION, 60 * MILLION, 180 * MILLION), rates=powers(-9, -7), tuning=60 * MILLION,
+                families=POINTS, widths=(128, 256, 512), depth=4,
+                horizons=(10 * MILLION, 30 * MILLION, 90 * MILLION), rates=powers(-9, -7), tuning=30 * MILLION,
                 recipe=WIDE_GPT, context=256, seeds=(0, 1),
             )),
         ),
@@ -236,7 +257,7 @@ def told(progress: compare.Progress) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--scale", choices=("small", "full"), default="small")
+    parser.add_argument("--scale", default="small", help="small, full, or another that the study has")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=0, help="processes that train; 0: this one alone")
     parser.add_argument("--paths", nargs="*", default=[], help="files and folders of the text that `full` trains on")

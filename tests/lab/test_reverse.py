@@ -108,7 +108,7 @@ def test_the_finish_is_part_of_what_a_run_is_and_earlier_keys_stay(task: Sequenc
 
 
 def test_a_finish_shorter_than_the_cooldown_is_refused() -> None:
-    with pytest.raises(ValueError, match="finish_dense=0.1: a dense finish takes the cooldown"):
+    with pytest.raises(ValueError, match=r"finish_dense=0\.1: a dense finish takes the cooldown"):
         replace(RECIPE, finish_dense=0.1)
 
 

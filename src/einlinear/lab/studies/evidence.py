@@ -1,5 +1,6 @@
 """What runs say about a claim: inequalities with intervals, and the verdict that follows from them."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,6 +29,8 @@ class Part:
         return f"within ±{self.bound:.3g}" if self.claimed == "within" else f"{self.claimed} {self.bound:.3g}"
 
     def __str__(self) -> str:
+        if math.isnan(self.value):
+            return f"{self.what} was not measured, claimed {self.asked}"
         return f"{self.what} is {self.value:.3g} ({self.low:.3g} to {self.high:.3g}), claimed {self.asked}"
 
     @property

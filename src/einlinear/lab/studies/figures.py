@@ -19,13 +19,17 @@ def landscape_figure(means: Mapping[tuple[str, int], Mapping[float, float]]) -> 
     for (name, width), cells in means.items():
         best = min(cells, key=lambda rate: cells[rate])
         rows += [
-            {"family": name, "width": width, "rate": rate, "loss": math.exp(loss), "best": rate == best}
+            {"family": name, "width": width, "power": math.log2(rate), "loss": math.exp(loss), "best": rate == best}
             for rate, loss in cells.items()
             if math.isfinite(loss)
         ]
     names = list(dict.fromkeys(row["family"] for row in rows))
+    powers = sorted({row["power"] for row in rows})
     x = alt.X(
-        "rate:Q", title="base rate", scale=alt.Scale(type="log", base=2), axis=alt.Axis(format=".1e", tickCount=5)
+        "power:Q",
+        title="base rate",
+        scale=alt.Scale(domain=[min(powers) - 0.3, max(powers) + 0.3], nice=False),
+        axis=alt.Axis(values=powers[:: 2 if len(powers) > 6 else 1], labelExpr="'2^' + datum.value"),
     )
     y = logarithmic(alt.Y, "loss", "validation loss", [row["loss"] for row in rows], "~g")
     colour = alt.Color("width:O", title="width", scale=alt.Scale(scheme="viridis"))
@@ -40,7 +44,7 @@ def landscape_figure(means: Mapping[tuple[str, int], Mapping[float, float]]) -> 
 
 
 def cost_figure(panels: Mapping[str, Sequence[Mapping[str, Any]]], titles: tuple[str, str]) -> dict[str, Any]:
-    """Loss over cost, a panel for each comparison; rows have `family`, `cost`, `loss` and `hull`, whether on its line."""
+    """Loss over cost, a panel for each comparison; rows have `family`, `cost`, `loss`, and `hull` where on its line."""
     names = list(dict.fromkeys(row["family"] for rows in panels.values() for row in rows))
     scale = alt.Scale(domain=names, range=[DARK, *COLOURS][: len(names)])
     colour = alt.Color("family:N", title=None, scale=scale)

@@ -16,6 +16,9 @@ from einlinear.lab.train import CHUNK, Training, Trunk
 
 ROUNDS = 7  # in which all models are timed in turns
 
+H200_RATE = 0.25 * 728e12  # FLOPs a second: a quarter of what large matmuls reach in bfloat16
+H200_STEP = 3e-3  # seconds that a step takes at least, as a CUDA graph
+
 
 def foretold(experiments: Sequence[Experiment], machine: Machine) -> str:
     """Runs, FLOPs and minutes on this machine, going by ten steps of each structure; an experiment a line."""
@@ -35,6 +38,28 @@ def foretold(experiments: Sequence[Experiment], machine: Machine) -> str:
         share = one.plan.recipe.finish_dense
         lines.append(f"{one.task}, rates {rates[0]:.3g} to {rates[-1]:.3g}{rule}, dense finish {share:g}: {text}")
     return "\n".join([*lines, f"in all about {minutes:.1f} minutes on {machine.device}, tuning that has to grow aside"])
+
+
+def expected(experiments: Sequence[Experiment]) -> str:
+    """Runs, steps and FLOPs, tuning that has to grow aside, and a guess of the minutes on an H200.
+
+    Texts are not read: their models are those of the bytes of any other.
+    """
+    runs = steps = flops = 0
+    seconds = 0.0
+    for one in experiments:
+        plan = one.plan
+        task = plan.cut(one.data if one.task != "text" else replace(one, task="bytes").data)
+        trunks = [*plan.trials(task), *plan.trunks(task, dict.fromkeys(plan.families, 1.0))]
+        runs += sum(len(trunk.horizons) for trunk in trunks)
+        for trunk in trunks:
+            of_step = trunk.run(task, 1000).flops / 1000
+            steps += trunk.steps
+            flops += round(of_step * trunk.steps)
+            seconds += trunk.steps * max(H200_STEP, of_step / H200_RATE)
+    return (
+        f"{runs} runs, {steps:,} steps, {flops:.2g} training FLOPs; on an H200 a guess of {seconds / 60:.0f} minutes."
+    )
 
 
 def priced(runs: Sequence[Run], experiments: Sequence[Experiment], machine: Machine) -> list[Run]:
