@@ -86,6 +86,16 @@ def test_factors_take_the_dense_rate_times_their_own(family: el.Family, optimize
         assert group["lr"] * group["weight_decay"] == pytest.approx(0.1)  # all factors decay as dense does
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+def test_the_naive_rule_gives_factors_the_rate_of_their_dense_layer(optimizer: str) -> None:
+    options = {"readout": "head", "optimizer": optimizer, "width_mult": 4}
+    naive = by_name(el.parameter_groups(Model(64), 0.1, structure_aware=False, **options))
+    dense = by_name(el.parameter_groups(Model(64, None), 0.1, **options))
+    for name, group in naive.items():
+        same = name.replace("factors.0", "weight").replace("factors.1", "weight")
+        assert group["lr"] == dense[same]["lr"], name
+
+
 def test_every_trained_parameter_is_in_one_group_and_groups_are_few() -> None:
     model = Model(depth=6)
     model.norm.bias.requires_grad_(False)

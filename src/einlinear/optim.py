@@ -63,6 +63,7 @@ def parameter_groups(
     depth_mult: float = 1.0,
     depth_alpha: float = 1.0,
     roles: Mapping[str, Role] | None = None,
+    structure_aware: bool = True,
     decoupled: bool = False,
     decay_vectors: bool = True,
     eps: float | None = None,
@@ -102,6 +103,8 @@ def parameter_groups(
         roles: roles of parameters by patterns of their names, where modules are of a kind not known
             or to overrule: `{"*.positions": "embedding"}`. The `nn.Linear` that reads pixels is an
             "embedding" too.
+        structure_aware: False gives each factor the rate of the dense layer that it replaces, whatever its fans:
+            the naive rule, to compare with.
         decoupled: leave decay undivided, for optimizers that do not multiply it by the rate.
         decay_vectors: whether vectors and scalars are decayed too.
         eps: Adam's ε at the tuned size; each group's is scaled as its gradients are.
@@ -129,7 +132,8 @@ def parameter_groups(
         # Muon orthogonalises what maps width to width; AdamW updates the rest.
         by = "adamw" if optimizer == "muon" and use.role != "hidden" else optimizer
         depth = depth_mult if use.in_block and use.role not in ("embedding", "readout", "gain", "router") else 1.0
-        mult = _width_rate(use, by, width_mult) * _depth_rate(by, depth, depth_alpha)
+        known_as = use if structure_aware else replace(use, index=None)
+        mult = _width_rate(known_as, by, width_mult) * _depth_rate(by, depth, depth_alpha)
         first, known = seen.setdefault(id(use.parameter), (use.name, mult))
         if known != mult:
             raise ValueError(

@@ -118,7 +118,7 @@ class BlockedRunner:
         views = [size for link in self.links for size in link.view]
         arguments = x, weights, bias, self.specs, views, self.width, self.block
         recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights))
-        if recorded or bias is not None and bias.requires_grad or torch.compiler.is_compiling():
+        if recorded or (bias is not None and bias.requires_grad) or torch.compiler.is_compiling():
             y: Tensor = blocked(*arguments)
             return y
         return _blocked(*arguments)  # starting the operator takes as long as some ten tokens

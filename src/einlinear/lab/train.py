@@ -27,6 +27,7 @@ from einlinear.lab.data import Sequences, Task
 from einlinear.lab.health import Health
 from einlinear.lab.models import Architecture, counted
 from einlinear.lab.parallel import World, put, shard, whole
+from einlinear.lab.reverse import multiplied_out
 from einlinear.lab.run import Run
 from einlinear.lab.step import PLAIN, Execution, Step
 from einlinear.optim import parameter_groups
@@ -44,6 +45,13 @@ class Recipe:
     `batch` counts sequences (or examples), `warmup` steps; `cooldown` is a share of the horizon. Rates are those
     of a model of `base_width`, and branches weigh one in a model of `base_depth`. Batches of a few sequences want
     a larger `beta2` (Porian et al. 2024, https://arxiv.org/abs/2406.19146).
+
+    `finish_dense` is the last share of a horizon, for which a structured model goes on as the dense one that computes
+    the same: reverse sparsification (Dao et al. 2022, "Monarch", https://arxiv.org/abs/2204.00595). It is no shorter
+    than the cooldown. Without `structure_aware` factors are trained at the rate of the dense layer they replace.
+
+    Raises:
+        ValueError: for a dense finish that is shorter than the cooldown.
     """
 
     batch: int
@@ -57,6 +65,24 @@ class Recipe:
     beta2: float = 0.95
     clip: float = 1.0
     precision: Literal["float32", "bfloat16"] = "float32"  # of all but parameters and their updates
+    finish_dense: float = 0.0
+    structure_aware: bool = True
+
+    def __post_init__(self) -> None:
+        if self.finish_dense and not self.cooldown <= self.finish_dense <= 1:
+            raise ValueError(
+                f"Training with finish_dense={self.finish_dense}: a dense finish takes the cooldown (the last "
+                f"{self.cooldown:g} of a run) or more, up to 1; or 0 for none."
+            )
+
+    @property
+    def setup(self) -> dict[str, object]:
+        """Every setting by name. What runs stored before could not know is left out where it is as it was then."""
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in ("finish_dense", "structure_aware") or value != getattr(Recipe, name)
+        }
 
     def tokens(self, task: Task) -> int:
         """Tokens (or examples) of one step."""
@@ -88,25 +114,38 @@ class Trunk:
         bases = {"base_width": recipe.base_width, "base_depth": recipe.base_depth, "head": recipe.head}
         return Architecture(family=self.family, width=self.width, depth=self.depth, **bases)
 
+    @property
+    def finish(self) -> "Trunk":
+        """The trunk whose model its branches train."""
+        return replace(self, family="dense") if self.recipe.finish_dense else self
+
     def branch(self, horizon: int) -> int:
+        """The step at which a horizon leaves the trunk: to cool down, or before that to go on dense."""
+        return _from_end(horizon, max(self.recipe.cooldown, self.recipe.finish_dense))
+
+    def cooldown(self, horizon: int) -> int:
         """The step at which the cooldown towards a horizon starts."""
-        return horizon - max(1, round(self.recipe.cooldown * horizon))
+        return _from_end(horizon, self.recipe.cooldown)
 
     def run(self, task: Task, horizon: int) -> Run:
         """The run that a horizon will be: its key, its trunk and its exact costs, with nothing measured yet.
 
         A backward pass costs two forward passes.
         """
-        setup = asdict(self.recipe) | ({"context": task.context} if isinstance(task, Sequences) else {})
+        setup = self.recipe.setup | ({"context": task.context} if isinstance(task, Sequences) else {})
         run = Run(
             task=task.name, fingerprint=task.fingerprint, family=self.family, width=self.width, depth=self.depth,
             tokens=0, rate=self.rate, seed=self.seed, purpose=self.purpose, setup=json.dumps(setup, sort_keys=True),
         )  # fmt: skip
         trunk = sha256(json.dumps(run.key).encode()).hexdigest()[:16]
-        tokens, (parameters, forward) = horizon * self.recipe.tokens(task), counted(task, self.architecture)
-        flops, linear_flops = (3 * tokens * part for part in (forward.total, forward.linear))
+        first, of_step = max(0, self.branch(horizon)), self.recipe.tokens(task)
+        (_, forward), (parameters, ending) = (counted(task, part.architecture) for part in (self, self.finish))
+        flops, linear_flops = (
+            3 * of_step * (first * before + (horizon - first) * after)
+            for before, after in ((forward.total, ending.total), (forward.linear, ending.linear))
+        )
         return replace(
-            run, tokens=tokens, trunk=trunk, spec=repr(el.structure(self.family)(self.width, self.width)),
+            run, tokens=horizon * of_step, trunk=trunk, spec=repr(el.structure(self.family)(self.width, self.width)),
             parameters=parameters, flops=flops, linear_flops=linear_flops,
         )  # fmt: skip
 
@@ -158,10 +197,9 @@ def train(
     kept = world.agreed(checkpoint.load(file) if file and first else {})
     saved = time.monotonic()
 
-    def advance(name: str, until: int, branch: int | None = None) -> None:
+    def advance(training: Training, name: str, until: int, cooldown: int | None = None) -> None:
         nonlocal saved
-        assert training is not None
-        for steps in training.advance(until, branch):
+        for steps in training.advance(until, cooldown):
             if first:
                 tell(steps)
             told, due = world.agreed((stop(), file is not None and time.monotonic() - saved > execution.patience))
@@ -173,7 +211,7 @@ def train(
             if told:
                 raise KeyboardInterrupt
 
-    def record(horizon: int, **results: object) -> None:
+    def record(training: Training | None, horizon: int, **results: object) -> None:
         measured = {} if training is None else training.measured()
         facts = _provenance(execution.device, world.size) | measured | results
         runs.append(replace(trunk.run(task, horizon), **facts))  # type: ignore[arg-type]
@@ -188,22 +226,24 @@ def train(
             kept = {}
         while waiting:
             horizon, branch = waiting[0], trunk.branch(waiting[0])
-            advance("trunk", branch)
+            advance(training, "trunk", branch)
             kept["trunk"] = training.state()
+            finish = training
             try:
+                finish = training.finish() if trunk.recipe.finish_dense else training
                 name = f"horizon {horizon}"
                 if name in kept:
-                    training.load(kept[name])
-                advance(name, horizon, branch)
-                results: dict[str, object] = {"loss": training.evaluate()}
+                    finish.load(kept[name])
+                advance(finish, name, horizon, trunk.cooldown(horizon))
+                results: dict[str, object] = {"loss": finish.evaluate()}
             except (Failure, RuntimeError) as error:
                 results = _failed(error)
-            record(waiting.pop(0), **results)
+            record(finish, waiting.pop(0), **results)
             kept = {"trunk": kept["trunk"]}
             training.load(kept["trunk"])
     except (Failure, RuntimeError) as error:
         for horizon in waiting:
-            record(horizon, **_failed(error))
+            record(training, horizon, **_failed(error))
     return runs
 
 
@@ -212,7 +252,7 @@ class Training:
 
     def __init__(self, trunk: Trunk, task: Task, execution: Execution = PLAIN) -> None:
         recipe, architecture = trunk.recipe, trunk.architecture
-        self.trunk, self.task, self.world = trunk, task, World.here()
+        self.trunk, self.task, self.execution, self.world = trunk, task, execution, World.here()
         self.device = torch.device(execution.device)
         if recipe.batch % (parts := self.world.size * execution.accumulate):
             raise ValueError(
@@ -228,6 +268,7 @@ class Training:
         groups = parameter_groups(
             self.model, trunk.rate, recipe.weight_decay, readout="readout", roles=self.model.roles,
             width_mult=architecture.width_mult, depth_mult=architecture.depth_mult,
+            structure_aware=recipe.structure_aware,
         )  # fmt: skip
         optimizer = torch.optim.AdamW(
             groups, betas=(recipe.beta1, recipe.beta2), fused=True, capturable=execution.graphed
@@ -241,6 +282,13 @@ class Training:
         # What is done once, such as compilation, is not training time.
         first = self.update.prepare(*self._batch(0))
         self.ceiling = self.world.mean(first).item() + MARGIN
+
+    def finish(self) -> "Training":
+        """The training of the model that branches train, from where this one stands."""
+        other = Training(self.trunk.finish, self.task, self.execution)
+        other.load(multiplied_out(self.state(), self.model))
+        other.ceiling = self.ceiling
+        return other
 
     def advance(self, until: int, branch: int | None = None) -> Iterator[int]:
         """Trains to the step `until`, cooling down from the step `branch` on; yields numbers of steps done.
@@ -324,6 +372,11 @@ def schedule(step: int, warmup: int, branch: int | None, horizon: int) -> float:
     if branch is not None and step >= branch:
         return 1 - math.sqrt((step - branch) / (horizon - branch))
     return min(1.0, (step + 1) / warmup) if warmup else 1.0
+
+
+def _from_end(horizon: int, share: float) -> int:
+    """The step at which the last share of a horizon starts, at least one step of it."""
+    return horizon - max(1, round(share * horizon))
 
 
 def _window(task: Task) -> int:

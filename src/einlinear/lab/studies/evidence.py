@@ -1,0 +1,89 @@
+"""What runs say about a claim: inequalities with intervals, and the verdict that follows from them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Outcome = Literal["holds", "fails", "open"]
+Verdict = Literal["holds", "does not hold", "undecided"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One inequality that a claim says, and what was measured: a value with its 95 % interval.
+
+    It is claimed that the value lies above or below `bound`, or within it on both sides of zero.
+    """
+
+    what: str
+    value: float
+    low: float
+    high: float
+    claimed: Literal["above", "below", "within"]
+    bound: float
+
+    @property
+    def asked(self) -> str:
+        """What is claimed of the value, in words."""
+        return f"within ±{self.bound:.3g}" if self.claimed == "within" else f"{self.claimed} {self.bound:.3g}"
+
+    def __str__(self) -> str:
+        if math.isnan(self.value):
+            return f"{self.what} was not measured, claimed {self.asked}"
+        return f"{self.what} is {self.value:.3g} ({self.low:.3g} to {self.high:.3g}), claimed {self.asked}"
+
+    @property
+    def outcome(self) -> Outcome:
+        """Only an interval that lies on one side decides; one that does not exist (NaN) leaves all open."""
+        low, high, bound = self.low, self.high, self.bound
+        match self.claimed:
+            case "above":
+                holds, fails = low > bound, high < bound
+            case "below":
+                holds, fails = high < bound, low > bound
+            case "within":
+                holds, fails = -bound < low <= high < bound, low > bound or high < -bound
+        return "holds" if holds else "fails" if fails else "open"
+
+
+def verdict(parts: Sequence[Part]) -> Verdict:
+    """A claim holds where all it says holds, and does not where anything it says fails."""
+    outcomes = {part.outcome for part in parts}
+    if "fails" in outcomes:
+        return "does not hold"
+    return "holds" if outcomes == {"holds"} else "undecided"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Numbers for readers, already in words."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What a study found: the parts of its claim, tables, a figure (Vega-Lite), and what a reader should know."""
+
+    parts: tuple[Part, ...]
+    tables: tuple[Table, ...]
+    figure: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the parts say together."""
+        return verdict(self.parts)
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in one sentence, with the numbers that decide it."""
+        found = self.verdict
+        if found == "holds":
+            return f"Holds at this scale: {'; '.join(map(str, self.parts))}."
+        wanted = "fails" if found == "does not hold" else "open"
+        deciding = "; ".join(str(part) for part in self.parts if part.outcome == wanted)
+        return f"{'Undecided' if found == 'undecided' else 'Does not hold at this scale'}: {deciding}."

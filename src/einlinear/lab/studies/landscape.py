@@ -1,0 +1,155 @@
+"""Whether the best base rate stays where it is when the width grows, and what a wrong one costs."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from einlinear.lab.laws.minimise import Floats
+from einlinear.lab.run import Run
+from einlinear.lab.studies.evidence import Finding, Part, Table
+from einlinear.lab.studies.figures import landscape_figure
+from einlinear.lab.studies.protocol import NAIVE, labelled
+
+DRAWS = 4000
+NEAR = 0.3  # cells so far above the best of their width (ln loss) tell the noise; farther up training is erratic
+FLAT = 1e-6  # ln loss per octave squared, from which a curve has a vertex
+STEADY = 0.25  # octaves of the best rate for each doubling of the width: a factor of 2 over 16 times the width
+
+Losses = Mapping[tuple[str, int], Mapping[float, list[float]]]
+"""Label and width, then rate, then ln loss by seed; infinite where a run did not finish."""
+
+
+def rate_transfer(runs: Sequence[Run], baseline: str = "dense") -> Finding:
+    """The drift of each family's best base rate over widths, by the structure-aware rule and by the naive one.
+
+    A best rate is the vertex of a parabola of ln loss over log rate (`best_rates`). Intervals are percentiles over
+    draws of the cells' means, with the noise of a run pooled over cells near the best. Runs of one seed share their
+    start and their data, so that the noise of differences is less: the intervals are on the wide side.
+    """
+    found = gathered(labelled(runs))
+    losses = dict(sorted(found.items(), key=lambda item: (item[0][0] != baseline, item[0])))
+    noise = pooled_noise(losses)
+    random = np.random.default_rng(0)
+    drawn = {key: _drawn(cells, noise, random) for key, cells in losses.items()}
+    labels = list(dict.fromkeys(name for name, _ in losses))
+    drifts = {
+        name: _drift({width: drawn[family, width] for family, width in losses if family == name}) for name in labels
+    }
+    widths = sorted({width for _, width in losses})
+    parts: list[Part] = []
+    rows = []
+    for name in labels:
+        if name == baseline or name.endswith(NAIVE):
+            continue
+        naive = name + NAIVE
+        parts.append(_part(f"the drift of {name}'s best rate (octaves per doubling)", drifts[name], "within", STEADY))
+        more = f"the drift of {name} by the naive rule less that by the structure-aware one"
+        if naive not in labels:
+            nothing = {"value": math.nan, "low": math.nan, "high": math.nan}
+            parts.append(Part(what=more, **nothing, claimed="above", bound=0.0))
+            continue
+        parts.append(_part(more, drifts[naive] - drifts[name], "above", 0))
+        gap = _carried(drawn, naive, widths) - _carried(drawn, name, widths)
+        what = f"the loss (ln) of {name} at width {widths[-1]} with the rate of width {widths[0]}, naive less aware,"
+        parts.append(_part(what, gap, "above", 0))
+    for name in labels:
+        best = [f"2^{_best(*drawn[name, width])[0]:.2f}" for width in widths]
+        lost = _carried(drawn, name, widths) - drawn[name, widths[-1]][1].min(axis=1)
+        rows.append((name, *best, _interval(drifts[name]), _interval(lost, 3)))
+    columns = ("structure", *(f"best rate, width {width}" for width in widths), "drift, octaves per doubling")
+    table = Table(
+        title="Best base rates",
+        columns=(*columns, f"ln loss at width {widths[-1]}: rate of width {widths[0]} over its own best"),
+        rows=tuple(rows),
+    )
+    edges = [f"{name} at width {width}" for name, width in losses if _best(*drawn[name, width])[1]]
+    notes = [f"Noise of one run, pooled: {noise:.3g} in ln loss."]
+    if edges:
+        notes.append(f"Best rate at the edge of the grid, so that it may lie beyond: {', '.join(edges)}.")
+    if failed := sum(run.status != "done" for run in runs):
+        notes.append(f"{failed} of {len(runs)} runs did not finish; their cells count as worse than any other.")
+    means = {key: {rate: float(np.mean(seeds)) for rate, seeds in cells.items()} for key, cells in losses.items()}
+    return Finding(parts=tuple(parts), tables=(table,), figure=landscape_figure(means), notes=tuple(notes))
+
+
+def gathered(runs: Sequence[Run]) -> Losses:
+    """ln losses of runs by family and width, then rate."""
+    losses: dict[tuple[str, int], dict[float, list[float]]] = {}
+    for run in sorted(runs, key=lambda run: (run.width, run.rate)):
+        value = math.log(run.loss) if run.loss else math.inf
+        losses.setdefault((run.family, run.width), {}).setdefault(run.rate, []).append(value)
+    return losses
+
+
+def pooled_noise(losses: Losses) -> float:
+    """Standard deviation of a run's ln loss about its cell, over cells near the best of their width."""
+    squares, freedom = 0.0, 0
+    for cells in losses.values():
+        best = min(np.mean(seeds) for seeds in cells.values())
+        for seeds in cells.values():
+            if len(seeds) > 1 and np.mean(seeds) <= best + NEAR:
+                squares += float(np.var(seeds)) * len(seeds)
+                freedom += len(seeds) - 1
+    if not freedom:
+        raise ValueError("Judging a landscape of rates: no cell has two seeds, so its noise is not known; add a seed.")
+    return math.sqrt(squares / freedom)
+
+
+def _drawn(cells: Mapping[float, list[float]], noise: float, random: np.random.Generator) -> tuple[Floats, Floats]:
+    """log2 of the rates, and draws of the cells' means `[1 + draws, rates]`; the first is what was measured."""
+    means = np.array([np.mean(seeds) for seeds in cells.values()])
+    errors = noise / np.sqrt([len(seeds) for seeds in cells.values()])
+    draws = means + errors * random.normal(size=(DRAWS, len(means)))
+    return np.log2(list(cells)), np.vstack([means, draws])
+
+
+def best_rates(rates: Floats, losses: Floats) -> Floats:
+    """log2 of the best rate for each row of ln losses `[n, rates]`: the vertex of a parabola around the best cell.
+
+    It is fitted to the cells at most two away from the best, and its vertex stays among them.
+    """
+    at, finite = losses.argmin(axis=1), np.isfinite(losses[0])
+    found: Floats = np.asarray(rates, dtype=float)[at]
+    for best in np.unique(at):
+        window = [k for k in range(max(0, best - 2), min(len(rates), best + 3)) if finite[k]]
+        if len(window) < 3:
+            continue
+        rows, x = np.flatnonzero(at == best), rates[window]
+        curvature, slope, _ = np.polyfit(x - rates[best], losses[np.ix_(rows, window)].T, 2)
+        bent = curvature > FLAT
+        vertex = rates[best] - slope[bent] / (2 * curvature[bent])
+        found[rows[bent]] = np.clip(vertex, x.min(), x.max())
+    return found
+
+
+def _best(rates: Floats, losses: Floats) -> tuple[float, bool]:
+    """log2 of the best rate as measured, and whether it lies at the edge of the grid."""
+    return float(best_rates(rates, losses[:1])[0]), int(losses[0].argmin()) in (0, len(rates) - 1)
+
+
+def _drift(of_widths: Mapping[int, tuple[Floats, Floats]]) -> Floats:
+    """Slope of log2 of the best rate over log2 of the width, for each draw."""
+    x = np.log2(list(of_widths))
+    x -= x.mean()
+    best = np.stack([best_rates(*drawn) for drawn in of_widths.values()])
+    slope: Floats = x @ best / (x @ x)
+    return slope
+
+
+def _carried(drawn: Mapping[tuple[str, int], tuple[Floats, Floats]], name: str, widths: Sequence[int]) -> Floats:
+    """ln loss at the largest width with the rate of the grid that is best at the smallest, for each draw."""
+    (small_rates, small), (rates, large) = drawn[name, widths[0]], drawn[name, widths[-1]]
+    at = np.abs(rates[None] - small_rates[small.argmin(axis=1)][:, None]).argmin(axis=1)
+    found: Floats = large[np.arange(len(large)), at]
+    return found
+
+
+def _part(what: str, draws: Floats, claimed: str, bound: float) -> Part:
+    low, high = (float(value) for value in np.percentile(draws[1:], (2.5, 97.5)))
+    return Part(what=what, value=float(draws[0]), low=low, high=high, claimed=claimed, bound=bound)  # type: ignore[arg-type]
+
+
+def _interval(draws: Floats, digits: int = 2) -> str:
+    value, low, high = draws[0], *np.percentile(draws[1:], (2.5, 97.5))
+    return f"{value:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"

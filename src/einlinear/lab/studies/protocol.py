@@ -1,0 +1,138 @@
+"""What is trained for a claim, as data, and its runs as a small table."""
+
+import csv
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from pathlib import Path
+
+from einlinear.lab import compare
+from einlinear.lab.data import Task, load
+from einlinear.lab.machine import Machine
+from einlinear.lab.run import Run
+from einlinear.lab.store import Store
+from einlinear.lab.studies.evidence import Finding
+
+LEFT_OUT = {"curve", "spec", "created"}
+"""Of a run, in the table: long, or derived from the rest. Of the curve its last value stays."""
+
+LAST = "training_loss"
+
+NAIVE = ", naive rates"
+"""At the end of the label of what is trained without structure-aware rates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A comparison that a study takes, on a task. What is not tuned has one rate, as in every `Plan`."""
+
+    task: str
+    plan: compare.Plan
+    paths: tuple[str, ...] = ()
+
+    @property
+    def data(self) -> Task:
+        """The task, in sequences of the plan's length."""
+        return self.plan.cut(_loaded(self.task, self.paths))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A claim, where it was made, what is trained at each scale, and how runs are judged.
+
+    `claim` is the sentence under test and `measure` what is compared with what; both are for readers. `judge` must be a
+    function of the runs alone.
+    """
+
+    name: str
+    title: str
+    claim: str
+    source: str
+    measure: str
+    scales: Mapping[str, tuple[Experiment, ...]]
+    judge: Callable[[Sequence[Run]], Finding] = field(repr=False)
+    priced: bool = False  # whether seconds are part of the claim, and so measured again (`pricing`)
+
+    def experiments(self, scale: str, paths: Sequence[str] = ()) -> tuple[Experiment, ...]:
+        """What is trained at a scale, on these files where its task is a text.
+
+        Raises ValueError where there is no such scale.
+        """
+        if scale not in self.scales:
+            raise ValueError(f"Running the study {self.name!r}: no scale {scale!r}; it has {', '.join(self.scales)}.")
+        given = tuple(paths)
+        return tuple(replace(one, paths=given) if one.task == "text" else one for one in self.scales[scale])
+
+
+@cache
+def _loaded(task: str, paths: tuple[str, ...]) -> Task:
+    return load(task, paths=paths)
+
+
+def label(run: Run) -> str:
+    """The family of a run, with how it was trained where that is not as usual."""
+    setup = json.loads(run.setup)
+    share, aware = setup.get("finish_dense", 0.0), setup.get("structure_aware", True)
+    return run.family + (f", last {share:.0%} dense" if share else "") + ("" if aware else NAIVE)
+
+
+def labelled(runs: Sequence[Run]) -> list[Run]:
+    """The runs with their labels for families, so that laws tell them apart."""
+    return [replace(run, family=label(run)) for run in runs]
+
+
+def measure(
+    experiments: Sequence[Experiment],
+    store: Store,
+    machine: Machine,
+    folder: Path | None = None,
+    progress: Callable[[compare.Progress], object] = lambda progress: None,
+) -> list[Run]:
+    """Every run of a study, from the store or trained now; interrupted, the same call goes on where it stopped."""
+    runs: dict[object, Run] = {}
+    for one in experiments:
+        found = compare.compare(one.plan, one.data, store, machine=machine, folder=folder, progress=progress)
+        runs |= {run.key: run for run in found}
+    return list(runs.values())
+
+
+def write_runs(runs: Sequence[Run], path: Path) -> None:
+    """The runs as CSV, without their curves: of each the training loss at its end stays.
+
+    Raises OSError where the file cannot be written.
+    """
+    names = [one.name for one in fields(Run) if one.name not in LEFT_OUT]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*names, LAST])
+        for run in runs:
+            curve = json.loads(run.curve)
+            values = (getattr(run, name) for name in names)
+            writer.writerow([*("" if value is None else value for value in values), curve[-1][1] if curve else ""])
+
+
+def read_runs(path: Path) -> list[Run]:
+    """The runs of such a table.
+
+    Raises ValueError for a file that is not one.
+    """
+    kinds = {one.name: one.type for one in fields(Run)}
+    readers = {int: int, float: float, str: str, float | None: lambda text: float(text) if text else None}
+    runs = []
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            last = row.pop(LAST, None)
+            if last is None or not row.keys() <= kinds.keys():
+                raise ValueError(f"Reading the runs of a study: {path} has other columns; write it by write_runs.")
+            values = {name: readers[kinds[name]](text) for name, text in row.items()}  # type: ignore[index]
+            curve = json.dumps([[values["tokens"], float(last)]] if last else [])
+            runs.append(Run(**values, curve=curve))  # type: ignore[arg-type]
+    return runs
+
+
+def training_loss(run: Run) -> float | None:
+    """The training loss at the end of a run, over its last ten batches."""
+    curve = json.loads(run.curve)
+    return float(curve[-1][1]) if curve and run.status == "done" else None

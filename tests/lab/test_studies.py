@@ -1,0 +1,330 @@
+"""Claims put to the test: protocols that can be run, verdicts that can say all three, pages that follow from runs."""
+
+import importlib.util
+import json
+import math
+import re
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import einlinear as el
+from einlinear.lab.compare import Plan
+from einlinear.lab.data import tasks
+from einlinear.lab.machine import Machine
+from einlinear.lab.run import Run
+from einlinear.lab.store import Store
+from einlinear.lab.studies import (
+    Experiment,
+    Part,
+    Question,
+    Study,
+    foretold,
+    label,
+    measure,
+    ordering,
+    page,
+    priced,
+    rate_transfer,
+    read_runs,
+    verdict,
+    worth,
+    write_page,
+    write_runs,
+)
+from einlinear.lab.studies.landscape import best_rates
+from einlinear.lab.studies.ordering import rank_correlation, regression
+from einlinear.lab.train import Recipe
+
+ROOT = Path(__file__).parents[2]
+PAGES = ROOT / "docs" / "studies"
+
+
+def recipe() -> dict[str, Study]:
+    spec = importlib.util.spec_from_file_location("claims", ROOT / "recipes" / "claims.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.STUDIES
+
+
+STUDIES = recipe()
+DONE = [
+    (name, scale)
+    for name, study in STUDIES.items()
+    for scale in study.scales
+    if (PAGES / f"{name}-{scale}.csv").exists()
+]
+NUMBER = re.compile(r"-?\d+\.?\d*(?:e[+-]?\d+)?")
+
+
+def part(low: float, high: float, claimed: str = "above", bound: float = 1.0) -> Part:
+    return Part(what="it", value=(low + high) / 2, low=low, high=high, claimed=claimed, bound=bound)
+
+
+# Verdicts.
+
+
+@pytest.mark.parametrize(
+    "claimed, holds, fails, opens",
+    [
+        ("above", (1.1, 2.0), (0.5, 0.9), (0.9, 1.1)),
+        ("below", (0.5, 0.9), (1.1, 2.0), (0.9, 1.1)),
+        ("within", (-0.9, 0.5), (1.1, 3.0), (0.5, 1.5)),
+        ("within", (-0.1, 0.1), (-3.0, -1.1), (-2.0, 2.0)),
+    ],
+)
+def test_a_part_is_decided_by_an_interval_on_one_side_alone(claimed, holds, fails, opens) -> None:
+    found = [part(*interval, claimed).outcome for interval in (holds, fails, opens, (math.nan, math.nan))]
+    assert found == ["holds", "fails", "open", "open"]
+
+
+def test_a_claim_holds_where_all_of_it_does() -> None:
+    holds, fails, open_ = part(1.1, 2.0), part(0.1, 0.2), part(0.5, 1.5)
+    assert verdict([holds, holds]) == "holds"
+    assert verdict([holds, open_]) == verdict([]) == "undecided"
+    assert verdict([holds, open_, fails]) == "does not hold"
+
+
+# Landscapes of rates.
+
+
+def landscape(drift: float, naive: float, noise: float = 0.01, loss: float = 0.0) -> list[Run]:
+    """Parabolas over log2 of the rate whose vertex moves by so many octaves for each doubling of the width."""
+    random = np.random.default_rng(0)
+    runs = []
+    for aware, slope in ((True, drift), (False, naive)):
+        setup = json.dumps({} if aware else {"structure_aware": False})
+        for width in (16, 64, 256):
+            for power in range(-12, -3):
+                for seed in (0, 1):
+                    ln = 0.05 * (power + 8 - slope * math.log2(width / 64)) ** 2 + noise * random.normal() + loss
+                    runs.append(Run(
+                        task="teacher", fingerprint="", family="btt", width=width, depth=1, tokens=1, rate=2.0**power,
+                        seed=seed, setup=setup, loss=math.exp(ln),
+                    ))  # fmt: skip
+    return runs
+
+
+def test_the_vertex_of_a_parabola_is_the_best_rate() -> None:
+    rates = np.arange(-8.0, -2.0)
+    losses = np.array([(rates + 5.3) ** 2, (rates + 8.5) ** 2, np.where(rates < -4, np.inf, rates)])
+    assert best_rates(rates, losses) == pytest.approx([-5.3, -8.0, -4.0])  # outside the grid its edge
+
+
+@pytest.mark.parametrize(
+    "drift, naive, noise, expected",
+    [(0.0, 0.5, 0.002, "holds"), (0.5, 0.6, 0.002, "does not hold"), (0.0, 0.5, 0.4, "undecided")],
+)
+def test_a_landscape_gives_each_verdict(drift, naive, noise, expected) -> None:
+    found = rate_transfer(landscape(drift, naive, noise))
+    assert found.verdict == expected, found.sentence
+    assert len(found.parts) == 3
+    if noise < 0.1:
+        assert found.parts[0].value == pytest.approx(drift, abs=0.05)
+        assert found.parts[1].value == pytest.approx(naive - drift, abs=0.05)
+
+
+def test_runs_that_did_not_finish_are_worse_than_any(simulate) -> None:
+    runs = [replace(run, loss=None, status="diverged") if run.rate > 2**-6 else run for run in landscape(0.0, 0.3)]
+    found = rate_transfer(runs)
+    assert found.parts[0].value == pytest.approx(0, abs=0.05)
+    assert any("did not finish" in note for note in found.notes)
+
+
+# Multipliers.
+
+
+@pytest.mark.parametrize(
+    "truth, noise, expected", [(2.0, 0.002, "holds"), (0.5, 0.002, "does not hold"), (1.1, 0.03, "undecided")]
+)
+def test_worth_gives_each_verdict(simulate, truth, noise, expected) -> None:
+    runs = simulate({"dense": 1.0, "btt": truth}, noise=noise)
+    found = worth(runs, [Question(axis="flops", claimed="btt")])
+    assert found.verdict == expected, found.sentence
+    assert found.parts[0].low <= truth <= found.parts[0].high
+
+
+def test_the_training_loss_is_asked_for_where_the_claim_says_so(simulate) -> None:
+    runs = [
+        replace(run, curve=json.dumps([[1, 9.0], [2, run.loss]]), loss=9.0)
+        for run in simulate({"dense": 1.0, "btt": 2.0})
+    ]
+    found = worth(runs, [Question(axis="flops", claimed="btt", training=True)])
+    assert found.parts[0].value == pytest.approx(2.0, rel=1e-3)
+
+
+POINTS = {
+    "low_rank(rank=8)": (0, 0, 0), "theta(theta=(1.0, 0.0, 0.0, 0.5, 0.5, 0.0, 0.0))": (0, 0.5, 0.5),
+    "monarch(blocks=4)": (0, 1, 1), "kronecker": (0.5, 1, 0.5), "btt": (0, 1, 0.5),
+    "theta(theta=(0.6667, 0.3333, 0.0, 0.3333, 0.6667, 0.0, 0.0))": (0.33, 0.67, 0.33),
+    "theta(theta=(0.3333, 0.3333, 0.3333, 0.0, 1.0, 0.0, 0.0))": (0, 0.67, 0.67),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "omega, psi, scatter, expected",
+    [(-2.0, 1.5, 0.02, "holds"), (2.0, -1.5, 0.02, "does not hold"), (-0.5, 0.3, 1.0, "undecided")],
+)
+def test_an_ordering_gives_each_verdict(simulate, omega, psi, scatter, expected) -> None:
+    random = np.random.default_rng(3)
+    truth = {
+        name: math.exp(omega * at[0] + psi * at[1] + scatter * random.normal() - 0.5) for name, at in POINTS.items()
+    }
+    found = ordering(simulate({"dense": 1.0} | truth))
+    assert found.verdict == expected, found.sentence
+    if scatter < 0.1:
+        assert [p.value for p in found.parts] == pytest.approx([omega, psi, 0], abs=0.2)
+
+
+def test_regression_is_least_squares_with_students_intervals() -> None:
+    from scipy import stats
+
+    random = np.random.default_rng(0)
+    x = random.normal(size=(12, 1))
+    y = 2 * x[:, 0] + random.normal(size=12)
+    ((value, low, high),) = regression(x, y)
+    known = stats.linregress(x[:, 0], y)
+    assert value == pytest.approx(known.slope)
+    assert (high - low) / 2 == pytest.approx(stats.t.ppf(0.975, 10) * known.stderr)
+    with pytest.raises(ValueError, match="add structures"):
+        regression(x[:2], y[:2])
+    with pytest.raises(ValueError, match="add structures"):
+        regression(np.ones((9, 1)), y[:9])
+
+
+def test_rank_correlation_has_an_interval_within_one() -> None:
+    value, low, high = rank_correlation([1, 2, 3, 4, 5, 6], [1, 2, 4, 3, 5, 6])
+    assert -1 < low < value < high < 1
+    assert rank_correlation([1, 2, 3, 4], [1, 2, 3, 4]) == (1.0, -1.0, 1.0)
+
+
+# Protocols.
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_protocols_are_well_formed(name) -> None:
+    study = STUDIES[name]
+    assert set(study.scales) == {"small", "full"} and study.name == name
+    assert "arxiv.org" in study.source and "Holds if" in study.measure
+    for experiments in study.scales.values():
+        seen = set()
+        for one in experiments:
+            assert one.task in tasks()
+            for family in one.plan.families:
+                for width in one.plan.widths:
+                    for shape in ((width, width), (width, 4 * width), (4 * width, width)):
+                        el.structure(family)(*shape)
+            key = (one.task, one.plan)
+            assert key not in seen, "an experiment twice"
+            seen.add(key)
+        assert any("dense" in one.plan.families for one in experiments)
+    with pytest.raises(ValueError, match="no scale 'huge'; it has small, full"):
+        study.experiments("huge")
+
+
+def test_the_ordering_asks_for_eight_points_from_all_over_the_taxonomy() -> None:
+    (experiment,) = STUDIES["order"].scales["full"]
+    points = np.array([el.taxonomy(el.structure(family)) for family in experiment.plan.families[1:]])
+    assert len(points) >= 8
+    assert np.linalg.matrix_rank(points - points.mean(axis=0), tol=0.1) == 3
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Study:
+    plan = Plan(
+        families=("dense", "monarch(blocks=4)"), widths=(16, 32), depth=1, horizons=(40, 80), rates=(2.0**-8,),
+        tuning=1, recipe=Recipe(batch=4, base_width=16, base_depth=1, warmup=2), seeds=(0, 1),
+    )  # fmt: skip
+    finish = replace(plan, families=plan.families[1:], recipe=replace(plan.recipe, finish_dense=0.2))
+    return Study(
+        name="tiny", title="T", claim="C.", source="S", measure="M",
+        scales={"small": tuple(Experiment(task="teacher", plan=one) for one in (plan, finish))},
+        judge=lambda runs: worth(runs, [Question(axis="seconds", claimed="last 20% dense")]), priced=True,
+    )  # fmt: skip
+
+
+def test_a_study_from_its_protocol_to_its_page(tiny, tmp_path) -> None:
+    experiments, machine = tiny.experiments("small"), Machine(workers=0)
+    with Store(tmp_path / "tiny.sqlite") as store:
+        runs = measure(experiments, store, machine)
+        assert measure(experiments, store, machine) == runs  # nothing is trained twice
+    assert len(runs) == 24
+    assert {label(run) for run in runs} == {"dense", "monarch(blocks=4)", "monarch(blocks=4), last 20% dense"}
+    timed = priced(runs, experiments, machine)
+    per_step = {(label(run), run.width): run.seconds / run.tokens for run in timed}
+    for width in (16, 32):
+        dense, monarch = per_step["dense", width], per_step["monarch(blocks=4)", width]
+        assert per_step["monarch(blocks=4), last 20% dense", width] == pytest.approx(0.8 * monarch + 0.2 * dense)
+    write_runs(timed, tmp_path / "tiny-small.csv")
+    written = write_page(tiny, tmp_path)
+    text = written.read_text()
+    assert "**Verdict at the small scale (cpu" in text and "tiny-small.svg" in text
+    assert (tmp_path / "tiny-small.svg").read_text().startswith("<svg")
+    assert written == write_page(tiny, tmp_path) and written.read_text() == text
+    assert "in all about" in foretold(experiments, machine)
+
+
+def test_runs_survive_their_table(tmp_path) -> None:
+    run = Run(
+        task="t", fingerprint="f", family="btt(rank=2)", width=8, depth=1, tokens=5, rate=2**-7, seed=0,
+        setup='{"a": 1}', loss=0.1, flops=10**20, curve="[[3, 2.0], [5, 1.5]]", versions='{"torch": "2"}',
+    )  # fmt: skip
+    lost = replace(run, seed=1, loss=None, status="diverged", curve="[]")
+    write_runs([run, lost], tmp_path / "a.csv")
+    assert read_runs(tmp_path / "a.csv") == [replace(run, curve="[[5, 1.5]]"), lost]
+    (tmp_path / "b.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="has other columns"):
+        read_runs(tmp_path / "b.csv")
+
+
+def test_a_page_without_runs_is_refused(tiny, tmp_path) -> None:
+    with pytest.raises(ValueError, match="has none of its runs"):
+        write_page(tiny, tmp_path)
+
+
+# Pages of this repository.
+
+
+def test_there_are_studies() -> None:
+    assert DONE
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in DONE}))
+def test_pages_are_those_of_the_committed_runs(name) -> None:
+    """Words as they stand, numbers within what another platform's rounding may move."""
+    study = STUDIES[name]
+    runs = {scale: read_runs(PAGES / f"{name}-{scale}.csv") for scale in study.scales if (name, scale) in DONE}
+    made = page(study, runs, {scale: study.judge(found) for scale, found in runs.items()})
+    text = (PAGES / f"{name}.md").read_text()
+    assert NUMBER.sub("#", made) == NUMBER.sub("#", text)
+    numbers = [[float(number) for number in NUMBER.findall(one)] for one in (made, text)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=0.02, abs=0.011)
+
+
+@pytest.mark.parametrize("name, scale", DONE)
+def test_committed_runs_are_those_that_the_protocol_asks_for(name, scale) -> None:
+    wanted = set()
+    found = {
+        (run.task, label(run), run.width, run.tokens, run.seed)
+        for run in read_runs(PAGES / f"{name}-{scale}.csv")
+        if run.purpose == "measure"
+    }
+    for one in STUDIES[name].scales[scale]:
+        plan, of_step = one.plan, one.plan.recipe.tokens(one.data)
+        blank = Run(task=one.task, fingerprint="", family="", width=0, depth=0, tokens=0, rate=0, seed=0)
+        setup = json.dumps(plan.recipe.setup)
+        wanted |= {
+            (
+                one.task,
+                label(replace(blank, family=family, setup=setup)),
+                width,
+                round(tokens / of_step) * of_step,
+                seed,
+            )
+            for family, width, tokens, seed in product(plan.families, plan.widths, plan.horizons, plan.seeds)
+        }
+    assert found == wanted
