@@ -64,7 +64,10 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Trunk:
-    """One training run at a constant rate; `horizons` are the steps at which its branches end."""
+    """One training run at a constant rate; `horizons` are the steps at which its branches end.
+
+    With `continued`, its state is kept when it is done: the same trunk with a longer horizon goes on from there.
+    """
 
     family: str
     width: int
@@ -74,6 +77,7 @@ class Trunk:
     horizons: tuple[int, ...]
     recipe: Recipe
     purpose: str = "measure"
+    continued: bool = False
 
     @property
     def steps(self) -> int:
@@ -200,6 +204,8 @@ def train(
             record(waiting.pop(0), **results)
             kept = {"trunk": kept["trunk"]}
             training.load(kept["trunk"])
+        if trunk.continued and file and first:
+            checkpoint.save(file, kept)
     except (Failure, RuntimeError) as error:
         for horizon in waiting:
             record(horizon, **_failed(error))
