@@ -7,6 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import ClassVar
 
 from einlinear.structure import PADDING_TOLERANCE, Structure, StructureError, is_count
@@ -120,7 +121,7 @@ def split(width: int, shares: Sequence[float]) -> tuple[int, ...]:
     check_width(width)
     best: tuple[float, tuple[int, ...]] = (math.inf, (width,))
     for padded in range(width, int(width * (1 + PADDING_TOLERANCE)) + 1):
-        parts = _factorise(padded, shares)
+        parts = _factorise(padded, tuple(shares))
         logs = zip(parts, shares, strict=True)
         deviation = max(abs(math.log2(part) - share * math.log2(padded)) for part, share in logs)
         if deviation <= 1:
@@ -146,7 +147,8 @@ def block_size(width: int, blocks: int) -> int:
     return -(-width // blocks)
 
 
-def _factorise(number: int, shares: Sequence[float]) -> tuple[int, ...]:
+@lru_cache(maxsize=4096)
+def _factorise(number: int, shares: tuple[float, ...]) -> tuple[int, ...]:
     """`number` as a product, part after part taking the divisor nearest to its share of what is left."""
     parts: list[int] = []
     left, total = number, math.fsum(shares)

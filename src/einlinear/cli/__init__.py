@@ -9,6 +9,7 @@ import einlinear as el
 from einlinear.cli.comparison import compare, write_again
 from einlinear.cli.compression import compress
 from einlinear.cli.laws import fit
+from einlinear.cli.searching import search
 from einlinear.cli.speed import bench
 from einlinear.cli.structures import candidates, check, describe, table
 
@@ -47,6 +48,7 @@ app.command()(candidates)
 app.command()(describe)
 app.command()(check)
 app.command()(compare)
+app.command()(search)
 app.command("report")(write_again)
 app.command()(fit)
 app.command()(bench)

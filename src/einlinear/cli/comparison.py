@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,9 @@ import typer
 from einlinear.cli.options import Report, Store, numbers
 
 if TYPE_CHECKING:
-    from einlinear.lab.compare import Plan, Progress
+    from _typeshed import DataclassInstance
+
+    from einlinear.lab.compare import Progress
     from einlinear.lab.run import Run
 
 
@@ -104,12 +107,14 @@ def compare(
             return None
         if refusal:
             typer.echo(f"warning: {refusal}", err=True)
-        with Store(store) as opened, _progress() as progress:
-            runs = lab.compare(plan, data, opened, machine=machine, folder=_parts(store), progress=progress)
-        return _write(runs, report, plan=plan)
+        with Store(store) as opened, progress_bar() as progress:
+            runs = lab.compare(
+                plan, data, opened, machine=machine, folder=kept_beside(store), progress=partial(progress, "")
+            )
+        return write_out(runs, report, plan=plan)
 
 
-def _parts(store: str) -> Path:
+def kept_beside(store: str) -> Path:
     """Where runs in progress are kept: beside a file; beside where the command runs, for a database."""
     return Path("runs/compare.parts") if "://" in store else Path(store).with_suffix(".parts")
 
@@ -153,13 +158,15 @@ def write_again(
         raise ValueError(
             f"cannot report on the task '{task}': {store} holds no runs of it; run 'einlinear compare {task}'"
         )
-    _write(runs, report, allow_mixed_data=mixed)
+    write_out(runs, report, allow_mixed_data=mixed)
     if figure:
         save_figure(runs, figure)
         typer.echo(f"figure: {figure}")
 
 
-def _write(runs: "Sequence[Run]", report: Path, *, plan: "Plan | None" = None, allow_mixed_data: bool = False) -> None:
+def write_out(
+    runs: "Sequence[Run]", report: Path, *, plan: "DataclassInstance | None" = None, allow_mixed_data: bool = False
+) -> None:
     from rich.console import Console
 
     from einlinear.lab.report import print_summary, write_report
@@ -173,8 +180,8 @@ def _write(runs: "Sequence[Run]", report: Path, *, plan: "Plan | None" = None, a
 
 
 @contextmanager
-def _progress() -> "Iterator[Callable[[Progress], None]]":
-    """A bar with the time left in a terminal; elsewhere one plain line for each finished run."""
+def progress_bar() -> "Iterator[Callable[[str, Progress], None]]":
+    """A bar with the time left in a terminal; elsewhere one plain line for each finished run. Told what part it is."""
     from rich import progress as rich
 
     columns = (
@@ -186,9 +193,9 @@ def _progress() -> "Iterator[Callable[[Progress], None]]":
     with rich.Progress(*columns, disable=not sys.stdout.isatty()) as bar:
         shown = bar.add_task("training", total=1.0, left="")
 
-        def tell(progress: "Progress") -> None:
+        def tell(part: str, progress: "Progress") -> None:
             left = "" if progress.seconds_left is None else f"{progress.seconds_left / 60:.1f} minutes left"
-            counted = f"run {progress.runs} of {progress.total}"
+            counted = f"{part}{': ' * bool(part)}run {progress.runs} of {progress.total}"
             bar.update(shown, completed=progress.share, description=counted, left=left)
             if progress.run:
                 outcome = f"loss {progress.run.loss:.4f}" if progress.run.loss is not None else progress.run.status

@@ -107,9 +107,13 @@ class Sweep:
     def _file(self, trunk: Trunk) -> Path | None:
         return self._folder and self._folder / f"{trunk.run(self._task, 0).trunk}.safetensors"
 
+    def forget(self, trunk: Trunk) -> None:
+        """Removes what is kept of a trunk that was `continued` and now is not."""
+        self._forget(replace(trunk, continued=False))
+
     def _forget(self, trunk: Trunk) -> None:
-        """Removes the state of a trunk whose runs are all stored."""
-        if file := self._file(trunk):
+        """Removes the state of a trunk whose runs are all stored, unless it is to be continued."""
+        if not trunk.continued and (file := self._file(trunk)):
             checkpoint.remove(file)
 
     def __enter__(self) -> Self:

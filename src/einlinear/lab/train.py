@@ -91,7 +91,10 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Trunk:
-    """One training run at a constant rate; `horizons` are the steps at which its branches end."""
+    """One training run at a constant rate; `horizons` are the steps at which its branches end.
+
+    With `continued`, its state is kept when it is done: the same trunk with a longer horizon goes on from there.
+    """
 
     family: str
     width: int
@@ -101,6 +104,7 @@ class Trunk:
     horizons: tuple[int, ...]
     recipe: Recipe
     purpose: str = "measure"
+    continued: bool = False
 
     @property
     def steps(self) -> int:
@@ -241,6 +245,8 @@ def train(
             record(finish, waiting.pop(0), **results)
             kept = {"trunk": kept["trunk"]}
             training.load(kept["trunk"])
+        if trunk.continued and file and first:
+            checkpoint.save(file, kept)
     except (Failure, RuntimeError) as error:
         for horizon in waiting:
             record(training, horizon, **_failed(error))

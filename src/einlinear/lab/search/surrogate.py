@@ -1,0 +1,91 @@
+"""What results say of candidates that were not trained: a Gaussian process over taxonomy, cost and horizon."""
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+
+from einlinear.lab.extras import extra
+from einlinear.lab.laws.minimise import Floats, Integers
+from einlinear.space import Candidate
+
+with extra("lab"):
+    from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped]
+    from sklearn.gaussian_process import GaussianProcessRegressor  # type: ignore[import-untyped]
+    from sklearn.gaussian_process.kernels import RBF, ConstantKernel, Matern  # type: ignore[import-untyped]
+
+FEATURES = ("ψ", "ν", "ω", "ln FLOPs", "ln parameters", "ln seconds")
+STEP = 0.5  # between rungs, in deviations of a feature
+NAME = 1e-6  # between candidates' numbers: nothing to what is smooth in features
+REFITS = 1.5  # times as many results as at the last choice of the kernel's scales ask for another
+
+
+def features(pool: Sequence[Candidate]) -> Floats:
+    """`[candidates, 6]`, the columns of `FEATURES` with mean 0 and deviation 1; what is not known is at the mean."""
+    raw = np.array([
+        [c.psi, c.nu, c.omega, math.log(c.flops), math.log(c.parameters), math.log(c.seconds or math.nan)]
+        for c in pool
+    ])  # fmt: skip
+    known = np.isfinite(raw)
+    mean = np.where(known, raw, 0.0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+    centred = np.where(known, raw - mean, 0.0)
+    return np.asarray(centred / np.maximum(centred.std(axis=0), 1e-9))
+
+
+class Surrogate:
+    """ln multiplier as a smooth function of features and horizon, plus an offset of each candidate of its own.
+
+    The offset is what features do not tell; it is the same at every horizon. Each result has its own variance.
+    """
+
+    def __init__(self, features: Floats, rungs: int) -> None:
+        """Of candidates' features `[n, f]`."""
+        self._features, self._rungs = features, rungs
+        self._mean, self._seen = 0.0, 0
+        self._process: GaussianProcessRegressor | None = None
+        # One scale for all features: a search has too few results to choose six of them.
+        smooth = ConstantKernel(0.1, (1e-3, 10.0)) * Matern(1.0, (0.3, 30.0), nu=2.5)
+        own = RBF([*[1e6] * (features.shape[1] + 1), 1e-3 * NAME], "fixed")
+        self._kernel = smooth + ConstantKernel(0.01, (1e-4, 1.0)) * own
+
+    def fit(self, which: Sequence[int], rung: Sequence[int], value: Sequence[float], variance: Sequence[float]) -> None:
+        """Takes all results so far, `[m]` each."""
+        again = len(which) >= REFITS * self._seen
+        self._mean = float(np.median(value))
+        self._process = GaussianProcessRegressor(
+            self._kernel, alpha=np.asarray(variance), optimizer="fmin_l_bfgs_b" if again else None
+        )
+        with warnings.catch_warnings():  # a scale at its bound is an answer
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            self._process.fit(self._inputs(np.asarray(which), np.asarray(rung)), np.asarray(value) - self._mean)
+        if again:
+            self._kernel, self._seen = self._process.kernel_, len(which)
+
+    def predict(self, which: Integers, rung: int | None = None) -> tuple[Floats, Floats]:
+        """Mean and deviation `[m]` of candidates at a rung, by default the last."""
+        at = np.full(len(which), self._rungs - 1 if rung is None else rung)
+        mean, deviation = self._fitted().predict(self._inputs(which, at), return_std=True)
+        return mean + self._mean, deviation
+
+    def blame(self, which: int) -> Floats:
+        """By how much a candidate's prediction exceeds that of one whose feature is the pool's mean, `[f]`.
+
+        Only what the smooth part says: the candidate's own offset does not count.
+        """
+        own = self._features[which]
+        points = np.repeat(own[None], len(own) + 1, axis=0)
+        points[1:][np.diag_indices(len(own))] = 0.0
+        rung = np.full((len(points), 1), STEP * (self._rungs - 1))
+        nobody = np.full((len(points), 1), -NAME)
+        found = self._fitted().predict(np.concatenate([points, rung, nobody], axis=1))
+        return np.asarray(found[0] - found[1:])
+
+    def _fitted(self) -> GaussianProcessRegressor:
+        if self._process is None:
+            raise ValueError("Predicting candidates: there are no results yet; fit some first.")
+        return self._process
+
+    def _inputs(self, which: Integers, rung: Integers) -> Floats:
+        columns = [self._features[which], STEP * rung[:, None], NAME * which[:, None]]
+        return np.asarray(np.concatenate(columns, axis=1), dtype=np.float64)
