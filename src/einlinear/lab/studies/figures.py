@@ -15,14 +15,13 @@ DARK = "#333333"  # of the baseline
 
 def landscape_figure(means: Mapping[tuple[str, int], Mapping[float, float]]) -> dict[str, Any]:
     """ln loss over base rate, a line for each width and a panel for each family; the best cell of each is filled."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for (name, width), cells in means.items():
         best = min(cells, key=lambda rate: cells[rate])
-        rows += [
-            {"family": name, "width": width, "power": math.log2(rate), "loss": math.exp(loss), "best": rate == best}
-            for rate, loss in cells.items()
-            if math.isfinite(loss)
-        ]
+        for rate, loss in cells.items():
+            if math.isfinite(loss):
+                place = {"power": math.log2(rate), "loss": math.exp(loss), "best": rate == best}
+                rows.append({"family": name, "width": width} | place)
     names = list(dict.fromkeys(row["family"] for row in rows))
     powers = sorted({row["power"] for row in rows})
     x = alt.X(
