@@ -42,7 +42,7 @@ def landscape_figure(means: Mapping[tuple[str, int], Mapping[float, float]]) -> 
     return _finished(alt.concat(*panels, columns=3))
 
 
-def cost_figure(panels: Mapping[str, Sequence[Mapping[str, Any]]], titles: tuple[str, str]) -> dict[str, Any]:
+def cost_figure(panels: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """Loss over cost, a panel for each comparison; rows have `family`, `cost`, `loss`, and `hull` where on its line."""
     names = list(dict.fromkeys(row["family"] for rows in panels.values() for row in rows))
     scale = alt.Scale(domain=names, range=[DARK, *COLOURS][: len(names)])
@@ -50,8 +50,8 @@ def cost_figure(panels: Mapping[str, Sequence[Mapping[str, Any]]], titles: tuple
     shape = alt.Shape("family:N", title=None, scale=alt.Scale(domain=names, range=list(SHAPES)[: len(names)]))
     charts = []
     for title, rows in panels.items():
-        x = logarithmic(alt.X, "cost", titles[0], [row["cost"] for row in rows], "~s")
-        y = logarithmic(alt.Y, "loss", titles[1], [row["loss"] for row in rows], "~g")
+        x = logarithmic(alt.X, "cost", title.partition(" over ")[2], [row["cost"] for row in rows], "~s")
+        y = logarithmic(alt.Y, "loss", "loss", [row["loss"] for row in rows], "~g")
         dots = alt.Chart({"values": list(rows)}).mark_point(filled=True, size=45, opacity=0.45)
         hull = alt.Chart({"values": [row for row in rows if row["hull"]]}).mark_line(strokeWidth=2)
         layers = alt.layer(hull.encode(x=x, y=y, color=colour), dots.encode(x=x, y=y, color=colour, shape=shape))
