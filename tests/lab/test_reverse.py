@@ -76,8 +76,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(task: Sequences, whole: list[Run
     with pytest.raises(KeyboardInterrupt):
         train(TRUNK, task, file=file, stop=lambda: next(asked) >= chunks, tell=told.append)
     done = [event for event in told if isinstance(event, Run)]
-    rest = train(replace(TRUNK, horizons=TRUNK.horizons[len(done) :]), task, file=file)
+    rest = train(replace(TRUNK, horizons=TRUNK.horizons[len(done) :]), task, file=file, tell=told.append)
     assert outcome(done + rest) == outcome(whole)
+    assert sum(event for event in told if isinstance(event, int)) == TRUNK.steps  # nothing twice
 
 
 def test_it_learns_and_costs_what_its_two_phases_cost(task: Sequences, whole: list[Run]) -> None:

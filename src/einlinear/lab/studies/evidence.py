@@ -81,9 +81,13 @@ class Finding:
     @property
     def sentence(self) -> str:
         """The verdict in one sentence, with the numbers that decide it."""
-        found = self.verdict
-        if found == "holds":
-            return f"Holds at this scale: {'; '.join(map(str, self.parts))}."
-        wanted = "fails" if found == "does not hold" else "open"
-        deciding = "; ".join(str(part) for part in self.parts if part.outcome == wanted)
-        return f"{'Undecided' if found == 'undecided' else 'Does not hold at this scale'}: {deciding}."
+        outcomes = [part.outcome for part in self.parts]
+        count = f"{outcomes.count('holds')} of {len(outcomes)} parts hold"
+        match self.verdict:
+            case "holds":
+                head, shown = "Holds at this scale", "holds"
+            case "does not hold":
+                head, shown = f"Does not hold at this scale ({count})", "fails"
+            case _:
+                head, shown = f"Undecided ({count})", "open"
+        return f"{head}: {'; '.join(str(part) for part in self.parts if part.outcome == shown)}."

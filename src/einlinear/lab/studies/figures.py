@@ -15,14 +15,13 @@ DARK = "#333333"  # of the baseline
 
 def landscape_figure(means: Mapping[tuple[str, int], Mapping[float, float]]) -> dict[str, Any]:
     """ln loss over base rate, a line for each width and a panel for each family; the best cell of each is filled."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for (name, width), cells in means.items():
         best = min(cells, key=lambda rate: cells[rate])
-        rows += [
-            {"family": name, "width": width, "power": math.log2(rate), "loss": math.exp(loss), "best": rate == best}
-            for rate, loss in cells.items()
-            if math.isfinite(loss)
-        ]
+        for rate, loss in cells.items():
+            if math.isfinite(loss):
+                place = {"power": math.log2(rate), "loss": math.exp(loss), "best": rate == best}
+                rows.append({"family": name, "width": width} | place)
     names = list(dict.fromkeys(row["family"] for row in rows))
     powers = sorted({row["power"] for row in rows})
     x = alt.X(
@@ -43,7 +42,7 @@ def landscape_figure(means: Mapping[tuple[str, int], Mapping[float, float]]) -> 
     return _finished(alt.concat(*panels, columns=3))
 
 
-def cost_figure(panels: Mapping[str, Sequence[Mapping[str, Any]]], titles: tuple[str, str]) -> dict[str, Any]:
+def cost_figure(panels: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """Loss over cost, a panel for each comparison; rows have `family`, `cost`, `loss`, and `hull` where on its line."""
     names = list(dict.fromkeys(row["family"] for rows in panels.values() for row in rows))
     scale = alt.Scale(domain=names, range=[DARK, *COLOURS][: len(names)])
@@ -51,8 +50,8 @@ def cost_figure(panels: Mapping[str, Sequence[Mapping[str, Any]]], titles: tuple
     shape = alt.Shape("family:N", title=None, scale=alt.Scale(domain=names, range=list(SHAPES)[: len(names)]))
     charts = []
     for title, rows in panels.items():
-        x = logarithmic(alt.X, "cost", titles[0], [row["cost"] for row in rows], "~s")
-        y = logarithmic(alt.Y, "loss", titles[1], [row["loss"] for row in rows], "~g")
+        x = logarithmic(alt.X, "cost", title.partition(" over ")[2], [row["cost"] for row in rows], "~s")
+        y = logarithmic(alt.Y, "loss", "loss", [row["loss"] for row in rows], "~g")
         dots = alt.Chart({"values": list(rows)}).mark_point(filled=True, size=45, opacity=0.45)
         hull = alt.Chart({"values": [row for row in rows if row["hull"]]}).mark_line(strokeWidth=2)
         layers = alt.layer(hull.encode(x=x, y=y, color=colour), dots.encode(x=x, y=y, color=colour, shape=shape))

@@ -112,11 +112,12 @@ def best_rates(rates: Floats, losses: Floats) -> Floats:
     at, finite = losses.argmin(axis=1), np.isfinite(losses[0])
     found: Floats = np.asarray(rates, dtype=float)[at]
     for best in np.unique(at):
-        window = [k for k in range(max(0, best - 2), min(len(rates), best + 3)) if finite[k]]
+        near = np.arange(max(0, best - 2), min(len(rates), best + 3))
+        window = near[finite[near]]
         if len(window) < 3:
             continue
         rows, x = np.flatnonzero(at == best), rates[window]
-        curvature, slope, _ = np.polyfit(x - rates[best], losses[np.ix_(rows, window)].T, 2)
+        curvature, slope, _ = np.polyfit(x - rates[best], losses[rows][:, window].T, 2)
         bent = curvature > FLAT
         vertex = rates[best] - slope[bent] / (2 * curvature[bent])
         found[rows[bent]] = np.clip(vertex, x.min(), x.max())

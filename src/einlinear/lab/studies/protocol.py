@@ -14,7 +14,7 @@ from einlinear.lab.run import Run
 from einlinear.lab.store import Store
 from einlinear.lab.studies.evidence import Finding
 
-LEFT_OUT = {"curve", "spec", "created"}
+LEFT_OUT = {"curve", "spec", "created", "routers"}
 """Of a run, in the table: long, or derived from the rest. Of the curve its last value stays."""
 
 LAST = "training_loss"
@@ -118,15 +118,17 @@ def read_runs(path: Path) -> list[Run]:
 
     Raises ValueError for a file that is not one.
     """
-    kinds = {one.name: one.type for one in fields(Run)}
-    readers = {int: int, float: float, str: str, float | None: lambda text: float(text) if text else None}
+    readers: dict[object, Callable[[str], object]] = {
+        int: int, float: float, str: str, float | None: lambda text: float(text) if text else None
+    }  # fmt: skip
+    kinds = {one.name: readers[one.type] for one in fields(Run) if one.name not in LEFT_OUT}
     runs = []
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             last = row.pop(LAST, None)
             if last is None or not row.keys() <= kinds.keys():
                 raise ValueError(f"Reading the runs of a study: {path} has other columns; write it by write_runs.")
-            values = {name: readers[kinds[name]](text) for name, text in row.items()}  # type: ignore[index]
+            values = {name: kinds[name](text) for name, text in row.items()}
             curve = json.dumps([[values["tokens"], float(last)]] if last else [])
             runs.append(Run(**values, curve=curve))  # type: ignore[arg-type]
     return runs

@@ -28,12 +28,13 @@ class Question:
     def title(self) -> str:
         """For a panel."""
         task = f"{self.task}, " if self.task else ""
-        return f"{task}{'training' if self.training else 'validation'} loss, {AXES[self.axis]}"
+        return f"{task}{'training' if self.training else 'validation'} loss over {AXES[self.axis]}"
 
 
 def worth(runs: Sequence[Run], questions: Sequence[Question], baseline: str = "dense", bound: float = 1.0) -> Finding:
     """Multipliers of everything over the baseline; the claim is that those asked for are above `bound`."""
-    parts, rows, notes, panels = [], [], [], {}
+    parts: list[Part] = []
+    rows, notes, panels = [], [], {}
     for question in questions:
         chosen = [run for run in labelled(runs) if question.task in (None, run.task)]
         if question.training:
@@ -70,6 +71,6 @@ def worth(runs: Sequence[Run], questions: Sequence[Question], baseline: str = "d
                 rows=tuple(rows),
             ),
         ),
-        figure=cost_figure(panels, ("cost", "loss")),
+        figure=cost_figure(panels),
         notes=tuple(notes),
     )
