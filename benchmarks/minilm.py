@@ -57,8 +57,8 @@ BLOCKS = {
     "blast": (8,),  # each further count would take a minute to try
 }
 """Numbers of blocks that are tried."""
-SWEEPS = {"blast": 2, "tensor_train": 2, "btt": 4}
-"""Rounds of alternating least squares at most, where a round is dear; 6 elsewhere."""
+SWEEPS = {"blast": 8, "tensor_train": 4, "btt": 4}
+"""Rounds of alternating least squares at most, where a round is dear or 6 are not enough; 6 elsewhere."""
 PILOTS = ("encoder.layer.2.attention.self.query", "encoder.layer.2.intermediate.dense", "encoder.layer.2.output.dense")
 """A layer of each pair of widths, on which the number of blocks is chosen."""
 

@@ -14,11 +14,15 @@ from torch import Tensor
 from einlinear.projection.diagonalisation import diagonalised
 from einlinear.projection.moments import Moments
 from einlinear.projection.network import contract
-from einlinear.projection.refinement import Target, balanced, descend, uncarried
+from einlinear.projection.refinement import Target, balanced, descend, single, uncarried
 from einlinear.structure import Axes, Structure
 
 RACE = (6, 24)
 """Sweeps after which half of the starts drop out, each time."""
+ROUGH = 1e-2
+"""Relative error above which single precision will do for alternating least squares with moments."""
+CLEAR = 0.99
+"""Of the error without moments, what a start that heeds them must get below, or the former goes all the way."""
 TIE = 1e-6
 """Relative error at which a start has arrived: among several such, the first has the better conditioned factors."""
 
@@ -43,7 +47,7 @@ def project(
     from either end, simultaneous diagonalisation, a random one) by alternating least squares.
 
     With `moments`, what is minimised is √E‖(W − Ŵ) x‖² over inputs x: exactly for low rank, whatever the rank of the
-    moments; elsewhere by alternating least squares, never worse than without.
+    moments; elsewhere by alternating least squares, from the better of two starts, one of them without moments.
 
     Args:
         weight: `[d_out, d_in]`, real or complex. The computation is in double precision.
@@ -51,7 +55,7 @@ def project(
         moments: second moments of inputs, `[d_in, d_in]` or `Moments`; None for the Frobenius norm.
         sweeps: rounds of alternating least squares at most, where they are needed.
         tolerance: the round after which the error falls by less than this share per round is the last;
-            None for 1e-4, or 1e-3 with moments.
+            None for 1e-4, or 5e-4 with moments.
 
     Returns:
         A tensor for each factor, shaped `structure.factor_shapes`, in the weight's dtype.
@@ -81,12 +85,12 @@ def _nearest(target: Target, sweeps: int, tolerance: float | None, short: bool) 
 
 def _weighted(plain: Target, target: Target, sweeps: int, tolerance: float | None, short: bool) -> list[Tensor]:
     """With moments: from the better of two starts, one of them what there is without."""
-    s = target.structure
-    starts = [_nearest(plain, sweeps, tolerance, short)]
+    s, few = target.structure, min(sweeps, RACE[0])
+    best = _nearest(plain, few, tolerance, short)
     white = target.whitened()
     if white is not None:
         reader, weight = white
-        guess = _nearest(Target(weight, s), sweeps, tolerance, short)
+        guess = _nearest(Target(weight, s), few, tolerance, short)
         # The other factors are right for moments within blocks; the one that reads the inputs then follows from the
         # weight itself, with no root to be inverted: W ≈ U (Uᴴ W), U orthonormal, where W S ≈ U (Uᴴ W S) is best.
         guess[reader] = torch.zeros_like(guess[reader])
@@ -94,9 +98,17 @@ def _weighted(plain: Target, target: Target, sweeps: int, tolerance: float | Non
             guess[reader] = plain.improved(guess, reader)
         if closed_form(s) and not _blocks_of_inputs(s, reader):
             return balanced(s, guess)
-        starts.append(guess)
-    start = min(starts, key=target.error)
-    return descend(target, start, sweeps, tolerance)[0]
+        if target.error(guess) < CLEAR * target.error(best):
+            best = guess
+        elif not closed_form(s):  # moments that matter little
+            best = min((best, _nearest(plain, sweeps, tolerance, short)), key=target.error)
+    if short:
+        # Most of the way in single precision; double goes on where rounding would show.
+        ahead, _ = descend(target.single(), single(best), sweeps, tolerance)
+        best = min((best, [factor.to(target.weight) for factor in ahead]), key=target.error)
+        if target.error(best) > ROUGH * target.norm(target.weight):
+            return best
+    return descend(target, best, sweeps, tolerance)[0]
 
 
 def _other_starts(target: Target, axes: Axes, blocks: Tensor, short: bool) -> Iterator[list[Tensor]]:

@@ -5,6 +5,7 @@ docs/mathematics.md section 3. Everything is derived from the axes; nothing here
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -17,8 +18,10 @@ from einlinear.structure import Axes, Structure, StructureError
 
 FORMED = 2**27
 """Entries of the normal equations of one factor that are formed at most; beyond, conjugate gradients do without."""
-CHEAP = 2**18
+CHEAP = 2**20
 """The same where a preconditioner is at hand, so that ten or so steps do as well."""
+Step = Callable[[Tensor], Tensor]
+"""From one tensor like a factor to another."""
 PATIENCE = 4
 """Sweeps over which progress is measured."""
 
@@ -44,7 +47,7 @@ def refine(
         factors: where to start.
         sweeps: rounds over all factors at most.
         tolerance: the round after which the error falls by less than this share per round is the last;
-            None for 1e-4, or 1e-3 with moments, whose solves are dearer.
+            None for 1e-4, or 5e-4 with moments, whose solves are dearer.
         moments: second moments of inputs, `[d_in, d_in]` or `Moments`: the error is then
             √E‖(W − Ŵ) x‖², the Frobenius norm of W − Ŵ otherwise.
 
@@ -82,6 +85,19 @@ class Target:
         if self.gram is not None:
             padded = torch.nn.functional.pad(self.gram, (0, structure.pad_in, 0, structure.pad_in))
             self._gram = padded.reshape(structure.shape(x) * 2)
+            ends = (0, structure.pad_in, 0, structure.pad_out)
+            self._weighed = torch.nn.functional.pad(self.weight @ self.gram, ends).reshape(structure.shape(y + x))
+
+    def single(self) -> "Target":
+        """The same in single precision, several times as fast; moments are scaled to a mean of 1."""
+        short = copy(self)
+        (short.weight,) = single([self.weight])
+        short._masks = [(axes, *single([mask])) for axes, mask in self._masks]
+        if self.gram is not None:
+            mean = self.gram.diagonal().real.mean()
+            scaled = [tensor / mean for tensor in (self.gram, self._gram, self._weighed)]
+            short.gram, short._gram, short._weighed = single(scaled)
+        return short
 
     def dense(self, factors: Sequence[Tensor]) -> Tensor:
         """The matrix of `factors`, `[d_out, d_in]`."""
@@ -139,7 +155,7 @@ class Target:
         A correction, not a new factor: what the weight does not determine stays as it is.
         """
         s, weighed = self.structure, self.gram is not None
-        factor = s.factors[position]
+        factor, now = s.factors[position], factors[position]
         ends = {*s.x, *s.y}
         mixed = {*s.x} - {*s.y} if weighed else set()  # axes along which moments correlate errors
         others = [axes for k, axes in enumerate(s.factors) if k != position]
@@ -154,58 +170,72 @@ class Target:
             return tuple(_prime(axis) if axis not in ends or axis in mixed else axis for axis in axes)
 
         conjugate = [tensor.conj() for tensor in tensors]
-        gradient = contract([*self._residual_axes(), *others], [*self._residual_tensors(factors), *conjugate], outer)
         network = [*others, *map(twin, others), *(axes for axes, _ in self._masks)]
         parts = [*conjugate, *tensors, *(mask for _, mask in self._masks)]
         if weighed:
             network.append(twin(s.x) + s.x)
             parts.append(self._gram)
         if not network:
-            network, parts = [()], [gradient.new_ones(())]
+            network, parts = [()], [now.new_ones(())]
         present = tuple(axis for axis in outer if axis not in solved and any(axis in axes for axes in network))
         rows = tuple(axis for axis in outer if axis not in solved and axis not in present)
-        ordered = present + solved + rows
-        preconditioned = weighed and {*s.x} <= {*factor}
-        if s.size(present) * s.size(solved) ** 2 <= (CHEAP if preconditioned else FORMED):
-            normal = contract(network, parts, present + solved + twin(solved))
+        if s.size(present) * s.size(solved) ** 2 <= (CHEAP if weighed and {*s.x} <= {*factor} else FORMED):
             shape = (s.size(present), s.size(solved), s.size(solved))
-            right = _arrange(gradient, outer, ordered).reshape(*shape[:2], -1)
-            step = solve(normal.reshape(shape), right).reshape(s.shape(ordered))
-            step = _arrange(step, ordered, outer)
-        else:
-            step = self._descent(network, parts, outer, twin(outer), gradient)
-        # An axis of this factor alone sums entries: they share the step evenly.
-        step = step.reshape([s.sizes[axis] if axis in outer else 1 for axis in factor]) / s.size(inner)
-        return factors[position] + step
+            normal = contract(network, parts, present + solved + twin(solved)).reshape(shape)
+            ordered = present + solved + rows
 
-    def _descent(
-        self, network: Sequence[Axes], parts: Sequence[Tensor], outer: Axes, twin: Axes, gradient: Tensor
-    ) -> Tensor:
-        """A step along conjugate gradients, where the normal equations are too many to be formed.
+            def formed(act: Callable[[Tensor], Tensor]) -> Step:
+                def on_factor(step: Tensor) -> Tensor:
+                    columns = _arrange(step, outer, ordered).reshape(*shape[:2], -1)
+                    return _arrange(act(columns).reshape(s.shape(ordered)), ordered, outer)
+
+                return on_factor
+
+            apply, answer = formed(lambda step: normal @ step), formed(lambda right: solve(normal, right))
+        else:
+            apply, answer = self._unformed(network, parts, outer, twin(outer))
+        whole = s.y + s.x
+        if weighed:
+            # What there is goes through the factors, far cheaper than the matrix they make.
+            asked = contract([whole, *others], [self._weighed, *conjugate], outer)
+            gradient = asked - apply(now.sum([k for k, axis in enumerate(factor) if axis in inner]) if inner else now)
+        else:  # the residual, exact to more digits where it vanishes
+            gradient = contract([whole, *others], [self._residual(factors), *conjugate], outer)
+        # An axis of this factor alone sums entries: they share the step evenly.
+        step = answer(gradient).reshape([s.sizes[axis] if axis in outer else 1 for axis in factor]) / s.size(inner)
+        return now + step
+
+    def _unformed(self, network: Sequence[Axes], parts: Sequence[Tensor], outer: Axes, twin: Axes) -> tuple[Step, Step]:
+        """The normal equations applied, and a step along conjugate gradients, where they are too many to be formed.
 
         Only moments make them so. Around a factor that reads every input, the rest is contracted once, the moments
         last. Around any other that would have the features of the rest twice, more entries than the matrix: the step
         goes through one tensor after the other instead.
         """
+        precondition: Step
         if not {*self.structure.x} <= {*outer}:
-            return conjugate_gradients(
-                lambda step: contract([*network, twin], [*parts, step], outer), lambda step: step, gradient
-            )
-        x = (*self.structure.x, *map(_prime, self.structure.x))
-        *network, ends = network
-        *parts, gram = parts
-        if not network:  # one factor alone
-            network, parts = [()], [gram.new_ones(())]
-        around = tuple(a for a in dict.fromkeys(a for axes in network for a in axes) if a in {*outer, *twin, *x})
-        held = contract(network, parts, around)
-        precondition = self._preconditioner(around, held, outer, twin)
 
-        def apply(step: Tensor) -> Tensor:
-            return contract([around, ends, twin], [held, gram, step], outer)
+            def apply(step: Tensor) -> Tensor:
+                return contract([*network, twin], [*parts, step], outer)
 
-        return conjugate_gradients(apply, precondition, gradient)
+            def precondition(step: Tensor) -> Tensor:
+                return step
+        else:
+            x = (*self.structure.x, *map(_prime, self.structure.x))
+            *network, ends = network
+            *parts, gram = parts
+            if not network:  # one factor alone
+                network, parts = [()], [gram.new_ones(())]
+            around = tuple(a for a in dict.fromkeys(a for axes in network for a in axes) if a in {*outer, *twin, *x})
+            held = contract(network, parts, around)
+            precondition = self._preconditioner(around, held, outer, twin)
 
-    def _preconditioner(self, around: Axes, held: Tensor, outer: Axes, twin: Axes) -> Callable[[Tensor], Tensor]:
+            def apply(step: Tensor) -> Tensor:
+                return contract([around, ends, twin], [held, gram, step], outer)
+
+        return apply, lambda right: conjugate_gradients(apply, precondition, right)
+
+    def _preconditioner(self, around: Axes, held: Tensor, outer: Axes, twin: Axes) -> Step:
         """Solves the equations of a factor that reads every input, without moments between its blocks."""
         s = self.structure
         mixed = [axis for axis, other in zip(outer, twin, strict=True) if axis != other and axis in s.x]
@@ -231,17 +261,15 @@ class Target:
 
         return precondition
 
-    def _residual_axes(self) -> list[Axes]:
-        s = self.structure
-        if self.gram is None:
-            return [s.y + s.x]  # an axis at both ends means its diagonal
-        return [s.y + tuple(map(_prime, s.x)), tuple(map(_prime, s.x)) + s.x]
-
-    def _residual_tensors(self, factors: Sequence[Tensor]) -> list[Tensor]:
+    def _residual(self, factors: Sequence[Tensor]) -> Tensor:
         s = self.structure
         residual = torch.nn.functional.pad(self.weight - self.dense(factors), (0, s.pad_in, 0, s.pad_out))
-        residual = residual.reshape(s.shape(s.y + s.x))
-        return [residual] if self.gram is None else [residual, self._gram]
+        return residual.reshape(s.shape(s.y + s.x))
+
+
+def single(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Real or complex tensors in single precision."""
+    return [tensor.to(torch.complex64 if tensor.is_complex() else torch.float32) for tensor in tensors]
 
 
 def descend(
@@ -249,7 +277,7 @@ def descend(
 ) -> tuple[list[Tensor], float]:
     """Balanced factors of less error than `factors`, and that error. Arguments as in `refine`."""
     if tolerance is None:
-        tolerance = 1e-4 if target.gram is None else 1e-3
+        tolerance = 1e-4 if target.gram is None else 5e-4
     best = balanced(target.structure, factors)
     error = target.error(best)
     # Rounding of the weight itself: nothing to gain below.
