@@ -255,7 +255,8 @@ def common(*batches: Batch) -> Batch:
     first, *others = batches
     if all(other == first for other in others):
         return first
-    return torch.broadcast_shapes(*batches)
+    joined: torch.Size = torch.broadcast_shapes(*batches)
+    return joined
 
 
 def broadcast(doing: str, *operators: Operator, shape: Batch = ()) -> Batch:

@@ -40,7 +40,10 @@ class Tree:
     @remembered
     def parts(self) -> "tuple[Tensor | Tree, ...]":
         """The trees and floating-point tensors directly within, in order."""
-        return tuple(part for name in fields(type(self)) for part in _within(self.__dict__[name]))
+        found: list[Tensor | Tree] = []
+        for name in fields(type(self)):
+            _gather(self.__dict__[name], found)
+        return tuple(found)
 
     @remembered
     def tensors(self) -> tuple[Tensor, ...]:
@@ -103,12 +106,14 @@ def _inexact(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def _within(part: object) -> "Iterator[Tensor | Tree]":
-    if isinstance(part, Tree) or (isinstance(part, Tensor) and _inexact(part)):
-        yield part
+def _gather(part: object, found: "list[Tensor | Tree]") -> None:
+    if isinstance(part, Tree):
+        found.append(part)
     elif isinstance(part, tuple):
         for item in part:
-            yield from _within(item)
+            _gather(item, found)
+    elif isinstance(part, Tensor) and _inexact(part):
+        found.append(part)
 
 
 def _refilled(part: Any, supply: Iterator[Tensor]) -> Any:
