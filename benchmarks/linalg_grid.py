@@ -614,7 +614,7 @@ def logdet(case: Case) -> None:
     if found is not None and not negative:
         near = slack(case) * condition(case.D) * max(1, size(wanted))
         close(found.real, wanted, near, "log det", 1.0)
-        if (wanted < 80).all():
+        if (np.abs(wanted) < 80).all():
             close(found.exp(), sign * np.exp(wanted), near, "det")
 
 
@@ -873,9 +873,10 @@ def apply(case: Case) -> None:
     wanted = wanted.reshape(case.D.shape)
     near = slack(case) * max(1, size(case.D)) * max(condition(np.linalg.eig(x)[1]) for x in matrices(case.D)) ** 2
     worst = max(float(np.abs(np.cos(np.linalg.eigvals(case.D))).max()), 1.0)
-    found = refused(
-        lambda: la.apply(case.A, torch.cos), any(condition(np.linalg.eig(x)[1]) > 1e3 for x in matrices(case.D)), "cos"
-    )
+    doubtful = any(condition(np.linalg.eig(x)[1]) > 1e3 for x in matrices(case.D))
+    w, v = np.linalg.eig(case.D)
+    near += 100 * size(case.D @ v - v * w[..., None, :]) * case.eps / 2e-16 * condition(v)
+    found = refused(lambda: la.apply(case.A, torch.cos), doubtful, "cos")
     if found is not None:
         close(found, wanted, near, "cos A", worst)
 

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -49,11 +50,11 @@ class InverseLU(Operator):
     def slogdet(self) -> tuple[Tensor, Tensor]:
         """Sign and logarithm of the determinant of A⁻¹."""
         diagonal = self.lu.diagonal(0, -2, -1)
-        swapped = self.pivots != torch.arange(1, diagonal.shape[-1] + 1, device=diagonal.device, dtype=torch.int32)
+        swapped = self.pivots != _places(diagonal.shape[-1], diagonal.device)
         logarithm = -diagonal.abs().log().sum(-1)
         if not diagonal.is_complex():
-            odd = ((diagonal < 0) ^ swapped).sum(-1) % 2
-            return (1 - 2 * odd).to(diagonal.dtype), logarithm
+            odd = ((diagonal < 0) ^ swapped).sum(-1, dtype=diagonal.dtype).remainder(2)
+            return 1 - 2 * odd, logarithm
         sign = (torch.sgn(diagonal) * torch.where(swapped, -1.0, 1.0)).prod(-1)
         return (sign if self.side == "H" else sign.conj()).resolve_conj(), logarithm
 
@@ -63,6 +64,12 @@ class InverseLU(Operator):
 
     def _text(self) -> str:
         return f"LU⁻¹{self.side}({self.lu.shape[-1]}×{self.lu.shape[-1]})"
+
+
+@lru_cache(maxsize=64)
+def _places(n: int, device: torch.device) -> Tensor:
+    """LAPACK's pivots where nothing is swapped."""
+    return torch.arange(1, n + 1, device=device, dtype=torch.int32)
 
 
 def written(operator: Operator) -> Tensor:
@@ -88,7 +95,7 @@ def lu_inverse(operator: Operator) -> InverseLU:
         OperatorError: where A is exactly singular; a warning where it is so to working precision.
     """
     lu, pivots, info = torch.linalg.lu_factor_ex(written(operator))
-    if not transformed(lu) and lu.shape[-1]:
+    if not transformed(lu) and nearly_singular(lu.diagonal(0, -2, -1)):
         if info.any():
             raise OperatorError(
                 f"cannot invert {operator!r}: it is singular (pivot {int(info.max())} of its LU factorisation is "
@@ -96,6 +103,14 @@ def lu_inverse(operator: Operator) -> InverseLU:
             )
         warn_if_singular(operator, lu.diagonal(0, -2, -1))
     return InverseLU(lu, pivots)
+
+
+def nearly_singular(pivots: Tensor) -> bool:
+    """Whether the pivots, `[..., n]`, of any matrix span more than working precision, or one is zero."""
+    if not pivots.numel():
+        return False
+    low, high = pivots.detach().abs().aminmax(dim=-1)
+    return bool((low <= torch.finfo(low.dtype).eps * high).any())
 
 
 def cholesky(operator: Operator) -> Triangular:
@@ -115,10 +130,9 @@ def cholesky(operator: Operator) -> Triangular:
 
 def warn_if_singular(operator: Operator, pivots: Tensor) -> None:
     """Warns where the pivots, `[..., n]`, span more than working precision."""
-    size = pivots.detach().abs()
-    epsilon = torch.finfo(size.dtype).eps
-    ratio = size.amin(-1) / size.amax(-1)
-    if size.shape[-1] and bool((ratio < epsilon).any()):
+    if nearly_singular(pivots):
+        size = pivots.detach().abs()
+        ratio = size.amin(-1) / size.amax(-1)
         warnings.warn(
             f"{operator!r} is singular to working precision (ratio of its pivots {float(ratio.min()):.2g}): "
             f"the answer may have no correct digit; pinv and lstsq answer in the sense of least squares",

@@ -45,31 +45,54 @@ from einlinear.operators import (
 def normal(operator: Operator) -> Operator:
     """The normal form; the operator itself, at the cost of one look-up, where it has no other.
 
-    It is kept with the operator until a tensor changes in place. Where a tensor has a gradient it is made anew each
-    time: a form that was made once would be differentiated through once.
+    It is kept with the operator until a tensor changes in place. Where a tensor has a gradient it is kept if autograd
+    saved no values on the way to it: through views and sums one may differentiate as often as one likes, through a
+    product only once, so that such a form is made anew each time.
     """
     rewrite = REWRITES.get(type(operator))
     if rewrite is None:
         return operator
     state = _state(operator)
-    kept = operator.__dict__.get("_normal")
-    if kept is not None and kept[0] == state:
-        form: Operator = kept[1]
+    before, kept = operator.__dict__.get("_normal", (None, None))
+    known = before is not None and before == state
+    if known and kept is not None:
+        form: Operator = kept
         return form
     form = _keeping(operator, rewrite(operator))
-    if state is not None:
-        operator.__dict__["_normal"] = (state, form)
+    if state is not None and not known:
+        keep = form is operator or _saves_nothing(form, operator)
+        operator.__dict__["_normal"] = (state, form if keep else None)
     return form
 
 
-def _state(operator: Operator) -> tuple[int, ...] | None:
-    """How often each tensor has been changed in place; None where a form must not be kept."""
+def _state(operator: Operator) -> tuple[object, ...] | None:
+    """How often each tensor has been changed in place, and whether gradients flow to it; None where no form may be
+    kept."""
     if transformed() or torch.is_inference_mode_enabled():
         return None
     tensors = operator.tensors
-    if any(tensor.requires_grad or tensor.is_inference() for tensor in tensors):
+    if any([tensor.is_inference() for tensor in tensors]):
         return None
-    return tuple([tensor._version for tensor in tensors])
+    state: list[object] = [tensor._version for tensor in tensors]
+    return (*state, torch.is_grad_enabled(), *[tensor.requires_grad for tensor in tensors])
+
+
+def _saves_nothing(form: Operator, operator: Operator) -> bool:
+    """Whether autograd saved no tensor between the operator's tensors and those of its form."""
+    ends = {tensor.grad_fn for tensor in operator.tensors}
+    queue: list[Any] = [tensor.grad_fn for tensor in form.tensors]
+    seen: set[Any] = {None, *ends}
+    while queue:
+        node = queue.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if any(isinstance(getattr(node, name), Tensor) for name in dir(node) if name.startswith("_saved_")):
+            return False
+        if getattr(node, "saved_tensors", ()):  # of a torch.autograd.Function
+            return False
+        queue += [before for before, _ in node.next_functions]
+    return True
 
 
 def _keeping(old: Operator, new: Operator) -> Operator:
