@@ -164,6 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=PLANS, default="small")
     parser.add_argument("--seeds", type=int, help="how many; a later call with more of them adds to it")
+    parser.add_argument("--widths", type=int, nargs="+", help="only these; a later call with more of them adds to it")
     parser.add_argument("--task", default="bytes")
     parser.add_argument("--paths", nargs="*", type=Path, default=[])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -179,6 +180,8 @@ def main() -> None:
     plan = PLANS[options.scale]
     if options.seeds:
         plan = replace(plan, seeds=tuple(range(options.seeds)))
+    if options.widths:
+        plan = replace(plan, widths=tuple(options.widths))
     if options.health:
         torch.set_num_threads(1)
         health(options.health, plan.seeds, options.results)
