@@ -250,8 +250,8 @@ def router_statistics(model: nn.Module) -> dict[str, RouterStatistics]:
         else:
             load = _counts(index, router.experts) / choices
             dropped = (index == router.experts).sum() / choices
-        numbers = torch.cat([load, torch.stack([entropy, dropped])]).tolist()  # the one wait for the device
-        found[name] = RouterStatistics(tuple(numbers[:-2]), *numbers[-2:], logits.shape[0])
+        numbers: list[float] = torch.cat([load, entropy[None], dropped[None]]).tolist()  # the one wait for the device
+        found[name] = RouterStatistics(tuple(numbers[:-2]), numbers[-2], numbers[-1], logits.shape[0])
     return found
 
 

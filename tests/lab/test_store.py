@@ -24,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from einlinear.lab.run import Run
+from einlinear.lab.schema import SCHEMA
 from einlinear.lab.store import Store, StoreError
 
 names = [field.name for field in dataclasses.fields(Run)]
@@ -311,7 +312,7 @@ def other_fields(path: Path) -> None:
         (foreign, "the file is of another kind, or damaged, and stays as it is"),
         (lambda path: path.write_bytes(b"task,loss\nbytes,2.5\n"), "the file is of another kind"),
         (lambda path: path.write_bytes(b"SQLite format 3\0" + b"?" * 50), "the file is of another kind"),
-        (newer, "has version 99 of the schema, and this einlinear knows 2. Upgrade einlinear"),
+        (newer, f"has version 99 of the schema, and this einlinear knows {SCHEMA}. Upgrade einlinear"),
         (truncated, "The file is damaged: restore a copy"),
         (overwritten, "The file is damaged: restore a copy"),
         (other_fields, "differ in mood. Use the einlinear that wrote it"),
