@@ -82,12 +82,11 @@ REPEATS = 3  # of a timing, between those of all others
 
 def run(plan: compare.Plan, task: Task, machine: Machine, options: argparse.Namespace) -> None:
     """Trains until all is done or the minutes are over; writes what there is either way."""
-    if options.minutes:
-        signal.signal(signal.SIGALRM, signal.default_int_handler)
-        signal.setitimer(signal.ITIMER_REAL, 60 * options.minutes)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
     with Store(options.store) as store:
         folder = Path(options.store).with_suffix(".parts")
         try:
+            signal.setitimer(signal.ITIMER_REAL, 60 * options.minutes)
             compare.compare(plan, task, store, machine=machine, folder=folder, progress=told)
         except KeyboardInterrupt:
             print("stopped; the same command goes on from here", flush=True)
@@ -165,11 +164,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=PLANS, default="small")
     parser.add_argument("--seeds", type=int, help="how many; a later call with more of them adds to it")
+    parser.add_argument("--widths", type=int, nargs="+", help="only these; a later call with more of them adds to it")
     parser.add_argument("--task", default="bytes")
     parser.add_argument("--paths", nargs="*", type=Path, default=[])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1, help="trunks trained at once, also on one GPU")
-    parser.add_argument("--minutes", type=float, help="after which it stops and keeps what it is at")
+    parser.add_argument("--minutes", type=float, default=0.0, help="after which it stops and keeps what it is at")
     parser.add_argument("--store", default="runs/experts.sqlite")
     parser.add_argument("--report", type=Path, default=Path("runs/experts.html"))
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of CSVs")
@@ -180,6 +180,8 @@ def main() -> None:
     plan = PLANS[options.scale]
     if options.seeds:
         plan = replace(plan, seeds=tuple(range(options.seeds)))
+    if options.widths:
+        plan = replace(plan, widths=tuple(options.widths))
     if options.health:
         torch.set_num_threads(1)
         health(options.health, plan.seeds, options.results)

@@ -64,9 +64,19 @@ def table(scale: str) -> str:
         cells = [NAMES.get(family, family), f"{len(own)}", f"{best:.3f}", f"{own[0].rate:.4g}"]
         for base in BASELINES:
             for axis in AXES:
-                cells.append("1" if family == base else str(multiplier(runs, family, base, axis)))
+                cells.append("1" if family == base else over(runs, family, base, axis))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def over(runs: list[Run], family: str, base: str, axis: Axis) -> str:
+    """A multiplier with its interval and, in bold, where it decides."""
+    if not any(run.family == base and run.purpose == "measure" for run in runs):
+        return "–"
+    found = multiplier(runs, family, base, axis)
+    if found.reason:
+        return "–"
+    return f"**{found}**" if found.verdict != "undecided" else f"{found}"
 
 
 def verdict(scale: str) -> str:

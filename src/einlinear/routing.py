@@ -80,8 +80,6 @@ class Router(nn.Module):
             raise StructureError(f"{doing} with choice={choice!r}: pass 'token' or 'expert'")
         if (capacity is not None and not capacity > 0) or not 0 <= jitter < 1:
             raise StructureError(f"{doing} with {capacity=} and {jitter=}: one is positive or None, one in [0, 1)")
-        if (dtype or torch.get_default_dtype()).is_complex:
-            raise StructureError(f"{doing} in {dtype}: complex logits have no largest ones; pass a real dtype")
         self.d_in, self.experts, self.active = d_in, experts, active
         self.choice, self.capacity, self.jitter = choice, capacity, jitter
         self.weight = nn.Parameter(torch.empty(experts, d_in, device=device, dtype=dtype))
@@ -252,8 +250,8 @@ def router_statistics(model: nn.Module) -> dict[str, RouterStatistics]:
         else:
             load = _counts(index, router.experts) / choices
             dropped = (index == router.experts).sum() / choices
-        *shares, spread, lost = torch.cat([load, torch.stack([entropy, dropped])]).tolist()  # the one wait
-        found[name] = RouterStatistics(tuple(shares), spread, lost, logits.shape[0])
+        numbers: list[float] = torch.cat([load, entropy[None], dropped[None]]).tolist()  # the one wait for the device
+        found[name] = RouterStatistics(tuple(numbers[:-2]), numbers[-2], numbers[-1], logits.shape[0])
     return found
 
 

@@ -180,8 +180,11 @@ def _tokens() -> alt.X:
     return alt.X("tokens:Q", axis=alt.Axis(title="training tokens", format="~s", tickCount=5))
 
 
-def _families(summary: Summary, rows: Rows, **legend: int) -> alt.Color:
+def _families(summary: Summary, rows: Rows, columns: int | None = None) -> alt.Color:
     """Each family in its own colour, those without routers left out of the legend."""
     there = {row["family"] for row in rows}
     shown = [family.family for family in summary.families if family.family in there]
-    return coloured(summary).legend(values=shown, labelLimit=320, **legend)
+    legend = alt.Legend(values=shown, labelLimit=320)
+    if columns:
+        legend.columns = columns
+    return coloured(summary).legend(legend)
