@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=0, help="processes that train; 0: this one alone")
     parser.add_argument("--paths", nargs="*", default=[], help="files and folders of the text that `full` trains on")
-    parser.add_argument("--store", help="where runs are kept; runs/claims-STUDY-SCALE.sqlite unless told")
+    parser.add_argument("--store", default="runs/claims.sqlite", help="where runs are kept, those of all studies")
     parser.add_argument("--plan", action="store_true", help="only say what the study takes on this machine")
     parser.add_argument("--page", action="store_true", help="only write the page again")
     options = parser.parse_args()
@@ -273,9 +273,8 @@ def main() -> None:
         if options.plan:
             print(foretold(experiments, machine))
             return
-        location = options.store or f"runs/claims-{study.name}-{scale}.sqlite"
-        with Store(location) as store:
-            runs = measure(experiments, store, machine, Path(location).with_suffix(".parts"), told)
+        with Store(options.store) as store:
+            runs = measure(experiments, store, machine, Path("runs/claims.parts"), told)
         if study.priced:
             runs = priced(runs, experiments, machine)
         write_runs(runs, PAGES / f"{study.name}-{scale}.csv")

@@ -49,7 +49,7 @@ def expected(experiments: Sequence[Experiment]) -> str:
     seconds = 0.0
     for one in experiments:
         plan = one.plan
-        task = plan.cut(one.data if one.task != "text" else replace(one, task="bytes").data)
+        task = one.data if one.task != "text" else replace(one, task="bytes").data
         trunks = [*plan.trials(task), *plan.trunks(task, dict.fromkeys(plan.families, 1.0))]
         runs += sum(len(trunk.horizons) for trunk in trunks)
         for trunk in trunks:

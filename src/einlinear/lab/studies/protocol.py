@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from einlinear.lab import compare
-from einlinear.lab.data import Task, load
+from einlinear.lab.data import Sequences, Task, load
 from einlinear.lab.machine import Machine
 from einlinear.lab.run import Run
 from einlinear.lab.store import Store
@@ -34,7 +34,7 @@ class Experiment:
     @property
     def data(self) -> Task:
         """The task, in sequences of the plan's length."""
-        return self.plan.cut(_loaded(self.task, self.paths))
+        return _data(self.task, self.paths, self.plan.context)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +65,10 @@ class Study:
         return tuple(replace(one, paths=given) if one.task == "text" else one for one in self.scales[scale])
 
 
-@cache
-def _loaded(task: str, paths: tuple[str, ...]) -> Task:
-    return load(task, paths=paths)
+@cache  # costs of models are kept by task
+def _data(task: str, paths: tuple[str, ...], context: int | None) -> Task:
+    found = load(task, paths=paths)
+    return replace(found, context=context) if context and isinstance(found, Sequences) else found
 
 
 def label(run: Run) -> str:
