@@ -22,7 +22,7 @@ import json, os, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from einlinear.kernels import tiles, tiles_junction, tiles_pair, tiles_product, tiles_sets
+from einlinear.kernels import tiles, tiles_junction, tiles_pair, tiles_product, tiles_route, tiles_sets
 
 half, sums = "*bf16", "*fp32"
 alone = dict(LEADS=False, FOLLOWS=False)
@@ -65,7 +65,7 @@ cases = {
     "product_blocks": (
         tiles_product.product_blocks, dict(G=32, A=32, R=4, F=32, E=32, BLOCK_A=32, BLOCK_E=32), 1, 1, 3),
     "route_forward": (
-        tiles_sets.route_forward, dict(EXPERTS=16, ACTIVE=2, TIE=1e-6, BLOCK_EXPERTS=16, BLOCK_TOKENS=64,
+        tiles_route.route_forward, dict(EXPERTS=16, ACTIVE=2, TIE=1e-6, BLOCK_EXPERTS=16, BLOCK_TOKENS=64,
                                        BLOCK_WIDTH=128, SPLIT=True, HAS_BIAS=True), 1, 4, 3),
     "into_forward of experts": (tiles_sets.into_forward, sets(**ins, BLOCK=128), 1, 4, 1),
     "out_forward of experts": (tiles_sets.out_forward, sets(**state, BLOCK=64, HAS_BIAS=False), 1, 4, 2),

@@ -161,7 +161,7 @@ def _forward(rows: Tensor, weights: Sequence[Tensor], chain: Chained) -> Callabl
     """What takes a block of tokens like `rows` through the chain; memory and views within are made once for all."""
     scratch, (view, spec), (_, last) = Scratch.of(rows), chain[0], chain[-1]
     names, products = spec.partition(",")[0], []
-    state = _read(rows, view, names, scratch)
+    state = read = _read(rows, view, names, scratch)
     for k, (weight, (_, each)) in enumerate(zip(weights, chain, strict=True)):
         made = scratch.empty(rows, _shape(state, weight, each))
         products.append(operands(state, weight, made, each))
@@ -170,7 +170,7 @@ def _forward(rows: Tensor, weights: Sequence[Tensor], chain: Chained) -> Callabl
 
     def run(rows: Tensor, out: Tensor) -> None:
         if names in TURNED:
-            scratch.pieces[0].view(rows.mT.shape).copy_(rows.mT)
+            read.view(rows.mT.shape).copy_(rows.mT)
             torch.bmm(left, right, out=first)
         else:
             torch.bmm(*operands(_read(rows, view, names, None), weights[0], made, spec)[:2], out=first)

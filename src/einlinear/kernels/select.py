@@ -35,13 +35,13 @@ def route(tokens: Tensor, weight: Tensor, bias: Tensor | None, active: int) -> t
         bias: `[experts]`, float32.
         active: how many are chosen.
     """
-    from einlinear.kernels import tiles_sets
+    from einlinear.kernels import tiles_route
 
     (count, width), experts, tokens = tokens.shape, len(weight), tokens.contiguous()
     logits, index, chosen = _empty(tokens, weight, active)
     half = tokens.element_size() == 2
     with torch.cuda.device_of(tokens):
-        tiles_sets.route_forward[(-(-count // 64),)](
+        tiles_route.route_forward[(-(-count // 64),)](
             tokens, weight.contiguous(), bias, logits, index, chosen, count, width, width,
             EXPERTS=experts, ACTIVE=active, TIE=TIE, BLOCK_EXPERTS=tile(experts), BLOCK_TOKENS=64, BLOCK_WIDTH=128,
             SPLIT=half, HAS_BIAS=bias is not None, num_warps=4, num_stages=3,
@@ -59,14 +59,14 @@ def route_backward(
     dlogits: Tensor | None, dchosen: Tensor | None, tokens: Tensor, weight: Tensor, index: Tensor, chosen: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `tokens` and `weight`."""
-    from einlinear.kernels import tiles_sets
+    from einlinear.kernels import tiles_route
 
     count, experts = len(tokens), len(weight)
     dlogits = dlogits.contiguous() if dlogits is not None else chosen.new_zeros(count, experts)
     dchosen = dchosen.contiguous() if dchosen is not None else torch.zeros_like(chosen)
     total = tokens.new_empty(count, experts)
     with torch.cuda.device_of(tokens):
-        tiles_sets.route_backward[(-(-count // 64),)](
+        tiles_route.route_backward[(-(-count // 64),)](
             dlogits, dchosen, index, chosen, total, count,
             EXPERTS=experts, ACTIVE=index.shape[1], BLOCK_EXPERTS=tile(experts), BLOCK_TOKENS=64,
         )  # fmt: skip

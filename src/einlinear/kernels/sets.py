@@ -98,7 +98,7 @@ def set_layout(index: Tensor, weight: Tensor, experts: int) -> tuple[Tensor, Ten
     Returns:
         The tables of `Sizes`, and the weight of each expert of a set at each position, `[active, positions]`.
     """
-    from einlinear.kernels import tiles_sets
+    from einlinear.kernels import tiles_route
 
     sizes = Sizes(len(index), experts, index.shape[1])
     if sizes.positions >= MOST_POSITIONS:
@@ -110,15 +110,15 @@ def set_layout(index: Tensor, weight: Tensor, experts: int) -> tuple[Tensor, Ten
     shape = {"EXPERTS": experts, "ACTIVE": sizes.active, "SETS": sizes.sets}
     block, cut = tile(sizes.sets), {"RUN": RUN, "TILE": sizes.tile}
     with torch.cuda.device_of(index):
-        tiles_sets.count_sets[(sizes.chunks,)](index, counts, sizes.tokens, **shape, BLOCK_SETS=block, CHUNK=CHUNK)
-        tiles_sets.add_chunks[(-(-sizes.sets // 16),)](
+        tiles_route.count_sets[(sizes.chunks,)](index, counts, sizes.tokens, **shape, BLOCK_SETS=block, CHUNK=CHUNK)
+        tiles_route.add_chunks[(-(-sizes.sets // 16),)](
             counts, before, count, sizes.chunks,
             SETS=sizes.sets, SOME_SETS=16, BLOCK_CHUNKS=min(128, tile(sizes.chunks)),
         )  # fmt: skip
-        tiles_sets.lay_out[(1,)](
+        tiles_route.lay_out[(1,)](
             count, start, first_run, place, totals, **shape, **cut, BLOCK_SETS=block, BLOCK_EXPERTS=tile(experts)
         )
-        tiles_sets.fill_in[(sizes.chunks + sizes.sets,)](
+        tiles_route.fill_in[(sizes.chunks + sizes.sets,)](
             index, weight, before, start, count, first_run, place, token_of, gates, run_set, runs, listed,
             sizes.tokens, sizes.chunks, sizes.tiles, sizes.positions, **shape, **cut, CHUNK=CHUNK,
         )  # fmt: skip
