@@ -10,9 +10,10 @@ from scipy import stats
 
 from einlinear.lab.compare import Plan, default_plan
 from einlinear.lab.data import Sequences, load
-from einlinear.lab.forecast import NOISE, RESOLVED, SLOPE, Forecast, forecast, interval
+from einlinear.lab.forecast import NOISE, RESOLVED, SLOPE, Expected, Forecast, expected, forecast
 from einlinear.lab.machine import Machine
 from einlinear.lab.models import counted
+from einlinear.lab.run import Run
 from einlinear.lab.train import Recipe
 
 HERE = Machine(workers=0)
@@ -51,7 +52,7 @@ def test_runs_and_flops_are_those_that_will_be_trained(task: Sequences) -> None:
     text = str(found)
     assert f"in all {sum(part.flops for part in found.parts):.2g} training FLOPs" in text
     assert "each tuned at width 16 over 3 rates (6 runs)" in text and "(8 runs)" in text and "minutes" in text
-    assert f"over and times {interval(2):.2f}" in text
+    assert f"over and times {Expected().factor(2, 1):.2f}" in text
 
 
 def test_a_given_rate_needs_no_tuning(task: Sequences) -> None:
@@ -60,19 +61,55 @@ def test_a_given_rate_needs_no_tuning(task: Sequences) -> None:
     assert "tuned" not in str(found) and "grid" not in str(found)
 
 
-def test_the_interval_is_that_of_simulated_studies() -> None:
-    """Two parallel lines of so many trunks each: the shift's error is the planning formula's, within 20 %."""
+@pytest.mark.parametrize(("widths", "seeds"), [(4, 1), (12, 1), (4, 3)])
+def test_the_interval_is_that_of_simulated_studies(widths: int, seeds: int) -> None:
+    """Two parallel lines of so many widths, each the mean of its seeds: the shift's error is foretold within 20 %."""
     random = np.random.default_rng(0)
-    for trunks in (4, 12):
-        cost = np.tile(np.linspace(-2, 2, trunks), 2)
-        group = np.repeat([0.0, 1.0], trunks)
-        design = np.stack([np.ones(2 * trunks), cost, group], axis=1)
-        noise = NOISE * random.normal(size=(2 * trunks, 4000))
-        shift = np.linalg.lstsq(design, -SLOPE * (cost + 0.4 * group)[:, None] + noise)[0][2] / -SLOPE
-        times = stats.t.ppf(0.975, 2 * trunks - 4)
-        assert math.log(interval(trunks)) == pytest.approx(times * shift.std(), rel=0.2)
-    factors = [interval(trunks) for trunks in (2, 4, 8, 16, 64)]
-    assert factors == sorted(factors, reverse=True) and factors[-1] == pytest.approx(1.025, abs=0.005)
+    cost = np.tile(np.linspace(-2, 2, widths), 2)
+    group = np.repeat([0.0, 1.0], widths)
+    design = np.stack([np.ones(2 * widths), cost, group], axis=1)
+    noise = NOISE * random.normal(size=(2 * widths, 4000, seeds)).mean(axis=2)
+    shift = np.linalg.lstsq(design, -SLOPE * (cost + 0.4 * group)[:, None] + noise)[0][2] / -SLOPE
+    times = stats.t.ppf(0.975, 2 * widths - 4)
+    assert math.log(Expected().factor(widths, seeds)) == pytest.approx(times * shift.std(), rel=0.2)
+
+
+def test_more_widths_and_more_seeds_narrow_it() -> None:
+    for factors in ([Expected().factor(n, 1) for n in (2, 4, 8, 64)], [Expected().factor(4, n) for n in (1, 2, 8)]):
+        assert factors == sorted(factors, reverse=True)
+
+
+def stored(task: Sequences, noise: float, common: float, seeds: int, slope: float = 0.15) -> list[Run]:
+    """Runs of a store: loss falls as cost^-slope, and seeds move single runs and, alike, all runs of theirs."""
+    random = np.random.default_rng(1)
+    alike = common * random.normal(size=seeds)
+    return [
+        Run(
+            task=task.name, fingerprint=task.fingerprint, family=family, width=width, depth=1, tokens=tokens, rate=0.01,
+            seed=seed, flops=width**2 * tokens, parameters=width**2,
+            loss=(width**2 * tokens) ** -slope * math.exp(alike[seed] + noise * random.normal()),
+        )
+        for family in PLAN.families for width in (16, 18, 20, 22, 24) for tokens in (640, 1600)
+        for seed in range(seeds)
+    ]  # fmt: skip
+
+
+def test_noise_and_slope_are_those_of_stored_runs_where_there_are_any(task: Sequences) -> None:
+    known = expected(PLAN, task, stored(task, noise=0.005, common=0.05, seeds=4))
+    assert known.noise == pytest.approx(0.005, rel=0.4) and known.slope == pytest.approx(0.15, rel=0.1)
+    assert known.noise_from == "40 stored runs" and "2 stored structures" in known.slope_from
+    text = str(forecast(PLAN, task, HERE, stored(task, noise=0.005, common=0.05, seeds=4)))
+    assert "(40 stored runs)" in text and "(small byte models)" not in text
+    single = expected(PLAN, task, stored(task, noise=0.001, common=0.0, seeds=1))
+    assert single.noise == NOISE and single.slope == pytest.approx(0.15, rel=0.1)
+
+
+def test_runs_that_are_far_from_the_plan_tell_nothing(task: Sequences) -> None:
+    runs = stored(task, noise=0.005, common=0.05, seeds=4)
+    for plan in (replace(PLAN, widths=(256, 512)), replace(PLAN, horizons=(10**6,)), replace(PLAN, depth=2)):
+        assert expected(plan, task, runs) == Expected()
+    assert expected(PLAN, replace(task, name="other"), runs) == Expected()
+    assert expected(PLAN, replace(task, fingerprint="other"), runs) == Expected()
 
 
 def blurred(**changes: object) -> str | None:
@@ -83,7 +120,7 @@ def test_plans_that_cannot_answer_are_refused_with_a_remedy() -> None:
     assert "nothing to compare it with" in (blurred(families=("dense",)) or "")
     assert "4 sizes together, at 1 width(s)" in (blurred(widths=(16,)) or "")
     refusal = blurred() or ""
-    assert "cannot tell a multiplier of 1.25 from 1" in refusal
+    assert "cannot tell a multiplier of 1.4 from 1" in refusal
     seeds = int(refusal.split("take ")[1].split()[0])
     assert blurred(seeds=tuple(range(seeds))) is None
     assert blurred(seeds=tuple(range(seeds - 1)))

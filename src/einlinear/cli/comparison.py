@@ -47,7 +47,7 @@ def compare(
     ] = False,
     resolve: Annotated[
         float, typer.Option(min=1.0, help="The multiplier that a plan should tell from 1 (--plan).")
-    ] = 1.25,
+    ] = 1.4,
     engine: Annotated[
         str, typer.Option(help="Whose workers train: processes (of this machine) or ray (a cluster's).")
     ] = "processes",
@@ -95,7 +95,7 @@ def compare(
         }
         given = {name: value for name, value in changed.items() if value}
         plan = replace(lab.default_plan(data, machine.device), **given)
-        foretold = forecast(plan, data, machine)
+        foretold = forecast(plan, data, machine, _stored(store, data.name))
         if world.rank:
             return None if plan_only else follow(plan.cut(data), machine)
         typer.echo(f"{data.name}: {data.description}")
@@ -119,6 +119,20 @@ def kept_beside(store: str) -> Path:
     return Path("runs/compare.parts") if "://" in store else Path(store).with_suffix(".parts")
 
 
+def _there(store: str) -> bool:
+    return "://" in store or Path(store).exists()
+
+
+def _stored(store: str, task: str) -> "Sequence[Run]":
+    """The task's runs in a store, which is not made where there is none."""
+    from einlinear.lab.store import Store
+
+    if not _there(store):
+        return ()
+    with Store(store) as opened:
+        return opened.runs(task=task)
+
+
 def write_again(
     task: Annotated[str, typer.Option(help="The task whose runs are reported.")] = "bytes",
     store: Store = "runs/compare.sqlite",
@@ -134,26 +148,20 @@ def write_again(
 ) -> None:
     """The report of `compare`, written again from the stored runs."""
     from einlinear.lab.report import save_figure, watch
-    from einlinear.lab.store import Store
-
-    def there() -> bool:
-        return "://" in store or Path(store).exists()
-
-    def read() -> "Sequence[Run]":
-        if not there():
-            return ()
-        with Store(store) as opened:
-            return opened.runs(task=task)
 
     if watching:
         typer.echo(f"watching {store} every {every} seconds; interrupt to end")
         told = f"report: {report}, "
         watch(
-            read, report, every=every, allow_mixed_data=mixed, told=lambda runs: typer.echo(f"{told}{len(runs)} runs")
+            lambda: _stored(store, task),
+            report,
+            every=every,
+            allow_mixed_data=mixed,
+            told=lambda runs: typer.echo(f"{told}{len(runs)} runs"),
         )
-    if not there():
+    if not _there(store):
         raise ValueError(f"cannot report on {store}: there is no such file; run 'einlinear compare' first")
-    runs = read()
+    runs = _stored(store, task)
     if not runs:
         raise ValueError(
             f"cannot report on the task '{task}': {store} holds no runs of it; run 'einlinear compare {task}'"
