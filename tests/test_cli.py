@@ -102,6 +102,7 @@ def test_describe_proposes_a_cheaper_order():
         (["compare", "--seeds", "0.5"], "expected whole numbers"),
         (["compare", "--report", "taken/page.html"], "taken is no folder that may be written to"),
         (["compare", "--device", "tpu"], "cannot use the device 'tpu'"),
+        (["search", "--store", "taken/runs.sqlite"], "taken is no folder that may be written to"),
         (["describe", "btt", "--device", "tpu"], "cannot use the device 'tpu'"),
         (["describe", "btt", "--dtype", "int8"], "cannot use the type 'int8'"),
         (["bench", "--widths", ""], "cannot use --widths ''"),

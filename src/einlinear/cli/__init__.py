@@ -21,7 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RESUMED = frozenset({"compare", "compress"})
+RESUMED = frozenset({"compare", "compress", "search"})
 """The verbs that keep what they have done."""
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from einlinear.cli.options import FIGURES, Report, Store, can_be_written, known_device, numbers
+from einlinear.cli.options import FIGURES, Report, Store, can_be_kept, can_be_written, known_device, numbers
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -74,8 +74,7 @@ def compare(
 
     if device:
         known_device(device, present=True)
-    for file in (report, None if "://" in store else Path(store)):
-        can_be_written(file)
+    can_be_kept(report, store)
     if engine not in ("processes", "ray"):
         raise ValueError(f"cannot train by the engine '{engine}': pass processes or ray")
     settings: dict[str, Any] = {"engine": engine, "accumulate": accumulate, "compiled": compiled, "shard": shard}

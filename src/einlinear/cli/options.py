@@ -55,6 +55,13 @@ def known_device(name: str, *, present: bool = False) -> str:
     return name
 
 
+def can_be_kept(report: Path, store: str) -> None:
+    """Refuses a report, or a store in a file, that could not be written."""
+    can_be_written(report)
+    if "://" not in store:
+        can_be_written(Path(store))
+
+
 def can_be_written(path: Path | None, *suffixes: str) -> None:
     """Refuses a file that could not be written, before any work is done for it; folders that lack will be made."""
     if path is None:
