@@ -99,15 +99,30 @@ def test_describe_proposes_a_cheaper_order():
         (["compare", "--structure", "bt"], "did you mean 'btt'"),
         (["compare", "--widths", "a,b"], "--widths 'a,b'"),
         (["compare", "--widths", "33"], "33"),
+        (["compare", "--seeds", "0.5"], "expected whole numbers"),
+        (["compare", "--report", "taken/page.html"], "taken is no folder that may be written to"),
+        (["compare", "--device", "tpu"], "cannot use the device 'tpu'"),
+        (["search", "--store", "taken/runs.sqlite"], "taken is no folder that may be written to"),
+        (["describe", "btt", "--device", "tpu"], "cannot use the device 'tpu'"),
+        (["describe", "btt", "--dtype", "int8"], "cannot use the type 'int8'"),
+        (["bench", "--widths", ""], "cannot use --widths ''"),
+        (["bench", "--widths", "0"], "cannot use --widths '0'"),
+        (["bench", "--tokens", "-3"], "cannot use --tokens '-3'"),
+        (["bench", "--figure", "speed.pdf"], "only .svg and .png can be written"),
+        (["bench", "--file", "taken/rows.csv"], "taken is no folder that may be written to"),
+        (["fit", "taken", "--card", "."], "it is a folder"),
+        (["compress", "taken", "--out", "small", "--write-plan", "taken/plan.toml"], "may be written to"),
         (["check", "--widths", "64"], "two or more different widths"),
         (["report"], "there is no such file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_input_ends_in_a_sentence(tmp_path: Path, arguments: list[str], says: str):
+    (tmp_path / "taken").touch()
     done = run(*arguments, cwd=tmp_path)
     assert done.returncode not in (0, None)
     assert says in done.stderr
+    assert not done.stdout, "what is wrong is said before anything is done"
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.rglob("*.html"))
 
@@ -120,14 +135,24 @@ def test_a_corpus_too_small_is_refused(tmp_path: Path):
     assert done.stderr.count("\n") == 1
 
 
-def test_an_interrupt_says_what_is_kept(monkeypatch: pytest.MonkeyPatch):
-    def interrupted(*arguments: object) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "where", "says"),
+    [
+        (["table"], "einlinear.cli.structures._row", "nothing was written"),
+        (["compare"], "einlinear.lab.data.load", "the same command goes on"),
+    ],
+    ids=["table", "compare"],
+)
+def test_an_interrupt_says_what_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], where: str, says: str
+):
+    def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("einlinear.cli.structures._row", interrupted)
-    done = run("table")
+    monkeypatch.setattr(where, interrupted)
+    done = run(*arguments, cwd=tmp_path)
     assert done.returncode == 130
-    assert "the same command goes on" in done.stderr
+    assert says in done.stderr
 
 
 def test_check_passes_right_rates_and_exits_so():

@@ -42,6 +42,14 @@ def test_the_readme_runs(monkeypatch, tmp_path, capsys):
         exec(compile(snippet, "README.md", "exec"), names)
 
 
+@pytest.mark.parametrize("page", ["experts", "linear_algebra"])
+def test_pages_run(page, capsys):
+    """The others have tests beside those of what they are about."""
+    names: dict[str, object] = {}
+    for snippet in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), re.DOTALL):
+        exec(compile(snippet, f"{page}.md", "exec"), names)
+
+
 def test_the_readme_names_only_what_exists():
     named = set(re.findall(r"\bel\.(\w+)", README))
     assert named

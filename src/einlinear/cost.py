@@ -37,9 +37,9 @@ def generic_rank(structure: Structure) -> int:
 
     The cut separates the input's axes from the output's; cutting an axis costs its size, once,
     however many operands carry it (a block axis is a copy tensor). For two factors this is
-    min(n_in, n_out, |βδργφ|, |αεργφ|), docs/mathematics.md section 1. No matrix has more. One of full rank may
-    not exist where cuts of other sizes than powers of two are nearly as small (two blocks of 3 × 2 ⊗ 3 × 2 side by
-    side: 7, not 8): Cui et al. 2016, Quantum max-flow/min-cut, https://arxiv.org/abs/1508.04644.
+    min(n_in, n_out, |βδργφ|, |αεργφ|), docs/mathematics.md section 1. No matrix has more. Where not all
+    sizes are powers of two, the best there is may fall short of it by a little (two blocks of 3 × 2 ⊗ 3 × 2 side by
+    side reach 7 of 8): Cui et al. 2016, Quantum max-flow/min-cut, https://arxiv.org/abs/1508.04644.
 
     A routed axis counts with its active entries.
     """

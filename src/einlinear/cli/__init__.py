@@ -21,6 +21,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+RESUMED = frozenset({"compare", "compress", "search"})
+"""The verbs that keep what they have done."""
+
 
 def main() -> None:
     """Runs the command line; what a user can mend ends in one sentence and exit code 1."""
@@ -30,8 +33,9 @@ def main() -> None:
         sys.exit(f"einlinear: {error}")
     except SystemExit as end:
         if end.code == 130:  # how typer ends what was interrupted, and says nothing
-            told = "einlinear: interrupted; what was done is kept, and the same command goes on from there"
-            print(told, file=sys.stderr)  # noqa: T201
+            told = "what was done is kept, and the same command goes on from there"
+            told = told if RESUMED.intersection(sys.argv[1:2]) else "nothing was written"
+            print(f"einlinear: interrupted; {told}", file=sys.stderr)  # noqa: T201
         raise
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from einlinear.cli.options import Report, Store, numbers
+from einlinear.cli.options import FIGURES, Report, Store, can_be_kept, can_be_written, known_device, numbers
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -72,6 +72,9 @@ def compare(
     from einlinear.lab.store import Store
     from einlinear.lab.sweep import follow
 
+    if device:
+        known_device(device, present=True)
+    can_be_kept(report, store)
     if engine not in ("processes", "ray"):
         raise ValueError(f"cannot train by the engine '{engine}': pass processes or ray")
     settings: dict[str, Any] = {"engine": engine, "accumulate": accumulate, "compiled": compiled, "shard": shard}
@@ -147,6 +150,9 @@ def write_again(
     every: Annotated[int, typer.Option(min=1, help="Seconds between looks at the store, with --watch.")] = 10,
 ) -> None:
     """The report of `compare`, written again from the stored runs."""
+    can_be_written(report)
+    can_be_written(figure, *FIGURES)
+
     from einlinear.lab.report import save_figure, watch
 
     if watching:
@@ -168,6 +174,7 @@ def write_again(
         )
     write_out(runs, report, allow_mixed_data=mixed)
     if figure:
+        figure.parent.mkdir(parents=True, exist_ok=True)
         save_figure(runs, figure)
         typer.echo(f"figure: {figure}")
 

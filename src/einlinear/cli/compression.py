@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from einlinear.cli.options import can_be_written
+
 
 def compress(
     model: Annotated[Path, typer.Argument(help="Directory with a model of transformers, as save_pretrained writes.")],
@@ -51,6 +53,7 @@ def compress(
     """
     from einlinear.compression.directory import Settings, compress_checkpoint, plan_checkpoint
 
+    can_be_written(write_plan)
     if cost not in ("parameters", "flops"):
         raise ValueError(f"cannot compress to a budget of '{cost}': it counts 'parameters' or 'flops'")
     if finetune and not calibration:

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from einlinear.cli.options import FIGURES, can_be_written
+
 
 def fit(
     runs: Annotated[
@@ -34,7 +36,13 @@ def fit(
     """Scaling laws of anybody's finished runs, with intervals, warnings and the compute multiplier."""
     from rich.console import Console
 
+    can_be_written(card)
+    can_be_written(figure, *FIGURES)
+
     from einlinear.lab.laws import law_card, print_card, read_table
+
+    if figure:
+        from einlinear.lab.report import save_law_figure
 
     table = read_table(runs, _pairs("column", column), bits=bits).without_highest(drop_highest)
     with _bar("fitting") as tell:
@@ -44,15 +52,15 @@ def fit(
         )  # fmt: skip
     text = json.dumps(found, indent=1, allow_nan=False)
     if card:
+        card.parent.mkdir(parents=True, exist_ok=True)
         card.write_text(text + "\n")
-    if figure:
-        from einlinear.lab.report import save_law_figure
-
-        save_law_figure(found, table, figure)
     if as_json:
         typer.echo(text)
     else:
         print_card(found, Console(width=None if sys.stdout.isatty() else 160))
+    if figure:
+        figure.parent.mkdir(parents=True, exist_ok=True)
+        save_law_figure(found, table, figure)
 
 
 def _pairs(option: str, texts: list[str] | None) -> dict[str, str]:

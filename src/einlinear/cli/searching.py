@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from einlinear.cli.comparison import kept_beside, progress_bar, write_out
-from einlinear.cli.options import Report, Store, numbers
+from einlinear.cli.options import Report, Store, can_be_kept, known_device, numbers
 
 
 def search(
@@ -66,6 +66,9 @@ def search(
     from einlinear.lab.search.forecast import forecast
     from einlinear.lab.store import Store
 
+    if device:
+        known_device(device, present=True)
+    can_be_kept(report, store)
     machine = Machine.here(device)
     if workers is not None:
         machine = replace(machine, workers=workers)

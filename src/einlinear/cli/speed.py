@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import einlinear as el
-from einlinear.cli.options import numbers, print_table, torch_type
+from einlinear.cli.options import FIGURES, can_be_written, counts, known_device, print_table, torch_type
 
 
 def bench(
@@ -23,21 +23,27 @@ def bench(
     """Times layers against dense ones of the same widths, in one process: ratios of medians."""
     import csv
 
+    families = [el.structure(text) for text in structure or ["btt", "monarch(blocks=16)", "low_rank", "kronecker"]]
+    sizes, lengths = counts("widths", widths), counts("tokens", tokens)
+    can_be_written(file)
+    can_be_written(figure, *FIGURES)
+    kind = torch_type(dtype)
+
     from einlinear.lab.bench import bench
 
-    kind = torch_type(dtype)
-    families = [el.structure(text) for text in structure or ["btt", "monarch(blocks=16)", "low_rank", "kronecker"]]
-    rows = bench(families, numbers("widths", widths, int), numbers("tokens", tokens, int), device, kind)
+    if figure:
+        from einlinear.lab.speed import speed_figure
+    rows = bench(families, sizes, lengths, known_device(device, present=True), kind)
     shown = ("family", "d_in", "tokens", "mode", "ms", "ratio_to_dense", "flop_ratio", "floor_ms", "reach")
     cells = [[f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name]) for name in shown] for row in rows]
     print_table(f"{rows[0]['device']}, {dtype}, one process, medians", shown, cells)
     if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("w", newline="") as opened:
             writer = csv.DictWriter(opened, rows[0].keys())
             writer.writeheader()
             writer.writerows(rows)
     if figure:
-        from einlinear.lab.speed import speed_figure
-
+        figure.parent.mkdir(parents=True, exist_ok=True)
         speed_figure(rows, figure)
         typer.echo(f"figure: {figure}")

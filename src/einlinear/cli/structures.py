@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 import einlinear as el
-from einlinear.cli.options import Json, numbers, print_table, torch_type
+from einlinear.cli.options import Json, counts, known_device, print_table, torch_type
 
 
 def table(
@@ -88,6 +88,9 @@ def describe(
     measure: Annotated[bool, typer.Option("--measure", help="Also time it, here and now, beside dense.")] = False,
 ) -> None:
     """One structure: its spec, cost, rank, initialisation and rates, how long it takes, and the kernel that runs it."""
+    known_device(device, present=measure)
+    kind = dtype or ("float32" if device == "cpu" else "bfloat16")
+    own_type = torch_type(kind)
     if "->" in structure:
         spec = el.Structure.parse(structure, **_sizes(structure, sizes or []))
     else:
@@ -107,7 +110,6 @@ def describe(
     for axes, scale in zip(spec.factors, el.spectral(spec), strict=True):
         fans = f"{scale.slices} × ({scale.fan_in} → {scale.fan_out})"
         typer.echo(f"  factor {' '.join(axes):12} {fans:22} std {scale.std:.3g}, rate × {scale.lr:.3g} of dense")
-    kind = dtype or ("float32" if device == "cpu" else "bfloat16")
     plain = el.Dense()(spec.d_in, spec.d_out)
     if not spec.routed:
         for mode in ("forward", "training"):
@@ -121,7 +123,7 @@ def describe(
         for row in bench_structure(spec, tokens, device, kind):
             told = f"{row['ratio_to_dense']:.2f} times as fast as dense"
             typer.echo(f"{row['mode']:11} {_time(row['ms'] / 1e3)} measured on {row['device']}, {told}")
-    typer.echo(el.explain(spec, tokens=tokens, device=device, dtype=torch_type(kind)))
+    typer.echo(el.explain(spec, tokens=tokens, device=device, dtype=own_type))
 
 
 def _time(seconds: float) -> str:
@@ -149,6 +151,6 @@ def check(
 
     Exit code 1 if they do not.
     """
-    verdict = el.check(el.default_model(structure), numbers("widths", widths, int), optimizer=optimizer)
+    verdict = el.check(el.default_model(structure), counts("widths", widths), optimizer=optimizer)
     typer.echo(str(verdict))
     raise typer.Exit(0 if verdict.ok else 1)
