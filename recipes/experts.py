@@ -87,7 +87,8 @@ def run(plan: compare.Plan, task: Task, machine: Machine, options: argparse.Name
         folder = Path(options.store).with_suffix(".parts")
         try:
             signal.setitimer(signal.ITIMER_REAL, 60 * options.minutes)
-            compare.compare(plan, task, store, machine=machine, folder=folder, progress=told)
+            done = compare.compare(plan, task, store, machine=machine, folder=folder, progress=told)
+            print(f"all {len(done)} runs are done", flush=True)
         except KeyboardInterrupt:
             print("stopped; the same command goes on from here", flush=True)
         signal.setitimer(signal.ITIMER_REAL, 0)
