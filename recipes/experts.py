@@ -77,7 +77,6 @@ PLANS = {
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 LEFT_OUT = ("curve", "routers", "spec")  # what the store keeps and a table of results does not
 HEALTHY = ("mixture(of='btt', experts=16, active=2)", "moe(experts=16, active=2)")
-REPEATS = 3  # of a timing, between those of all others
 
 
 def run(plan: compare.Plan, task: Task, machine: Machine, options: argparse.Namespace) -> None:
@@ -128,7 +127,7 @@ def health(steps: int, seeds: Iterable[int], results: Path) -> None:
             write(results / "experts_loads.csv", loads)
 
 
-def clock(plan: compare.Plan, task: Task, machine: Machine, results: Path, scale: str) -> None:
+def clock(plan: compare.Plan, task: Task, machine: Machine, repeats: int, file: Path) -> None:
     """Seconds of a step of every family and width, on a CPU those of the processor; all timed in turn, then again.
 
     On a machine that others use, the wall time of a run says when it ran and not what it takes.
@@ -136,7 +135,7 @@ def clock(plan: compare.Plan, task: Task, machine: Machine, results: Path, scale
     torch.set_num_threads(machine.threads)
     now = time.process_time if machine.device == "cpu" else time.perf_counter
     seen: dict[tuple[str, int], list[float]] = {}
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         for trunk in plan.trunks(task, dict.fromkeys(plan.families, plan.rates[0])):
             if trunk.seed != plan.seeds[0]:
                 continue
@@ -148,7 +147,7 @@ def clock(plan: compare.Plan, task: Task, machine: Machine, results: Path, scale
         {"family": family, "width": width, "seconds": statistics.median(found)}
         for (family, width), found in seen.items()
     )
-    write(results / f"experts_{scale}_clock.csv", rows)
+    write(file, rows)
 
 
 def write(file: Path, rows: Iterable[dict[str, object]]) -> None:
@@ -175,7 +174,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, default=Path("runs/experts.html"))
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of CSVs")
     parser.add_argument("--plan", action="store_true", help="say what it takes, instead")
-    parser.add_argument("--clock", action="store_true", help="time a step of each, instead")
+    parser.add_argument("--clock", type=int, nargs="?", const=3, help="time a step of each, so often, instead")
     parser.add_argument("--health", type=int, nargs="?", const=1000, help="steps to watch routers for, instead")
     options = parser.parse_args()
     plan = PLANS[options.scale]
@@ -190,7 +189,7 @@ def main() -> None:
     task = plan.cut(load(options.task, paths=options.paths))
     machine = replace(Machine.here(options.device), workers=options.workers)
     if options.clock:
-        clock(plan, task, machine, options.results, options.scale)
+        clock(plan, task, machine, options.clock, options.results / f"experts_{options.scale}_clock.csv")
         return
     if options.plan:
         foretold = forecast(plan, task, machine)
