@@ -1,7 +1,7 @@
 """Whether the best base rate stays where it is when the width grows, and what a wrong one costs."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -19,6 +19,9 @@ STEADY = 0.25  # octaves of the best rate for each doubling of the width: a fact
 Losses = Mapping[tuple[str, int], Mapping[float, list[float]]]
 """Label and width, then rate, then ln loss by seed; infinite where a run did not finish."""
 
+Drawn = Mapping[tuple[str, int], tuple[Floats, Floats]]
+"""Label and width, then log2 of the rates and draws of ln loss at them; the first is what was measured."""
+
 
 def rate_transfer(runs: Sequence[Run], baseline: str = "dense") -> Finding:
     """The drift of each family's best base rate over widths, by the structure-aware rule and by the naive one.
@@ -32,45 +35,53 @@ def rate_transfer(runs: Sequence[Run], baseline: str = "dense") -> Finding:
     noise = pooled_noise(losses)
     random = np.random.default_rng(0)
     drawn = {key: _drawn(cells, noise, random) for key, cells in losses.items()}
-    labels = list(dict.fromkeys(name for name, _ in losses))
-    drifts = {
-        name: _drift({width: drawn[family, width] for family, width in losses if family == name}) for name in labels
-    }
-    widths = sorted({width for _, width in losses})
-    parts: list[Part] = []
-    rows = []
-    for name in labels:
-        if name == baseline or name.endswith(NAIVE):
-            continue
-        naive = name + NAIVE
-        parts.append(_part(f"the drift of {name}'s best rate (octaves per doubling)", drifts[name], "within", STEADY))
-        more = f"the drift of {name} by the naive rule less that by the structure-aware one"
-        if naive not in labels:
-            nothing = {"value": math.nan, "low": math.nan, "high": math.nan}
-            parts.append(Part(what=more, **nothing, claimed="above", bound=0.0))
-            continue
-        parts.append(_part(more, drifts[naive] - drifts[name], "above", 0))
-        gap = _carried(drawn, naive, widths) - _carried(drawn, name, widths)
-        what = f"the loss (ln) of {name} at width {widths[-1]} with the rate of width {widths[0]}, naive less aware,"
-        parts.append(_part(what, gap, "above", 0))
-    for name in labels:
-        best = [f"2^{_best(*drawn[name, width])[0]:.2f}" for width in widths]
-        lost = _carried(drawn, name, widths) - drawn[name, widths[-1]][1].min(axis=1)
-        rows.append((name, *best, _interval(drifts[name]), _interval(lost, 3)))
-    columns = ("structure", *(f"best rate, width {width}" for width in widths), "drift, octaves per doubling")
-    table = Table(
-        title="Best base rates",
-        columns=(*columns, f"ln loss at width {widths[-1]}: rate of width {widths[0]} over its own best"),
-        rows=tuple(rows),
-    )
-    edges = [f"{name} at width {width}" for name, width in losses if _best(*drawn[name, width])[1]]
     notes = [f"Noise of one run, pooled: {noise:.3g} in ln loss."]
-    if edges:
+    if edges := [f"{name} at width {width}" for name, width in losses if _best(*drawn[name, width])[1]]:
         notes.append(f"Best rate at the edge of the grid, so that it may lie beyond: {', '.join(edges)}.")
     if failed := sum(run.status != "done" for run in runs):
         notes.append(f"{failed} of {len(runs)} runs did not finish; their cells count as worse than any other.")
     means = {key: {rate: float(np.mean(seeds)) for rate, seeds in cells.items()} for key, cells in losses.items()}
-    return Finding(parts=tuple(parts), tables=(table,), figure=landscape_figure(means), notes=tuple(notes))
+    return Finding(
+        parts=tuple(_parts(drawn, baseline)),
+        tables=(_table(drawn),),
+        figure=landscape_figure(means),
+        notes=tuple(notes),
+    )
+
+
+def _parts(drawn: Drawn, baseline: str) -> Iterator[Part]:
+    """What is claimed of each structure: a steady rate, one that drifts by the naive rule, and a loss from that."""
+    labels, widths = _axes(drawn)
+    for name in labels:
+        if name == baseline or name.endswith(NAIVE):
+            continue
+        naive, drift = name + NAIVE, _drift(drawn, name)
+        yield _part(f"the drift of {name}'s best rate (octaves per doubling)", drift, "within", STEADY)
+        more = f"the drift of {name} by the naive rule less that by the structure-aware one"
+        if naive not in labels:
+            yield Part(what=more, value=math.nan, low=math.nan, high=math.nan, claimed="above", bound=0)
+            continue
+        yield _part(more, _drift(drawn, naive) - drift, "above", 0)
+        gap = _carried(drawn, naive, widths) - _carried(drawn, name, widths)
+        what = f"the loss (ln) of {name} at width {widths[-1]} with the rate of width {widths[0]}, naive less aware,"
+        yield _part(what, gap, "above", 0)
+
+
+def _table(drawn: Drawn) -> Table:
+    labels, widths = _axes(drawn)
+    rows = []
+    for name in labels:
+        best = [f"2^{_best(*drawn[name, width])[0]:.2f}" for width in widths]
+        lost = _carried(drawn, name, widths) - drawn[name, widths[-1]][1].min(axis=1)
+        rows.append((name, *best, _interval(_drift(drawn, name)), _interval(lost, 3)))
+    columns = ("structure", *(f"best rate, width {width}" for width in widths), "drift, octaves per doubling")
+    carried = f"ln loss at width {widths[-1]}: rate of width {widths[0]} over its own best"
+    return Table(title="Best base rates", columns=(*columns, carried), rows=tuple(rows))
+
+
+def _axes(drawn: Drawn) -> tuple[list[str], list[int]]:
+    """Labels and widths."""
+    return list(dict.fromkeys(name for name, _ in drawn)), sorted({width for _, width in drawn})
 
 
 def gathered(runs: Sequence[Run]) -> Losses:
@@ -129,16 +140,17 @@ def _best(rates: Floats, losses: Floats) -> tuple[float, bool]:
     return float(best_rates(rates, losses[:1])[0]), int(losses[0].argmin()) in (0, len(rates) - 1)
 
 
-def _drift(of_widths: Mapping[int, tuple[Floats, Floats]]) -> Floats:
+def _drift(drawn: Drawn, name: str) -> Floats:
     """Slope of log2 of the best rate over log2 of the width, for each draw."""
+    of_widths = {width: found for (family, width), found in drawn.items() if family == name}
     x = np.log2(list(of_widths))
     x -= x.mean()
-    best = np.stack([best_rates(*drawn) for drawn in of_widths.values()])
+    best = np.stack([best_rates(*found) for found in of_widths.values()])
     slope: Floats = x @ best / (x @ x)
     return slope
 
 
-def _carried(drawn: Mapping[tuple[str, int], tuple[Floats, Floats]], name: str, widths: Sequence[int]) -> Floats:
+def _carried(drawn: Drawn, name: str, widths: Sequence[int]) -> Floats:
     """ln loss at the largest width with the rate of the grid that is best at the smallest, for each draw."""
     (small_rates, small), (rates, large) = drawn[name, widths[0]], drawn[name, widths[-1]]
     at = np.abs(rates[None] - small_rates[small.argmin(axis=1)][:, None]).argmin(axis=1)

@@ -3,11 +3,12 @@
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
+from einlinear.lab.data import Task
 from einlinear.lab.forecast import forecast
 from einlinear.lab.machine import Machine
 from einlinear.lab.run import Run
@@ -66,47 +67,46 @@ def priced(runs: Sequence[Run], experiments: Sequence[Experiment], machine: Mach
     """The runs, their seconds replaced by steps times the median seconds of a step.
 
     All models are timed in turns, so that whatever else the machine does meets them alike; on one thread of a CPU the
-    thread's own time counts, which others do not slow down much.
+    thread's own time counts, which others do not slow down much. The experiments are of one task.
     """
-    trunks: dict[tuple[object, ...], tuple[Trunk, Experiment]] = {}
-    horizons: dict[object, tuple[Trunk, int, Experiment]] = {}
-    for one in experiments:
-        for run in runs:
-            recipe, task = one.plan.recipe, one.data
-            setup = json.loads(run.setup)
-            if run.task != task.name or any(setup.get(name) != value for name, value in recipe.setup.items()):
-                continue
-            if len(recipe.setup) != len(setup) - ("context" in setup):
-                continue
-            horizon = run.tokens // recipe.tokens(task)
-            trunk = Trunk(
-                family=run.family, width=run.width, depth=run.depth, rate=run.rate, seed=run.seed, horizons=(horizon,),
-                recipe=recipe,
-            )  # fmt: skip
-            horizons[run.key] = trunk, horizon, one
-            for part in (trunk, trunk.finish):
-                trunks.setdefault(_model(part, one), (part, one))
-    seconds = _timed(trunks, machine)
+    placed = [_placed(run, experiments) for run in runs]
+    models = {_model(part): (part, task) for trunk, task in placed for part in (trunk, trunk.finish)}
+    seconds = _timed(models, machine)
     found = []
-    for run in runs:
-        trunk, horizon, one = horizons[run.key]
-        first, own, after = trunk.branch(horizon), _model(trunk, one), _model(trunk.finish, one)
-        found.append(replace(run, seconds=first * seconds[own] + (horizon - first) * seconds[after]))
+    for run, (trunk, _) in zip(runs, placed, strict=True):
+        (horizon,) = trunk.horizons
+        first = trunk.branch(horizon)
+        own, after = seconds[_model(trunk)], seconds[_model(trunk.finish)]
+        found.append(replace(run, seconds=first * own + (horizon - first) * after))
     return found
 
 
-def _model(trunk: Trunk, experiment: Experiment) -> tuple[object, ...]:
-    return trunk.family, trunk.width, trunk.depth, experiment.task
+def _placed(run: Run, experiments: Sequence[Experiment]) -> tuple[Trunk, Task]:
+    """The trunk and the task of a run, by its setup."""
+    setup = {name: value for name, value in json.loads(run.setup).items() if name != "context"}
+    one = next(one for one in experiments if one.data.name == run.task and one.plan.recipe.setup == setup)
+    recipe = one.plan.recipe
+    trunk = Trunk(
+        family=run.family, width=run.width, depth=run.depth, rate=run.rate, seed=run.seed,
+        horizons=(run.tokens // recipe.tokens(one.data),), recipe=recipe,
+    )  # fmt: skip
+    return trunk, one.data
 
 
-def _timed(
-    trunks: dict[tuple[object, ...], tuple[Trunk, Experiment]], machine: Machine
-) -> dict[tuple[object, ...], float]:
+Model = tuple[str, int, int, int]
+"""What the time of a step depends on, within one task."""
+
+
+def _model(trunk: Trunk) -> Model:
+    return trunk.family, trunk.width, trunk.depth, trunk.recipe.batch
+
+
+def _timed(models: Mapping[Model, tuple[Trunk, Task]], machine: Machine) -> dict[Model, float]:
     """Median seconds of a step of each model."""
     own_time = machine.device == "cpu" and torch.get_num_threads() == 1
     clock = time.thread_time if own_time else time.perf_counter
-    trainings = {model: Training(trunk, one.data, machine) for model, (trunk, one) in trunks.items()}
-    taken: dict[tuple[object, ...], list[float]] = {model: [] for model in trainings}
+    trainings = {model: Training(*placed, machine) for model, placed in models.items()}
+    taken: dict[Model, list[float]] = {model: [] for model in trainings}
     for _ in range(ROUNDS):
         for model, training in trainings.items():
             started = clock()
