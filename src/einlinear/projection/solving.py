@@ -8,7 +8,7 @@ from torch import Tensor
 RIDGE = 1e-9
 """Relative to the mean curvature, how firmly a solve holds on to what the equations do not determine."""
 STEPS = 3
-"""Conjugate gradient steps at most."""
+"""Conjugate gradient steps at most: few, as the other factors move before the next solve."""
 
 
 def solve(normal: Tensor, right: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def square_root(matrices: Tensor) -> Tensor:
 def conjugate_gradients(
     apply: Callable[[Tensor], Tensor], precondition: Callable[[Tensor], Tensor], right: Tensor
 ) -> Tensor:
-    """A step that lowers the quadratic error: to its minimum, or where `STEPS` lead towards it: few, as the other factors will move."""
+    """A step that lowers the quadratic error: to its minimum, or where `STEPS` lead towards it."""
     step, residual = torch.zeros_like(right), right
     direction = ready = precondition(residual)
     power = start = _dot(residual, ready)
