@@ -18,7 +18,7 @@ from einlinear.linalg.rules.determinant import SLOGDET, Determinant, real_if_rea
 from einlinear.linalg.rules.factors import CHOLESKY, LU, PLU
 from einlinear.linalg.rules.functions import APPLY, EXP, LOG, SQRT, TRACE_OF, Function, power
 from einlinear.linalg.rules.inverse import INVERSE
-from einlinear.linalg.rules.norm import FROBENIUS, ONE
+from einlinear.linalg.rules.norm import FROBENIUS, SUMS
 from einlinear.linalg.rules.singular import PINV, SINGULAR, SVD, SVDVALS, default_cut
 from einlinear.linalg.rules.spectral import EIG, EIGH, EIGVALS, EIGVALSH, Spectrum
 from einlinear.linalg.rules.trace import DIAGONAL, TRACE
@@ -86,13 +86,7 @@ def solve(A: Subject, b: Tensor) -> Tensor:
         OperatorError: where A is singular or not square, where b does not fit or either is not finite.
     """
     A = _ready(A, "solve with", square=True)
-    if not isinstance(b, Tensor) or b.ndim == 0 or b.shape[-2 if b.ndim > 1 else -1] != A.shape[-1]:
-        found = tuple(b.shape) if isinstance(b, Tensor) else type(b).__name__
-        raise OperatorError(
-            f"cannot solve with {A!r}: the right-hand side is {found}, it must be a vector [{A.shape[-1]}] "
-            f"or columns [..., {A.shape[-1]}, k]"
-        )
-    _finite("solve with", A, b)
+    _fitting(A, b, A.shape[-1], "solve with")
     wide = b if b.ndim > 1 else b[:, None]
     x = INVERSE(A).matmul(wide.to(torch.promote_types(wide.dtype, A.dtype)))
     x = x.to(b.dtype) if b.is_floating_point() and b.element_size() == 2 else x
@@ -135,7 +129,8 @@ def lstsq(A: Subject, b: Tensor, rtol: float | None = None) -> Tensor:
     `rtol` is that of `pinv`.
     """
     A = operator(A)
-    return pinv(A, rtol) @ _matching(A, b)
+    _fitting(A, b, A.shape[-2], "solve in the sense of least squares with")
+    return pinv(A, rtol) @ b
 
 
 @asks(SLOGDET)
@@ -323,21 +318,27 @@ def apply(A: Subject, f: Callable[[Tensor], Tensor], slope: Callable[[Tensor], T
 
 @asks(FROBENIUS)
 def norm(A: Subject, ord: float | str = "fro") -> Tensor:
-    """A norm, `[...]`: "fro", 2 (largest singular value), -2 (smallest), "nuc" (their sum), 1, or inf."""
+    """A norm, `[...]`.
+
+    "fro"; 2 and -2, the largest and the smallest singular value; "nuc", their sum; 1 and -1, the largest and the
+    smallest column sum; inf and -inf, those of rows.
+    """
     A = _ready(A, "find the norm of")
     if ord == "fro":
         square: Tensor = FROBENIUS(A)
         root = torch.where(square == 0, 0, torch.where(square == 0, 1, square).sqrt())  # of zero, with a gradient
         return root.expand(A.batch_shape)
-    if ord in (1, float("inf")):
-        result = ONE(A if ord == 1 else A.T)
+    if ord in (1, -1, math.inf, -math.inf):
+        result = SUMS(A if ord in (1, -1) else A.T, *_picking(ord))
         return result.expand(A.batch_shape)
     if ord in (2, -2, "nuc"):
         values = svdvals(A)
         if values.shape[-1] == 0:
             return values.sum(-1)
         return values.sum(-1) if ord == "nuc" else values[..., 0 if ord == 2 else -1]
-    raise OperatorError(f"cannot find the norm {ord!r} of {A!r}: the norms are 'fro', 'nuc', 2, -2, 1 and inf")
+    raise OperatorError(
+        f"cannot find the norm {ord!r} of {A!r}: the norms are 'fro', 'nuc', 2, -2, 1, -1, inf and -inf"
+    )
 
 
 @asks(SVDVALS)
@@ -354,6 +355,11 @@ def cond(A: Subject, p: float | str = 2) -> Tensor:
         return size * norm(inverse(A), p)
     except OperatorError:  # singular, perhaps in a part of the batch alone
         return torch.linalg.cond(written(A), p)
+
+
+def _picking(ord: float | str) -> tuple[Any]:
+    """What takes one of the column sums."""
+    return (torch.amax if ord in (1, math.inf) else torch.amin,)
 
 
 def _entrywise(f: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor] | None = None) -> Function:
@@ -421,16 +427,20 @@ def _patience(A: Operator) -> int | None:
     return int(4 * cost / (60 * A.flops)) if affordable(A) else None
 
 
-def _matching(A: Operator, b: Tensor) -> Tensor:
-    m = A.shape[-2]
-    if not isinstance(b, Tensor) or b.ndim == 0 or b.shape[-2 if b.ndim > 1 else -1] != m:
+def _fitting(A: Operator, b: Tensor, rows: int, doing: str) -> None:
+    """Raises where b is no right-hand side of so many rows."""
+    if not isinstance(b, Tensor) or b.ndim == 0 or b.shape[-2 if b.ndim > 1 else -1] != rows:
         found = tuple(b.shape) if isinstance(b, Tensor) else type(b).__name__
         raise OperatorError(
-            f"cannot solve with {A!r} in the sense of least squares: the right-hand side is {found}, it must "
-            f"be a vector [{m}] or columns [..., {m}, k]"
+            f"cannot {doing} {A!r}: the right-hand side is {found}, it must be a vector [{rows}] or columns "
+            f"[..., {rows}, k]"
+        )
+    if A.tensors and A.device != b.device:
+        raise OperatorError(
+            f"cannot {doing} {A!r}, which is on {A.device}, for a right-hand side on {b.device}: move one by "
+            f".to(device)"
         )
     _finite("solve with", A, b)
-    return b
 
 
 _KEYS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -468,15 +478,24 @@ def _chosen(values: Tensor, vectors: Operator, k: int | None, which: str, order:
     return Spectrum(chosen, product(vectors, Selection(index, n, dtype=vectors.dtype, device=vectors.device).T))
 
 
+_SQUARE = {solve, inverse, slogdet, logdet, trace, eigh, eigvalsh, eig, eigvals, cholesky, exp, log, sqrt, pow, apply}
+
+
 @explain.register(FunctionType)
 def _explain(question: Any, A: Subject, *arguments: Any) -> str:
     """`explain(solve, A)`: the rules that would run, from the outside in, with their cost."""
+    if question in _SQUARE and not operator(A).square:
+        raise OperatorError(f"cannot explain {question.__name__} of {operator(A)!r}: it needs a square operator")
+    given: tuple[Any, ...]
     if question is pow:
         table, given = APPLY, (power(*arguments),)
     elif question is apply:
         table, given = APPLY, (Function("f", *arguments),)
     elif question is trace and arguments:
         table, given = TRACE_OF, (_FUNCTIONS.get(arguments[0]) or _entrywise(arguments[0]),)
+    elif question is norm and arguments and arguments[0] != "fro":
+        sums = arguments[0] in (1, -1, math.inf, -math.inf)
+        table, given = (SUMS, _picking(arguments[0])) if sums else (SVDVALS, ())
     elif question in _answers:
         table, given = _answers[question]
     else:
