@@ -873,7 +873,7 @@ def apply(case: Case) -> None:
     wanted = wanted.reshape(case.D.shape)
     near = slack(case) * max(1, size(case.D)) * max(condition(np.linalg.eig(x)[1]) for x in matrices(case.D)) ** 2
     worst = max(float(np.abs(np.cos(np.linalg.eigvals(case.D))).max()), 1.0)
-    doubtful = any(condition(np.linalg.eig(x)[1]) > 1e3 for x in matrices(case.D))
+    doubtful = any(condition(np.linalg.eig(x)[1]) > 0.3 * case.eps**-0.35 for x in matrices(case.D))
     w, v = np.linalg.eig(case.D)
     near += 100 * size(case.D @ v - v * w[..., None, :]) * case.eps / 2e-16 * condition(v)
     found = refused(lambda: la.apply(case.A, torch.cos), doubtful, "cos")
@@ -885,7 +885,7 @@ def apply(case: Case) -> None:
 def norm(case: Case) -> None:
     if case.D.size and 0 < size(case.D) < 1e-15:  # squares below float32
         return
-    for kind in ("fro", "nuc", 2, -2, 1, math.inf):
+    for kind in ("fro", "nuc", 2, -2, 1, -1, math.inf, -math.inf):
         wanted = np.linalg.norm(case.D, kind, axis=(-2, -1)) if case.D.size else np.zeros(case.D.shape[:-2])
         close(la.norm(case.A, kind), np.asarray(wanted), slack(case), f"norm {kind}", size(case.D) or 1.0)
 
@@ -904,7 +904,7 @@ def cond(case: Case) -> None:
         s = singular_values(case.D)
         close(torch.as_tensor(found), s[..., 0] / s[..., -1], slack(case) * k, "cond")
         if case.square:
-            for p in (1, "fro", -2, "nuc", math.inf):
+            for p in (1, -1, "fro", -2, "nuc", math.inf):
                 wanted = np.asarray([np.linalg.cond(x, p) for x in matrices(case.D)]).reshape(case.D.shape[:-2])
                 close(la.cond(case.A, p), wanted, slack(case) * k, f"cond {p}")
 

@@ -11,6 +11,7 @@ torch.Size([262144, 262144])
 True
 """
 
+from einlinear.linalg import explaining as explaining
 from einlinear.linalg.adapters import from_cola as from_cola
 from einlinear.linalg.adapters import from_scipy as from_scipy
 from einlinear.linalg.adapters import to_cola as to_cola
@@ -32,7 +33,6 @@ from einlinear.linalg.questions import logdet as logdet
 from einlinear.linalg.questions import lstsq as lstsq
 from einlinear.linalg.questions import lu as lu
 from einlinear.linalg.questions import norm as norm
-from einlinear.linalg.questions import operator as operator
 from einlinear.linalg.questions import pinv as pinv
 from einlinear.linalg.questions import pow as pow
 from einlinear.linalg.questions import slogdet as slogdet
@@ -41,6 +41,7 @@ from einlinear.linalg.questions import sqrt as sqrt
 from einlinear.linalg.questions import svd as svd
 from einlinear.linalg.questions import svdvals as svdvals
 from einlinear.linalg.questions import trace as trace
+from einlinear.linalg.subjects import operator as operator
 from einlinear.operator import Dense as Dense
 from einlinear.operator import Identity as Identity
 from einlinear.operator import Operator as Operator

@@ -116,6 +116,10 @@ class Operator(Tree):
                 f"cannot apply {self!r} to a tensor of shape {tuple(x.shape)}: "
                 f"its dimension before the last must be {self.shape[-1]}"
             )
+        if self.tensors and x.device != self.device:
+            raise OperatorError(
+                f"cannot apply {self!r}, which is on {self.device}, to a tensor on {x.device}: move one by .to(device)"
+            )
         if x.dtype == self.dtype:
             return self._matmul(x)
         if x.is_complex() and not self.dtype.is_complex:
@@ -263,6 +267,12 @@ def broadcast(doing: str, *operators: Operator, shape: Batch = ()) -> Batch:
     """The common batch of operators, or a sentence where there is none."""
     if not operators:
         raise OperatorError(f"cannot {doing} operators: pass at least one")
+    devices = {operator.device for operator in operators if operator.tensors}
+    if len(devices) > 1:
+        raise OperatorError(
+            f"cannot {doing} operators on different devices ({', '.join(sorted(map(str, devices)))}): move them by "
+            f".to(device)"
+        )
     batches = [operator.batch_shape for operator in operators]
     try:
         return common(tuple(shape), *batches) if shape else common(*batches)

@@ -59,7 +59,12 @@ class Tree:
 
     @remembered
     def device(self) -> torch.device:
-        return self.parts[0].device
+        return (self.tensors or self.parts)[0].device
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """On tensors of its own; settings, which never change, are shared."""
+        leaves = [leaf.detach().clone().requires_grad_(leaf.requires_grad) for leaf in self.tensors]
+        return self.refilled(iter(leaves))
 
     def refilled(self, tensors: Iterator[Tensor]) -> Self:
         """The same tree on other leaves, in the order of `tensors`."""

@@ -180,6 +180,10 @@ class RealPart(Operator):
         return RealPart(self.of.T)
 
 
+REFINEMENTS = 5
+"""Steps at most."""
+
+
 @dataclass(eq=False, repr=False)
 class WoodburyInverse(Operator):
     """(A + UCVᴴ)⁻¹ = A⁻¹ − A⁻¹UC (I + VᴴA⁻¹UC)⁻¹ VᴴA⁻¹ (Woodbury 1950), made once.
@@ -206,9 +210,14 @@ class WoodburyInverse(Operator):
         return {*self.of.properties & {"hermitian", "psd"}}
 
     def _matmul(self, b: Tensor) -> Tensor:
-        # One step of refinement: where A is small beside UCVᴴ the difference below cancels.
+        # Where A is small beside UCVᴴ the difference below cancels: refined until a step changes half the digits only.
         x = self._once(b)
-        return x + self._once(b - self.of.matmul(x))
+        for _ in range(REFINEMENTS):
+            change = self._once(b - self.of.matmul(x))
+            x = x + change
+            if transformed(b, *self.tensors) or bool(change.norm() <= torch.finfo(x.dtype).eps ** 0.5 * x.norm()):
+                break
+        return x
 
     def _once(self, b: Tensor) -> Tensor:
         return self.base.matmul(b) - self.left @ self.core.matmul(self.right.mH @ b)

@@ -1,15 +1,29 @@
-"""Norms that need no singular values: ‖A‖² of Frobenius, and the largest column sum."""
+"""Norms that need no singular values: ‖A‖² of Frobenius, and the largest or smallest column sum."""
 
+from collections.abc import Callable
 from functools import reduce
 
 import torch
 from torch import Tensor
 
-from einlinear.linalg.rules.predicates import blocks, body, factors
-from einlinear.linalg.rules.trace import COLUMNS
+from einlinear.linalg.rules.predicates import blocks, body, factors, shift, shifted, terms, unshifted
+from einlinear.linalg.rules.trace import COLUMNS, TRACE
 from einlinear.linalg.table import Rule, Table
-from einlinear.operator import Dense, Identity, Operator, Scaled, Zero
-from einlinear.operators import Banded, BlockDiagonal, Circulant, Diagonal, DirectSum, Kronecker, Toeplitz, Triangular
+from einlinear.operator import Dense, Identity, Operator, Scaled, Sum, Zero
+from einlinear.operators import (
+    Banded,
+    BlockDiagonal,
+    Circulant,
+    Diagonal,
+    DirectSum,
+    Kronecker,
+    KroneckerSum,
+    Toeplitz,
+    Triangular,
+)
+
+Pick = Callable[[Tensor, int], Tensor]
+"""torch.amax or torch.amin."""
 
 
 def _square(values: Tensor) -> Tensor:
@@ -37,11 +51,29 @@ def _frobenius(operator: Operator) -> Tensor:
     return total
 
 
-def _one(operator: Operator) -> Tensor:
-    sums = [_columns(operator, start).abs().sum(-2).amax(-1) for start in range(0, operator.shape[-1], COLUMNS)]
+def _sums(operator: Operator, pick: Pick) -> Tensor:
+    sums = [pick(_columns(operator, start).abs().sum(-2), -1) for start in range(0, operator.shape[-1], COLUMNS)]
     if not sums or not operator.shape[-2]:
         return torch.zeros(operator.batch_shape, dtype=operator.dtype, device=operator.device).real
-    return reduce(torch.maximum, sums)
+    return pick(torch.stack(sums), 0)
+
+
+def _kronecker_sum(A: KroneckerSum, *squares: Tensor) -> Tensor:
+    """Σ N/nᵢ ‖Aᵢ‖² + 2 Re Σ N/(nᵢ nⱼ) tr Aᵢ tr Āⱼ."""
+    n, sizes = A.shape[-1], [term.shape[-1] for term in A.terms]
+    found = reduce(torch.add, (square * (n // max(size, 1)) for square, size in zip(squares, sizes, strict=True)))
+    traces = [TRACE(term) for term in A.terms]
+    for j in range(len(sizes)):
+        for i in range(j):
+            found = found + 2 * (traces[i] * traces[j].conj()).real * (n // max(sizes[i] * sizes[j], 1))
+    return found
+
+
+def _shifted_sum(A: Sum, square: Tensor) -> Tensor:
+    """‖A + cI‖² = ‖A‖² + 2 Re c̄ tr A + n |c|²."""
+    unit, (rest,) = shift(A), unshifted(A)
+    c = unit.c if isinstance(unit, Scaled) else torch.ones((), dtype=A.dtype, device=A.device)
+    return square + 2 * (c.conj() * TRACE(rest)).real + A.shape[-1] * c.abs().square()
 
 
 def _unitary(operator: Operator) -> Tensor:
@@ -67,14 +99,16 @@ FROBENIUS = Table(
     Rule(Kronecker, "‖A‖² ‖B‖²", lambda _, *parts: reduce(torch.mul, parts), factors),
     Rule(BlockDiagonal, "Σ ‖Aᵢ‖²", lambda _, of: of.sum(-1), body),
     Rule(DirectSum, "‖A‖² + ‖B‖²", lambda _, *parts: reduce(torch.add, parts), blocks),
+    Rule(KroneckerSum, "n ‖A‖² + m ‖B‖² + 2 Re tr A tr B̄", _kronecker_sum, terms),
+    Rule(Sum, "‖A + cI‖² = ‖A‖² + 2 Re c̄ tr A + n |c|²", _shifted_sum, unshifted, shifted),
     Rule(Operator, "column by column", _frobenius, cost=lambda A: A.flops * A.shape[-1]),
 )
 
-ONE = Table(
-    "largest column sum",
-    Rule(Diagonal, "max |d|", lambda D: D.values.abs().amax(-1), when=lambda D: D.shape[-1] > 0),
-    Rule(Kronecker, "‖A‖₁ ‖B‖₁", lambda _, *parts: reduce(torch.mul, parts), factors),
-    Rule(BlockDiagonal, "max ‖Aᵢ‖₁", lambda _, of: of.amax(-1), body),
-    Rule(Scaled, "|c| ‖A‖₁", lambda cA, A: cA.c.abs() * A, body),
-    Rule(Operator, "column by column", _one, cost=lambda A: A.flops * A.shape[-1]),
+SUMS = Table(
+    "largest or smallest column sum",
+    Rule(Diagonal, "of |d|", lambda D, pick: pick(D.values.abs(), -1), when=lambda D, _: D.shape[-1] > 0),
+    Rule(Kronecker, "‖A‖₁ ‖B‖₁", lambda _, *parts: reduce(torch.mul, parts[:-1]), factors),
+    Rule(BlockDiagonal, "of the ‖Aᵢ‖₁", lambda _, of, pick: pick(of, -1), body),
+    Rule(Scaled, "|c| ‖A‖₁", lambda cA, A, pick: cA.c.abs() * A, body),
+    Rule(Operator, "column by column", _sums, cost=lambda A: A.flops * A.shape[-1]),
 )

@@ -9,9 +9,9 @@ from torch import Tensor
 from einlinear.linalg import iterative
 from einlinear.linalg.direct import affordable, cubic, written
 from einlinear.linalg.rules.predicates import blocks, body, factors, has
-from einlinear.linalg.rules.spectral import EIGH, joined, outer
+from einlinear.linalg.rules.spectral import EIGH, EIGVALSH, joined, outer
 from einlinear.linalg.table import Rule, Table
-from einlinear.operator import Dense, Identity, Operator, Scaled, Zero, multiple, product
+from einlinear.operator import Dense, Identity, Operator, Scaled, Zero, multiple, product, transformed
 from einlinear.operators import BlockDiagonal, Circulant, Diagonal, DirectSum, Fourier, Kronecker, KroneckerSum, kron
 
 
@@ -109,6 +109,7 @@ SVDVALS = Table(
         blocks,
         lambda A: _alike(A.blocks),
     ),
+    Rule(Operator, "A = Aᴴ: |λ|", lambda A: EIGVALSH(A).abs(), when=has("hermitian")),
     Rule(
         Operator, "written out, LAPACK's SVD", lambda A: torch.linalg.svdvals(written(A)), cost=lambda A: 4 * cubic(A)
     ),
@@ -176,8 +177,7 @@ def _pinv_kronecker(A: Kronecker, *parts: Any) -> Operator:
             kept = values > _share(A, factor, cut)[..., None]
             one = torch.where(kept, values, torch.inf)
             smallest = smallest * (one.amin(-1) if one.shape[-1] else torch.inf)
-        apart = bool((smallest > cut).all())
-    if apart:
+    if transformed(*A.tensors) or bool((smallest > cut).all()):
         return kron(*parts[:-1])
     u, s, vh = SINGULAR(A)
     return product(vh.H, Diagonal(pseudo_reciprocal(s, cut[..., None]).to(A.dtype)), u.H)
