@@ -1,9 +1,9 @@
-"""Forward time of structured layers against `torch.nn.Linear` on one CPU thread, written as CSV.
+"""Time of structured layers against `torch.nn.Linear` on one CPU thread, written as CSV.
 
-    python benchmarks/cpu_forward.py [results.csv]
+    python benchmarks/cpu_forward.py [forward | few] [results.csv]
 
-`einlinear bench` on the grid that the project is held to, in float32 and in bfloat16: one process, medians of the
-thread's own CPU time (on a machine that others use, wall time measures them too).
+`einlinear bench` on the grid that the project is held to, and on few tokens, in float32 and in bfloat16: one process,
+medians of the thread's own CPU time (on a machine that others use, wall time measures them too).
 """
 
 import csv
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import einlinear as el
-from einlinear.lab.bench import bench
+from einlinear.lab.bench import Row, bench
 
 FAMILIES = (
     *(el.BTT(rank=rank) for rank in (1, 2, 4)),
@@ -21,26 +21,31 @@ FAMILIES = (
     el.LowRank(),
     el.Kronecker(),
 )
-RESULTS = Path(__file__).parent / "results" / "cpu_forward.csv"
+RESULTS = Path(__file__).parent / "results"
+GRIDS = {
+    "few": ((512, 1024, 2048), (1, 4, 16, 64), ("forward", "training")),
+    "forward": ((1024, 2048, 4096), (256, 1024), ("forward",)),
+}
 
 
-def main(path: Path = RESULTS) -> None:
+def main(grid: str, path: Path) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rows = [
-        row
-        for dtype in (torch.float32, torch.bfloat16)
-        for row in bench(FAMILIES, (1024, 2048, 4096), (256, 1024), dtype=dtype, modes=("forward",))
-    ]
+    widths, counts, modes = GRIDS[grid]
+    rows: list[Row] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for width in widths:
+            for tokens in counts:
+                rows += bench(FAMILIES, (width,), (tokens,), dtype=dtype, modes=modes)
+                with path.open("w", newline="") as file:
+                    writer = csv.DictWriter(file, rows[0].keys())
+                    writer.writeheader()
+                    writer.writerows(rows)
     for row in rows:
-        saving = 1 / row["flop_ratio"]
-        case = f"{row['dtype']:9} {row['family']:20} {row['d_in']:5} x {row['tokens']:5}"
-        print(f"{case}  {row['ratio_to_dense']:6.2f} of {saving:.1f}")
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+        case = f"{row['dtype']:9} {row['mode']:8} {row['family']:20} {row['d_in']:5} x {row['tokens']:5}"
+        print(f"{case}  {row['ratio_to_dense']:6.2f} of {1 / row['flop_ratio']:.1f}")
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    name = sys.argv[1] if sys.argv[1:] else "forward"
+    main(name, Path(sys.argv[2]) if sys.argv[2:] else RESULTS / f"cpu_{name}.csv")

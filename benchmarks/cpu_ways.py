@@ -1,8 +1,9 @@
 """Every way to run a layer on one CPU thread, and dense, interleaved: what `einlinear.clock` is read off and held to.
 
     python benchmarks/cpu_ways.py [results.csv]
+    python benchmarks/cpu_ways.py --fit
 
-Medians of the thread's own CPU time over rounds in which all ways of a case take turns. Goes on where a file that is
+Milliseconds: medians of the thread's own CPU time over rounds in which all ways of a case take turns. Goes on where a file that is
 there already ends. `held` marks widths that no constant was read off.
 """
 
@@ -13,10 +14,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy
 import torch
+from scipy.optimize import nnls
 from torch import nn
 
 import einlinear as el
+from einlinear import clock_cpu
 from einlinear.kernels import KERNELS
 from einlinear.kernels.kernel import Target
 from einlinear.lab.bench import provenance
@@ -37,6 +41,7 @@ TOKENS = (1, 4, 16, 64, 256, 1024)
 LARGEST = 1024 * 2048 * 2048
 """Tokens times dense weights beyond which a case would take too long."""
 RESULTS = Path(__file__).parent / "results" / "cpu_ways.csv"
+WAYS = ("dense", "rows", "columns", "blocked", "turned", "chain")
 KEY = ("family", "d_in", "d_out", "tokens", "mode", "dtype")
 
 
@@ -49,9 +54,7 @@ def cases() -> Iterator[tuple[el.Family, int, int, int, str, torch.dtype]]:
                         yield from ((family, *widths, tokens, mode, dtype) for family in FAMILIES)
 
 
-def measure(
-    family: el.Family, d_in: int, d_out: int, tokens: int, mode: str, dtype: torch.dtype
-) -> dict[str, float]:
+def measure(family: el.Family, d_in: int, d_out: int, tokens: int, mode: str, dtype: torch.dtype) -> dict[str, float]:
     """Milliseconds of each way."""
     structure, target, training = family(d_in, d_out).canonical, Target.of("cpu", dtype), mode == "training"
     options = {"dtype": dtype, "requires_grad": training}
@@ -66,7 +69,7 @@ def measure(
 
     calls = {"dense": call(lambda: plain(x), [x, plain.weight], grad)}
     for kernel in KERNELS:
-        if kernel.refuses(structure, target) is None and kernel.name not in ("reference", "materialised"):
+        if kernel.name in WAYS and kernel.refuses(structure, target) is None:
             run = kernel.prepare(structure)
             calls[kernel.name] = call(lambda run=run: run(factors, padded), [padded, *factors], wide)  # type: ignore[misc]
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -83,24 +86,49 @@ def measure(
 def main(path: Path = RESULTS) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    done: set[tuple[str, ...]] = set()
-    if path.exists():
-        with path.open() as file:
-            done = {tuple(row[name] for name in KEY) for row in csv.DictReader(file)}
+    done = {tuple(row[name] for name in KEY) for row in read(path)} if path.exists() else set()
     with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, ("held", *KEY, *WAYS, "device", "torch", "commit"))
+        if not done:
+            writer.writeheader()
         for family, d_in, d_out, tokens, mode, dtype in cases():
             here = provenance(torch.device("cpu"), dtype)
-            key = {"family": str(family), "d_in": d_in, "d_out": d_out, "tokens": tokens, "mode": mode, **here}
-            if tuple(str(key[name]) for name in KEY) in done:
-                continue
-            for way, ms in measure(family, d_in, d_out, tokens, mode, dtype).items():
-                row = {"way": way, "ms": float(f"{ms:.4g}"), "held": int((d_in, d_out) in HELD), **key}
-                writer = csv.DictWriter(file, row.keys())
-                if file.tell() == 0:
-                    writer.writeheader()
-                writer.writerow(row)
-            file.flush()
+            key = {"family": str(family), "d_in": d_in, "d_out": d_out, "tokens": tokens, "mode": mode}
+            key |= {name: here[name] for name in ("dtype", "device", "torch", "commit")}
+            if tuple(str(key[name]) for name in KEY) not in done:
+                times = measure(family, d_in, d_out, tokens, mode, dtype)
+                found = {way: float(f"{ms:.4g}") for way, ms in times.items()}
+                writer.writerow({"held": int((d_in, d_out) in HELD), **key, **found})
+                file.flush()
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def fit(path: Path = RESULTS) -> None:
+    """Prints `einlinear.clock_cpu.COSTS`: non-negative factors, least in the sum of roots of relative errors."""
+    samples: dict[tuple[str, int, bool], list[tuple[clock_cpu.Cost, float]]] = {}
+    for row in read(path):
+        if row["held"] == "1":
+            continue
+        widths, tokens = (int(row["d_in"]), int(row["d_out"])), int(row["tokens"])
+        for way in clock_cpu.MEASURED:
+            if row[way]:
+                family = el.Dense() if way == "dense" else el.structure(row["family"])
+                counted = clock_cpu.terms(way, family(*widths).canonical, tokens)
+                kind = way, getattr(torch, row["dtype"]).itemsize, row["mode"] == "training"
+                samples.setdefault(kind, []).append((counted, 1e-3 * float(row[way])))
+    for kind, found in samples.items():
+        counts = numpy.array([counted for counted, _ in found]) / numpy.array([[time] for _, time in found])
+        scale = counts.max(0) + (counts.max(0) == 0)
+        weights = numpy.ones(len(found))
+        for _ in range(30):  # reweighted towards the sum of absolute logarithms
+            costs, _ = nnls(counts / scale * weights[:, None], weights)
+            weights = numpy.maximum(abs(numpy.log(numpy.maximum(counts / scale @ costs, 1e-9))), 0.05) ** -0.5
+        print(f"    {kind}: ({', '.join(f'{cost:.3g}' for cost in costs / scale)}),")
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    fit() if sys.argv[1:] == ["--fit"] else main(*map(Path, sys.argv[1:]))

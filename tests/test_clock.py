@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import einlinear as el
-from einlinear import clock
+from einlinear import clock, clock_cpu
 from einlinear.clock import CPU, CPU_HALF, CUDA, CUDA_HALF, WAYS, machine
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "nvidia_h200"
@@ -102,3 +102,37 @@ def test_what_cannot_be_foretold_is_said() -> None:
 def test_every_kernel_is_modelled() -> None:
     kernels = pytest.importorskip("einlinear.kernels")
     assert [kernel.name for kernel in kernels.KERNELS] == [*clock.WAYS]
+
+
+# On a CPU
+
+
+def cpu_cases() -> list[tuple[dict[str, str], dict[str, float]]]:
+    """Each measured case of benchmarks/cpu_ways.py that was held back, with the seconds of each way."""
+    with (RESULTS.parent / "cpu_ways.csv").open() as file:
+        held = [row for row in csv.DictReader(file) if row["held"] == "1"]
+    return [(row, {way: 1e-3 * float(row[way]) for way in clock_cpu.MEASURED if row[way]}) for row in held]
+
+
+def test_cpu_layers_of_widths_held_back_are_foretold() -> None:
+    """What is chosen: how long it takes beside what was foretold, and beside the fastest way; and dense."""
+    errors, dense, losses = [], [], []
+    for row, times in cpu_cases():
+        d_in, d_out, tokens, training = (
+            int(row["d_in"]),
+            int(row["d_out"]),
+            int(row["tokens"]),
+            row["mode"] == "training",
+        )
+        structure, here = el.structure(row["family"])(d_in, d_out).canonical, machine("cpu", row["dtype"])
+        foretold = {way: WAYS[way][1](structure, tokens, here, training) for way in times if way != "dense"}
+        chosen = min(foretold, key=foretold.__getitem__)
+        errors.append(foretold[chosen] / times[chosen] - 1)
+        losses.append(times[chosen] / min(times[way] for way in foretold))
+        dense.append(clock.dense_seconds(d_in, d_out, tokens, here, training) / times["dense"] - 1)
+    assert len(errors) > 400
+    assert within(dense) >= 0.8
+    assert within(errors) >= 0.75
+    assert statistics.median(map(abs, errors)) < 0.15
+    assert statistics.quantiles(losses, n=20)[-1] < 1.3
+    assert max(losses) < 2.2

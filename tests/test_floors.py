@@ -14,6 +14,7 @@ ROOT = Path(einlinear.__file__).parent
 FLOORS = [
     {"structure"},
     {"family", "cost", "scaling", "links"},
+    {"clock_cpu"},
     {"clock"},
     {"taxonomy", "equivalence", "structures", "contract", "operator"},
     {"space", "kernels"},

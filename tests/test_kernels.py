@@ -11,11 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import einlinear as el
 from einlinear.kernels import KERNELS, Choice, _choice, plan
 from einlinear.kernels import pairwise as pairwise_module
-from einlinear.kernels.blocked import Blocked, BlockedRunner, Turned
-from einlinear.kernels.chain import Chain
+from einlinear.kernels.blocked import Blocked, BlockedRunner, Turned, transposed
+from einlinear.kernels.chain import Chain, Columns
 from einlinear.kernels.kernel import CPU, CPU_HALF, CUDA, CUDA_HALF, Kernel
 from einlinear.kernels.pairwise import pairwise
-from einlinear.kernels.reference import Materialised, Reference
+from einlinear.kernels.reference import Materialised, Reference, Rows
 
 CHAINED = [
     el.Dense(),
@@ -34,7 +34,10 @@ CHAINED = [
 """What runs as a chain of matmuls without a copy."""
 
 
-@pytest.fixture(params=[Chain(), Blocked(), Turned(), Reference(), Materialised()], ids=lambda kernel: kernel.name)
+EVERYWHERE = [Rows(), Columns(), Chain(), Blocked(), Turned(), Reference(), Materialised()]
+
+
+@pytest.fixture(params=EVERYWHERE, ids=lambda kernel: kernel.name)
 def kernel(request) -> Kernel:
     return request.param
 
@@ -209,12 +212,34 @@ def test_layers_that_run_in_blocks_can_be_mapped_and_differentiated_by_torch_fun
     assert_close(slopes, torch.autograd.grad(layer(x).sum(), x)[0].flatten(0, 1), **tolerance)
 
 
-def test_on_a_cpu_wide_states_go_in_blocks_and_16_bits_along_the_tokens():
-    wide, lone = el.BTT(rank=4)(1024, 1024), el.LowRank()(1024, 1024)
-    assert plan(wide).cpu(1024, False) == plan(wide).cpu(1024, True) == Blocked().prepare(wide)
-    assert plan(wide).cpu_half(1024, True) == Turned().prepare(wide)
-    assert plan(lone).cpu(1024, False) == plan(lone).cpu_half(1024, False) == Chain().prepare(lone)
+def test_on_a_cpu_tokens_are_columns_and_wide_states_go_in_blocks():
+    slim, wide, lone = el.BTT(rank=1)(1024, 1024), el.BTT(rank=4)(1024, 1024), el.LowRank()(1024, 1024)
+    assert plan(slim).cpu(16, False) == plan(slim).cpu(1024, True) == Columns().prepare(slim)
+    assert plan(slim).cpu_half(1024, False) == Rows().prepare(slim)
+    assert plan(wide).cpu(1, True) == plan(wide).cpu_half(4, False) == Rows().prepare(wide)
+    assert plan(wide).cpu(1024, False) == Blocked().prepare(wide)
+    assert plan(wide).cpu_half(1024, False) == Turned().prepare(wide)
+    assert plan(lone).cpu(1024, False) == Columns().prepare(lone)
     assert "a CPU's cache" in Blocked().refuses(wide, CUDA)
+    assert "CPUs alone" in Rows().refuses(wide, CUDA)
+
+
+def test_blocks_keep_their_memory_for_the_next_call_and_any_mode():
+    """What a call leaves behind does not reach the next: other sizes, types and `inference_mode`."""
+    run = Blocked().prepare(structure := el.BTT(rank=2)(36, 48))
+    for dtype, tokens in ((torch.float64, 9), (torch.float32, 9), (torch.float64, 4), (torch.float64, 30)):
+        factors = [torch.randn(shape, dtype=dtype) for shape in structure.matrix_shapes]
+        x = torch.randn(tokens, 36, dtype=dtype)
+        with torch.inference_mode():
+            inside = replace(run, block=4)(factors, x)
+        assert_close(inside, el.apply(structure, factors, x))
+        assert_close(replace(run, block=7)(factors, x), inside)
+
+
+def test_a_float32_matrix_is_transposed():
+    for rows, columns in ((1, 5), (7, 3), (64, 48)):
+        matrix = torch.randn(rows, columns)
+        assert torch.equal(transposed(matrix), matrix.mT)
 
 
 # The custom operation under the chain
@@ -332,13 +357,13 @@ def test_the_matrix_is_made_for_many_tokens_of_a_structure_dearer_than_dense():
     dear = el.BTT(rank=16)(64, 64)
     assert el.flops(dear) > 2 * 64 * 64
     found = plan(dear).cpu
-    assert found(1, False) == Chain().prepare(dear)
+    assert found(1, False) == Columns().prepare(dear)
     assert found(10**6, False) == Materialised().prepare(dear)
 
 
 def test_the_matrix_is_never_made_for_a_structure_cheaper_than_dense():
     structure = el.BTT(rank=1)(1024, 1024)
-    cheap = {kernel.prepare(structure) for kernel in (Chain(), Blocked(), Turned())}
+    cheap = {kernel.prepare(structure) for kernel in (Rows(), Columns(), Chain(), Blocked(), Turned())}
     assert {run for _, run in plan(structure).cpu.forward} <= cheap
 
 
@@ -354,11 +379,11 @@ def test_all_choices_compute_the_same(draw):
 
 def test_explain_says_what_runs_and_why():
     cheap = el.explain(el.BTT(rank=1)(1024, 1024))
-    assert "runs 1024 tokens by 'blocked' on cpu in torch.float32, forward" in cheap
+    assert "runs 1024 tokens by 'columns' on cpu in torch.float32, forward" in cheap
     assert "chain         fits, modelled" in cheap
-    assert "by 'turned'" in el.explain(el.BTT(rank=1)(1024, 1024), dtype=torch.bfloat16)
+    assert "by 'rows'" in el.explain(el.BTT(rank=1)(1024, 1024), dtype=torch.bfloat16)
     dear = el.BTT(rank=16)(64, 64)
-    assert "by 'chain'" in el.explain(dear, tokens=1)
+    assert "by 'columns'" in el.explain(dear, tokens=1)
     assert "by 'materialised'" in el.explain(dear, tokens=10**6)
     assert "forward and backward" in el.explain(dear, tokens=10**6, training=True)
 

@@ -1,8 +1,8 @@
-"""What a structure takes in seconds: a roofline of measured ceilings for each way of running it. No tensor is needed.
+"""What a structure takes in seconds, for each way of running it. No tensor is needed.
 
-Every launch takes a fixed time, and then as long as its arithmetic or its bytes, whichever is longer.
-The numbers of `MACHINES` were read off benchmarks/results/nvidia_h200/kernels.csv (benchmarks/NOTES.md says
-how well they foretell other shapes, and tests/test_clock.py holds them to it).
+On a GPU a roofline of measured ceilings: every launch takes a fixed time, and then as long as its arithmetic or its
+bytes, whichever is longer. Its numbers were read off benchmarks/results/nvidia_h200/kernels.csv (benchmarks/NOTES.md
+says how well they foretell other shapes, and tests/test_clock.py holds them to it). For a CPU: `einlinear.clock_cpu`.
 """
 
 import math
@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from einlinear import clock_cpu
 from einlinear.links import INTO, OUT_OF, STAGES, links
-from einlinear.structure import Step, Structure, StructureError
+from einlinear.structure import Structure, StructureError
 
 Mode = Literal["forward", "training"]
 """The forward pass alone, or also the gradients of the input and of all factors. Decoding is forward of few tokens."""
@@ -34,16 +35,12 @@ class Machine:
     """Of a Triton kernel."""
     narrow: float = math.inf
     """FLOPs per second, for each row or column of its smaller side, that a batched matmul of small blocks reaches."""
-    cached: float = math.inf
-    """Bytes per second of a CPU's larger caches; one that has them does not move bytes while it works."""
-    across: float = 1.0
-    """What a batched matmul keeps of its speed where its operands do not lie along the tokens."""
     tiny: float = 0.0
     """Of one small matmul in a batch with one for each token."""
 
 
-CPU = Machine("one CPU core, float32", 4, matmul=9.2e10, memory=5e9, cached=2e10)
-CPU_HALF = Machine("one CPU core, 16 bits", 2, matmul=2.1e11, memory=5e9, cached=2e10, narrow=2e9, across=0.35)
+CPU = Machine("one CPU core, float32", 4, matmul=9.2e10, memory=5e9, launch=4e-5)
+CPU_HALF = Machine("one CPU core, 16 bits", 2, matmul=2.1e11, memory=5e9, launch=8e-5)
 CUDA = Machine("H200, float32", 4, matmul=5e13, memory=3.8e12, launch=3e-6, batch=2.6e-6, kernel=1.3e-6, tiny=8e-9)
 CUDA_HALF = Machine(
     "H200, 16 bits", 2, matmul=6.9e14, memory=3.8e12, launch=3e-6, batch=2.6e-6, kernel=1.3e-6, narrow=1.7e12, tiny=6e-9
@@ -105,14 +102,16 @@ def refuses_chain(structure: Structure, here: Machine) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def refuses_rows(structure: Structure, here: Machine) -> str | None:
+    return None if on_cpu(here) else "it was measured on CPUs alone"
+
+
 def refuses_columns(structure: Structure, here: Machine) -> str | None:
-    if here not in (CPU, CPU_HALF):
-        return "it was measured on CPUs alone"
-    return refuses_chain(structure, here)
+    return refuses_rows(structure, here) or refuses_chain(structure, here)
 
 
 def refuses_blocked(structure: Structure, here: Machine) -> str | None:
-    if here not in (CPU, CPU_HALF):
+    if not on_cpu(here):
         return "its blocks of tokens are sized for a CPU's cache"
     found = links(structure)
     if isinstance(found, str):
@@ -144,18 +143,27 @@ def refuses_nothing(structure: Structure, here: Machine) -> str | None:
     return None
 
 
+def measured(way: str) -> "Way":
+    """What `way` was measured to take on a CPU."""
+
+    def time(structure: Structure, tokens: int, here: Machine, training: bool) -> float:
+        return clock_cpu.seconds(way, structure, tokens, here.bytes, training)
+
+    return time
+
+
 def chain(structure: Structure, tokens: int, here: Machine, training: bool) -> float:
     """Stock matmuls: one for each factor, and two more backward."""
+    if on_cpu(here):
+        return clock_cpu.AGAIN * measured("columns")(structure, tokens, here, training)
     total, found = 0.0, links(structure)
-    for k, (step, (slices, made, summed, state, result)) in enumerate(_steps(structure)):
+    for k, (slices, made, summed, passive, state, result) in enumerate(_steps(structure)):
         weights = slices * made * summed
-        work = 2.0 * weights * structure.size(step.passive) * tokens
-        moved: float = here.bytes * (weights + tokens * (state + result))
-        if here.cached < math.inf:  # states no wider than the ends mostly stay in the last cache
-            moved = _through_cache(structure, step, here, tokens) + here.bytes * weights
-        rate = here.across * _rate(here, made, summed) if slices > 1 else here.matmul
+        work = 2.0 * weights * passive * tokens
+        moved = here.bytes * (weights + tokens * (state + result))
+        rate = _rate(here, made, summed) if slices > 1 else here.matmul
         fixed = here.batch if slices > 1 else here.launch + _latency(here, made, summed)
-        each = fixed + _both(here, work / rate, moved / here.memory)
+        each = fixed + max(work / rate, moved / here.memory)
         if here.tiny and not isinstance(found, str) and found[k].spec == "bkq,nk->bnq":  # one small matmul a token
             each = max(each, fixed + tokens * here.tiny)
             total += 5 * fixed + tokens * (1.8 * here.tiny + 7.7e-12 * state) if training else each
@@ -164,49 +172,12 @@ def chain(structure: Structure, tokens: int, here: Machine, training: bool) -> f
     return total
 
 
-def columns(structure: Structure, tokens: int, here: Machine, training: bool) -> float:
-    return chain(structure, tokens, here, training)
-
-
-def rows(structure: Structure, tokens: int, here: Machine, training: bool) -> float:
-    return chain(structure, tokens, here, training)
-
-
-def blocked(structure: Structure, tokens: int, here: Machine, training: bool, along: bool = False) -> float:
-    """One block of tokens after the other, states in cache; weights are read for each, and states made again backward.
-
-    With `along`, the input and the output are transposed, so that all operands lie along the tokens.
-    """
-    shapes, count = structure.matrix_shapes, math.ceil(tokens / block(structure))
-    across = 1.0 if along else here.across
-    work = [
-        2.0 * tokens * structure.size(step.passive) * math.prod(shape) / (across * _rate(here, *shape[1:]))
-        for step, shape in zip(structure.steps, shapes, strict=True)
-    ]
-    ends = (structure.size(structure.x), structure.size(structure.y))
-    copied = tokens * (sum(ends) if along else ends[1])
-    weights = sum(map(math.prod, shapes))
-    around = here.bytes * ((tokens * sum(ends) + weights) / here.memory + (copied + count * weights) / here.cached)
-    around += count * 3e-5
-    return 3 * sum(work) + sum(work[:-1]) + 2.5 * around if training else sum(work) + around
-
-
-def turned(structure: Structure, tokens: int, here: Machine, training: bool) -> float:
-    """The same, transposed."""
-    return blocked(structure, tokens, here, training, along=True)
-
-
-def block(structure: Structure) -> int:
-    """Tokens of a block: states then mostly stay in a core's cache (benchmarks/NOTES.md)."""
-    return 256 if max(structure.size(step.state) for step in structure.steps) <= 1024 else 128
-
-
 def tiles(structure: Structure, tokens: int, here: Machine, training: bool) -> float:
     """Triton kernels where blocks are small: one pass over the tokens forward and one backward."""
     found = links(structure)
     assert not isinstance(found, str)
     total = 0.0
-    for (_, (slices, made, summed, state, result)), link in zip(_steps(structure), found, strict=True):
+    for (slices, made, summed, _, state, result), link in zip(_steps(structure), found, strict=True):
         work, weights = 2.0 * slices * made * summed * tokens, here.bytes * slices * made * summed
         fixed = here.kernel + 8e-9 * (made + summed)
         if not link.tiled:
@@ -241,6 +212,8 @@ def pair(structure: Structure, tokens: int, here: Machine, training: bool) -> fl
 
 def reference(structure: Structure, tokens: int, here: Machine, training: bool) -> float:
     """One `torch.einsum` for each factor, with copies. Measured against `chain`: 1.4 to 3.6 times slower."""
+    if on_cpu(here):
+        return 2.0 * measured("rows")(structure, tokens, here, training)
     return 2.0 * chain(structure, tokens, here, training)
 
 
@@ -251,9 +224,11 @@ def materialised(structure: Structure, tokens: int, here: Machine, training: boo
     if len(structure.factors) != 2 or bond < 1 or {*structure.x} & {*structure.y}:
         making = reference(structure, rows, here, training)
     elif bond > 16 or here.kernel == 0.0:
-        copies = 3 if here in (CPU, CPU_HALF) else 1
+        copies = 3 if on_cpu(here) else 1
         moved = copies * whole + here.bytes * sum(math.prod(shape) for shape in structure.factor_shapes)
-        making = here.launch + _both(here, 2 * bond * rows * columns / here.matmul, moved / here.memory)
+        work, moving = 2 * bond * rows * columns / here.matmul, moved / here.memory
+        # A GPU moves bytes while it works; one core of a CPU does one thing at a time.
+        making = here.launch + (work + moving if on_cpu(here) else max(work, moving))
         making *= 3 if training else 1
     else:
         making = here.kernel + (1 + 0.2 * bond) * whole / here.memory
@@ -266,7 +241,8 @@ def materialised(structure: Structure, tokens: int, here: Machine, training: boo
 
 def dense_seconds(d_in: int, d_out: int, tokens: int, here: Machine, training: bool) -> float:
     """A plain matmul."""
-    return chain(Structure.parse("i, o i -> o", i=d_in, o=d_out), tokens, here, training)
+    way = measured("dense") if on_cpu(here) else chain
+    return way(Structure.parse("i, o i -> o", i=d_in, o=d_out), tokens, here, training)
 
 
 Refusal = Callable[[Structure, Machine], str | None]
@@ -274,10 +250,10 @@ Way = Callable[[Structure, int, Machine, bool], float]
 WAYS: dict[str, tuple[Refusal, Way]] = {
     "pair": (refuses_pair, pair),
     "tiles": (refuses_tiles, tiles),
-    "blocked": (refuses_blocked, blocked),
-    "turned": (refuses_blocked, turned),
-    "rows": (refuses_nothing, rows),
-    "columns": (refuses_columns, columns),
+    "rows": (refuses_rows, measured("rows")),
+    "columns": (refuses_columns, measured("columns")),
+    "blocked": (refuses_blocked, measured("blocked")),
+    "turned": (refuses_blocked, measured("turned")),
     "chain": (refuses_chain, chain),
     "reference": (refuses_nothing, reference),
     "materialised": (refuses_nothing, materialised),
@@ -285,33 +261,21 @@ WAYS: dict[str, tuple[Refusal, Way]] = {
 """By the names of the kernels (`einlinear.kernels.KERNELS`)."""
 
 
-def _steps(structure: Structure) -> list[tuple[Step, tuple[int, int, int, int, int]]]:
-    """Each step with its slices, the outputs and inputs of a matrix, and the features before and after."""
+def on_cpu(here: Machine) -> bool:
+    return here in (CPU, CPU_HALF)
+
+
+def _steps(structure: Structure) -> list[tuple[int, int, int, int, int, int]]:
+    """Of each step the slices, the outputs and inputs of a matrix, what it is repeated over, features before and after."""
     return [
-        (step, (*shape, structure.size(step.state), structure.size(step.result)))
+        (*shape, *(structure.size(axes) for axes in (step.passive, step.state, step.result)))
         for step, shape in zip(structure.steps, structure.matrix_shapes, strict=True)
     ]
-
-
-def _through_cache(structure: Structure, step: Step, here: Machine, tokens: int) -> float:
-    """Bytes that a step moves in memory, counting as fewer those that it moves in the last cache."""
-    ends, steps = (structure.size(structure.x), structure.size(structure.y)), structure.steps
-    total = 0.0
-    for axes, inner in ((step.state, step is not steps[0]), (step.result, step is not steps[-1])):
-        size = structure.size(axes)
-        kept = min(size, max(ends)) if inner else 0
-        total += (size - kept) + kept * here.memory / here.cached
-    return here.bytes * tokens * total
 
 
 def _rate(here: Machine, made: int, summed: int) -> float:
     """Of a batched matmul."""
     return min(0.7 * here.matmul, here.narrow * math.sqrt(made * summed))
-
-
-def _both(here: Machine, working: float, moving: float) -> float:
-    """A GPU moves bytes while it works; one core of a CPU does one thing at a time."""
-    return working + moving if here.cached < math.inf else max(working, moving)
 
 
 def _latency(here: Machine, made: int, summed: int) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
-from einlinear.clock import block
+from einlinear.clock_cpu import block
 from einlinear.kernels.kernel import Kernel, Runner
 from einlinear.kernels.pairwise import fill, operands, pairwise
 from einlinear.links import Link, chain_of
