@@ -30,7 +30,7 @@ def compare(
     structure: Annotated[
         list[str] | None, typer.Option("--structure", "-s", help="One to compare, such as 'btt(rank=2)'; repeatable.")
     ] = None,
-    widths: Annotated[str, typer.Option(help="Widths of the models, as in 32,64,96,128.")] = "",
+    widths: Annotated[str, typer.Option(help="Widths of the models, as in 16,32,48,64.")] = "",
     horizons: Annotated[str, typer.Option(help="Training lengths in tokens (or examples), as in 150000,300000.")] = "",
     rates: Annotated[str, typer.Option(help="Base learning rates to tune over; a single one is taken as it is.")] = "",
     seeds: Annotated[str, typer.Option(help="Seeds, as in 0,1,2: more of them narrow the intervals.")] = "",
