@@ -105,6 +105,25 @@ def test_a_sweep_killed_again_and_again_loses_and_repeats_nothing(
     assert not list(tmp_path.glob("kept/*"))
 
 
+def test_an_interrupt_keeps_the_state_of_what_this_process_trains(
+    whole: list[tuple[object, ...]], task: Sequences, tmp_path: Path
+) -> None:
+    """Long before the state would have been kept by the clock."""
+
+    def observe(trunk: Trunk, event: object) -> None:
+        if isinstance(event, int):
+            signal.raise_signal(signal.SIGINT)
+
+    machine, store = Machine(workers=0, patience=1e9), tmp_path / "runs.sqlite"
+    with Store(store) as opened, Sweep(task, opened, machine, tmp_path / "kept", observe) as sweep:
+        with pytest.raises(KeyboardInterrupt):
+            sweep.train(trunks())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert [*tmp_path.glob("kept/*.safetensors")]
+    with Store(store) as opened, Sweep(task, opened, Machine(workers=0), tmp_path / "kept") as sweep:
+        assert outcome(sweep.train(trunks())) == whole
+
+
 def rows(path: Path) -> list[tuple[object, ...]]:
     if not path.exists():
         return []

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Self
 
 from einlinear.lab import checkpoint
-from einlinear.lab.crew import Crew, Event, Processes
+from einlinear.lab.crew import Crew, Event, Processes, interrupts_noted
 from einlinear.lab.data import Task
 from einlinear.lab.machine import Machine
 from einlinear.lab.parallel import World
@@ -63,7 +63,8 @@ class Sweep:
             for trunk in unfinished:
                 self._world.agreed(trunk)  # `follow` waits for it
                 file, tell = self._file(trunk), partial(self._told, trunk)
-                train(trunk, self._task, execution=self._machine, file=file, tell=tell)
+                with interrupts_noted() as stop:
+                    train(trunk, self._task, execution=self._machine, file=file, tell=tell, stop=stop)
                 self._forget(trunk)
         elif unfinished:
             self._train_by(self._crew, unfinished)
