@@ -379,6 +379,7 @@ def test_all_choices_compute_the_same(draw):
 
 def test_explain_says_what_runs_and_why():
     cheap = el.explain(el.BTT(rank=1)(1024, 1024))
+    assert cheap == el.explain(el.BTT(rank=1)(1024, 1024), "cpu", torch.float32, 1024)
     assert "runs 1024 tokens by 'columns' on cpu in torch.float32, forward" in cheap
     assert "chain         fits, modelled" in cheap
     assert "by 'rows'" in el.explain(el.BTT(rank=1)(1024, 1024), dtype=torch.bfloat16)

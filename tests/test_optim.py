@@ -271,6 +271,15 @@ def test_names_roles_and_options_that_do_not_fit_are_refused() -> None:
         el.parameter_groups(torch.nn.Sequential(torch.nn.LazyLinear(4)), 1e-2, readout=None)
 
 
+def test_a_parameter_beside_a_child_called_module_is_trained() -> None:
+    """Wrappers such as AveragedModel hold nothing beside it."""
+    model = torch.nn.Module()
+    model.module, model.shift = el.Linear(16, 16, "btt"), nn.Parameter(torch.zeros(3))
+    groups = el.parameter_groups(model, 1e-2, readout=None)
+    names = {name for group in groups for name in group["param_names"]}
+    assert names == {name for name, _ in model.named_parameters()}
+
+
 def test_an_unknown_matrix_needs_a_role() -> None:
     model = Model(family=None)
     model.positions = nn.Parameter(torch.zeros(5, 16))

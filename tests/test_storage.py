@@ -94,6 +94,14 @@ def test_dtypes_are_kept(dtype: torch.dtype, tmp_path: Path):
     assert torch.equal(other[0].factors[1], model[0].factors[1])
 
 
+def test_a_layer_by_itself_and_a_folder_that_is_not_there_are_refused(tmp_path: Path):
+    layer = el.Linear(16, 24, "btt")
+    with pytest.raises(ValueError, match=r"save torch.nn.Sequential\(layer\)"):
+        el.save(layer, tmp_path / "m")
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        el.save(nn.Sequential(layer), tmp_path / "none" / "m")
+
+
 def test_a_dtype_without_a_place_in_the_format_is_refused(tmp_path: Path):
     model = nn.Sequential(el.Linear(16, 24, "btt", dtype=torch.complex128))
     with pytest.raises(ValueError, match=r"cannot save '0.bias' .* no type for complex128"):
@@ -229,7 +237,7 @@ def test_a_failed_save_leaves_the_old_file(model: nn.Module, tmp_path: Path, mon
         el.save(model, path)
     assert [*tmp_path.iterdir()] == [path] and path.read_text() == "the old one"
     with pytest.raises(ValueError, match="on the meta device"):
-        el.save(el.Linear(4, 4, "btt", device="meta"), path)
+        el.save(nn.Sequential(el.Linear(4, 4, "btt", device="meta")), path)
 
 
 def test_a_structured_layer_has_no_weight():

@@ -224,7 +224,8 @@ def _resolved(model: nn.Module, readout: str | Sequence[str] | None, roles: Mapp
 
 def _uses(model: nn.Module) -> Iterator[_Use]:
     """Every use of every parameter, in the order of the modules; names are those of the model without wrappers."""
-    while [name for name, _ in model.named_children()] == ["module"]:  # AveragedModel, DistributedDataParallel
+    # AveragedModel, DistributedDataParallel: what holds nothing but the model.
+    while [name for name, _ in model.named_children()] == ["module"] and not [*model.parameters(recurse=False)]:
         model = model.get_submodule("module")
     blocks: set[str] = set()
     factors: set[nn.Module] = set()

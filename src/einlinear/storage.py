@@ -87,7 +87,20 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Nothing is pickled: of everything but structured layers the file holds no code and no
     architecture, so `load` asks for a module to fill. Tensors under several names are written
     once. The file appears when it is complete; one that was there before is replaced then.
+
+    Raises:
+        ValueError: for a layer by itself, and for a tensor that is on the meta device or of a type without a place in
+            the format; its name is told.
+        FileNotFoundError: where there is no such folder.
     """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot save to '{path}': there is no folder '{path.parent}'; make it first")
+    if isinstance(model, Linear):
+        raise ValueError(
+            f"cannot save a layer by itself to '{path}': load could not put it in the place of another; "
+            f"save torch.nn.Sequential(layer)"
+        )
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[tuple[object, ...], str] = {}
@@ -110,7 +123,6 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             first[same] = name
             tensors[name] = value.detach().contiguous()
     header = {"version": VERSION, "layers": layer_specs(model), "aliases": aliases}
-    path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         save_file(_apart(tensors), partial, metadata={"format": "pt", KEY: json.dumps(header)})

@@ -115,9 +115,12 @@ def test_an_interrupt_keeps_the_state_of_what_this_process_trains(
             signal.raise_signal(signal.SIGINT)
 
     machine, store = Machine(workers=0, patience=1e9), tmp_path / "runs.sqlite"
-    with Store(store) as opened, Sweep(task, opened, machine, tmp_path / "kept", observe) as sweep:
-        with pytest.raises(KeyboardInterrupt):
-            sweep.train(trunks())
+    with (
+        Store(store) as opened,
+        Sweep(task, opened, machine, tmp_path / "kept", observe) as sweep,
+        pytest.raises(KeyboardInterrupt),
+    ):
+        sweep.train(trunks())
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert [*tmp_path.glob("kept/*.safetensors")]
     with Store(store) as opened, Sweep(task, opened, Machine(workers=0), tmp_path / "kept") as sweep:

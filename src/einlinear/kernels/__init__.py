@@ -144,7 +144,7 @@ def _fastest(
 def explain(subject: object, *args: object, **options: object) -> str:
     """Says what will be done with `subject` and why, as text to print.
 
-    * `explain(structure, tokens=1024, device="cpu", dtype=torch.float32, training=False)`: the kernel that
+    * `explain(structure, device="cpu", dtype=torch.float32, tokens=1024, training=False)`: the kernel that
       runs it, and each kernel's modelled time (`einlinear.seconds`) or refusal.
     * `explain(model, groups)`: initialisation, learning rate and decay of every parameter.
     """
@@ -154,9 +154,9 @@ def explain(subject: object, *args: object, **options: object) -> str:
 @explain.register
 def _(
     structure: Structure,
-    tokens: int = 1024,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    tokens: int = 1024,
     training: bool = False,
 ) -> str:
     if structure.routed:
