@@ -92,7 +92,7 @@ class Target:
         """The same in single precision, several times as fast; moments are scaled to a mean of 1."""
         short = copy(self)
         (short.weight,) = single([self.weight])
-        short._masks = [(axes, *single([mask])) for axes, mask in self._masks]
+        short._masks = [(axes, single([mask])[0]) for axes, mask in self._masks]
         if self.gram is not None:
             mean = self.gram.diagonal().real.mean()
             scaled = [tensor / mean for tensor in (self.gram, self._gram, self._weighed)]

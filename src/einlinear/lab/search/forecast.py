@@ -46,7 +46,8 @@ class SearchForecast:
                 f"candidates about {counts} tokens ({self.flops:.2g} FLOPs, {self.seconds:.0f} s of a process)",
                 f"confirming {plan.winners} winners, {', '.join(plan.confirmation.families)} and {plan.controls} at "
                 f"random, each tuned, at {grid} and {len(plan.confirmation.seeds)} fresh seeds "
-                f"({trials} + {runs} runs, {flops:.2g} FLOPs); expected 95 % interval of a multiplier: over and times {confirmed.factor:.2f}",
+                f"({trials} + {runs} runs, {flops:.2g} FLOPs); expected 95 % interval of a multiplier: "
+                f"over and times {confirmed.factor:.2f}",
                 f"in all about {self.minutes:.1f} minutes by {confirmed.machine.workers or 1} process(es) on "
                 f"{confirmed.machine.device}, more where a grid of rates has to grow",
             ]
