@@ -13,6 +13,7 @@ import csv
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +84,7 @@ def recorded() -> Recorded:
         values[number, rung, seed], variances[number, rung, seed] = worth.value, worth.variance
         costs[number, rung] = row.flops
     # A horizon of h steps begins to cool down at 0.8 h, and the next one goes on from there.
-    shares = [1.0] + [1 - 0.8 * before / after for before, after in zip(rungs, rungs[1:], strict=False)]
+    shares = [1.0] + [1 - 0.8 * before / after for before, after in pairwise(rungs)]
     unit = plain[(plain["width"] == 64) & (plain["tokens"] == rungs[-1])]["flops"].iloc[0]
     return Recorded([*place], features(pool), values, variances, costs, shares, float(unit))
 

@@ -62,10 +62,10 @@ def guided_search(
 ) -> Found:
     """Searches until the budget is spent.
 
-    Of the candidates trained to one horizon half go on to the next, each time the one with the highest mean of
-    the surrogate at the last; when none may, a new candidate is begun: that of the highest mean plus one deviation. Asynchronous
-    halving (Li et al. 2020, "A system for massively parallel hyperparameter tuning", https://arxiv.org/abs/1810.05934)
-    with the surrogate as judge. The same seed and outcomes give the same trials.
+    Of the candidates trained to one horizon half go on to the next, each time the one with the highest mean of the
+    surrogate at the last; when none may, a new candidate is begun: that of the highest mean plus one deviation.
+    Asynchronous halving (Li et al. 2020, "A system for massively parallel hyperparameter tuning",
+    https://arxiv.org/abs/1810.05934) with the surrogate as judge. The same seed and outcomes give the same trials.
 
     Args:
         features: of the candidates, `[n, f]`.

@@ -11,8 +11,9 @@ from einlinear.lab.laws.power import fit_law
 NOISE = 0.006
 """Standard deviation of ln loss of runs of one seed, which see the same data in the same order.
 
-The scatter of dense about its law says less: it is mostly the law's misfit, the same for all candidates. Three times
-as large, it made the surrogate disbelieve what it saw, and searches no better than chance (benchmarks/search.py).
+The scatter of dense about its law is several times as large, being mostly the law's misfit, the same for all
+candidates: searches replayed with it (benchmarks/search.py) did worse than chance. A round number of the order of what
+seeds 0 and 1 of benchmarks/results/search_runs.csv differ by once their common shift is taken off.
 """
 
 CLOCK = 0.1  # standard deviation of ln seconds, of runs beside each other on one machine
