@@ -35,7 +35,7 @@ PLAN = SearchPlan(
         families=("dense",), widths=(16, 32), depth=1, horizons=(320, 640, 1280), rates=(0.01, 0.02), tuning=320,
         recipe=Recipe(batch=2, base_width=16, base_depth=1, head=8, warmup=2), seeds=(1, 2), extensions=0,
     ),
-    width=16, horizons=(160, 320, 640), budget=4, winners=2, controls=1,
+    width=16, horizons=(160, 320, 640), budget=2, winners=2, controls=1,
 )  # fmt: skip
 
 
@@ -224,7 +224,7 @@ def test_the_explanation_adds_up(task: Sequences, store: Store, monkeypatch: pyt
     assert float(line.rsplit(" = ", 1)[1].split(",")[0]) == pytest.approx(truth, rel=0.02)
 
 
-@pytest.mark.parametrize("after", [1, 12, 30, 45])
+@pytest.mark.parametrize("after", [1, 20])
 def test_interrupted_anywhere_a_search_makes_the_same_choices(
     task: Sequences, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
@@ -258,7 +258,7 @@ def test_a_search_is_recalled_from_its_store_alone(
     found = recalled(PLAN, task, store, machine=HERE)
     assert explain(found) == explain(searched) and told(found) == told(searched)
     with pytest.raises(ValueError, match="does not hold all of it"):
-        recalled(replace(PLAN, budget=8), task, store, machine=HERE)
+        recalled(replace(PLAN, budget=4), task, store, machine=HERE)
 
 
 def test_seconds_are_an_objective_too(task: Sequences, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
