@@ -35,7 +35,7 @@ PLAN = SearchPlan(
         families=("dense",), widths=(16, 32), depth=1, horizons=(320, 640, 1280), rates=(0.01, 0.02), tuning=320,
         recipe=Recipe(batch=2, base_width=16, base_depth=1, head=8, warmup=2), seeds=(1, 2), extensions=0,
     ),
-    width=16, horizons=(160, 320, 640), budget=2, winners=2, controls=1,
+    width=16, horizons=(160, 320, 640), budget=2, winners=2, controls=1, exponents=(7,),
 )  # fmt: skip
 
 
