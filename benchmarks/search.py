@@ -129,6 +129,7 @@ def main() -> None:
                     f"{less.mean() - half:.4f}", f"{less.mean() + half:.4f}", commit,
                 ]  # fmt: skip
                 writer.writerow(row)
+                file.flush()
                 print(*row, flush=True)
 
 
