@@ -26,7 +26,7 @@ from einlinear.lab.search.surrogate import features
 from einlinear.lab.search.worth import Reference
 
 RESULTS = Path(__file__).parent / "results"
-BUDGETS = (3, 6, 12)  # trainings of dense to the last horizon
+BUDGETS = (2, 4, 8)  # trainings of dense to the last horizon
 SEARCHES = ("guided", "halving", "random")
 
 
@@ -98,13 +98,13 @@ def _rows(frame: pd.DataFrame) -> Iterator[Row]:
         )  # fmt: skip
 
 
-def replay(runs: Recorded, budget: float, repeats: int) -> dict[str, np.ndarray]:
+def replay(runs: Recorded, budget: float, repeats: int, searches: Sequence[str] = SEARCHES) -> dict[str, np.ndarray]:
     """Regrets `[repeats]` of each search; every other repeat sees the other seed."""
     return {
         name: np.array([
             runs.regret(runs.search(name, budget, seed, sees=seed % 2), sees=seed % 2) for seed in range(repeats)
         ])
-        for name in SEARCHES
+        for name in searches
     }  # fmt: skip
 
 
@@ -129,6 +129,7 @@ def main() -> None:
                     f"{less.mean() - half:.4f}", f"{less.mean() + half:.4f}", commit,
                 ]  # fmt: skip
                 writer.writerow(row)
+                file.flush()
                 print(*row, flush=True)
 
 

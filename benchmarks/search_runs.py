@@ -21,6 +21,7 @@ from einlinear.lab.train import Recipe, Trunk
 RESULTS = Path(__file__).parent / "results" / "search_runs.csv"
 WIDTH, DEPTH, RATE = 64, 1, 2**-7  # the best of three rates of dense at this width
 HORIZONS = (75, 150, 300)  # steps of 512 tokens
+SEEDS = (0, 1)
 COLUMNS = (
     "family", "width", "depth", "tokens", "rate", "seed", "status", "loss", "parameters", "flops", "linear_flops",
     "seconds", "trunk", "device", "versions", "commit",
@@ -33,12 +34,10 @@ def main() -> None:
     task = replace(task, context=32)
     recipe = Recipe(batch=16, base_width=WIDTH, base_depth=DEPTH)
     common = {"depth": DEPTH, "rate": RATE, "recipe": recipe, "horizons": HORIZONS, "purpose": "search"}
-    pool = [c.family for c in el.candidates(WIDTH, costliest=0.75, least_rank=0.5, most_sharing=0.5)]
+    pool = [candidate.family for candidate in el.candidates(WIDTH)]
     random.Random(0).shuffle(pool)
-    trunks = []
-    for seeds in ((0, 1), (2,)):
-        trunks += [Trunk(family="dense", width=w, seed=s, **common) for s in seeds for w in (32, 48, 64, 96)]
-        trunks += [Trunk(family=family, width=WIDTH, seed=s, **common) for family in pool for s in seeds]
+    trunks = [Trunk(family="dense", width=w, seed=s, **common) for s in SEEDS for w in (32, 48, 64, 96)]
+    trunks += [Trunk(family=family, width=WIDTH, seed=s, **common) for family in pool for s in SEEDS]
     with Store(sys.argv[1]) as store, Sweep(task, store, replace(Machine.here("cpu"), workers=2)) as sweep:
         for first in range(0, len(trunks), 8):
             sweep.train(trunks[first : first + 8])

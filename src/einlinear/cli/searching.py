@@ -69,6 +69,9 @@ def search(
     if device:
         known_device(device, present=True)
     can_be_kept(report, store)
+    if device:
+        known_device(device, present=True)
+    can_be_kept(report, store)
     machine = Machine.here(device)
     if workers is not None:
         machine = replace(machine, workers=workers)

@@ -36,6 +36,7 @@ class SearchForecast:
         plan, confirmed = self.plan, self.confirmation
         trials, runs = (sum(getattr(part, name) for part in confirmed.parts) for name in ("trials", "runs"))
         flops = sum(part.flops for part in confirmed.parts)
+        factor = f"expected 95 % interval of a multiplier: over and times {confirmed.factor:.2f}"
         grid = f"{len(plan.confirmation.widths)} widths, {len(plan.confirmation.horizons)} horizons"
         counts = ", ".join(
             f"{count:.0f} to {tokens:,}" for count, tokens in zip(self.begun, plan.horizons, strict=False)
@@ -46,8 +47,7 @@ class SearchForecast:
                 f"candidates about {counts} tokens ({self.flops:.2g} FLOPs, {self.seconds:.0f} s of a process)",
                 f"confirming {plan.winners} winners, {', '.join(plan.confirmation.families)} and {plan.controls} at "
                 f"random, each tuned, at {grid} and {len(plan.confirmation.seeds)} fresh seeds "
-                f"({trials} + {runs} runs, {flops:.2g} FLOPs); expected 95 % interval of a multiplier: "
-                f"over and times {confirmed.factor:.2f}",
+                f"({trials} + {runs} runs, {flops:.2g} FLOPs); {factor}",
                 f"in all about {self.minutes:.1f} minutes by {confirmed.machine.workers or 1} process(es) on "
                 f"{confirmed.machine.device}, more where a grid of rates has to grow",
             ]

@@ -8,8 +8,8 @@ import numpy as np
 from einlinear.lab.laws.minimise import Floats
 from einlinear.lab.search.surrogate import Surrogate
 
-FIRST = 8  # candidates at random before the surrogate has a say
-HALVING = 3  # one of so many goes on to the next horizon
+FIRST = 4  # candidates at random before the surrogate has a say
+HALVING = 2  # one of so many goes on to the next horizon
 HOPE = 1.0  # deviations above its mean that a new candidate is judged by
 
 
@@ -62,10 +62,10 @@ def guided_search(
 ) -> Found:
     """Searches until the budget is spent.
 
-    Of the candidates trained to one horizon, the best third by the surrogate's mean at the last horizon go on to the
-    next; when none may, a new candidate is begun: the one with the highest mean plus one deviation. Asynchronous
-    halving (Li et al. 2020, "A system for massively parallel hyperparameter tuning", https://arxiv.org/abs/1810.05934)
-    with the surrogate as judge. The same seed and outcomes give the same trials.
+    Of the candidates trained to one horizon half go on to the next, each time the one with the highest mean of the
+    surrogate at the last; when none may, a new candidate is begun: that of the highest mean plus one deviation.
+    Asynchronous halving (Li et al. 2020, "A system for massively parallel hyperparameter tuning",
+    https://arxiv.org/abs/1810.05934) with the surrogate as judge. The same seed and outcomes give the same trials.
 
     Args:
         features: of the candidates, `[n, f]`.
@@ -122,15 +122,14 @@ def _promoted(
     trials: Sequence[Trial], batch: Sequence[tuple[int, int]], rungs: int, surrogate: Surrogate
 ) -> tuple[int, int] | None:
     """The candidate that may go on, from the furthest rung first."""
-    begun = {(trial.candidate, trial.rung) for trial in trials} | set(batch)
+    asked = [(trial.candidate, trial.rung) for trial in trials] + list(batch)
     for rung in reversed(range(rungs - 1)):
-        here = np.array([trial.candidate for trial in trials if trial.rung == rung], dtype=int)
-        if not len(here):
-            continue
-        mean, _ = surrogate.predict(here)
-        for place in np.argsort(-mean)[: len(here) // HALVING]:
-            if (int(here[place]), rung + 1) not in begun:
-                return int(here[place]), rung + 1
+        here = [trial.candidate for trial in trials if trial.rung == rung]
+        gone = {candidate for candidate, at in asked if at == rung + 1}
+        waiting = np.array([candidate for candidate in here if candidate not in gone], dtype=int)
+        if len(waiting) and len(gone) < len(here) // HALVING:
+            mean, _ = surrogate.predict(waiting)
+            return int(waiting[mean.argmax()]), rung + 1
     return None
 
 

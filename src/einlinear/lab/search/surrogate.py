@@ -13,10 +13,11 @@ from einlinear.space import Candidate
 with extra("lab"):
     from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped]
     from sklearn.gaussian_process import GaussianProcessRegressor  # type: ignore[import-untyped]
-    from sklearn.gaussian_process.kernels import RBF, ConstantKernel, Matern  # type: ignore[import-untyped]
+    from sklearn.gaussian_process.kernels import RBF, ConstantKernel  # type: ignore[import-untyped]
 
 FEATURES = ("ψ", "ν", "ω", "ln FLOPs", "ln parameters", "ln seconds")
-STEP = 0.5  # between rungs, in deviations of a feature
+SMOOTH = 2.0  # deviations of a feature over which what it says changes
+LASTING = 1.5  # rungs over which a candidate's own part, and the trend of all, change
 NAME = 1e-6  # between candidates' numbers: nothing to what is smooth in features
 REFITS = 1.5  # times as many results as at the last choice of the kernel's scales ask for another
 
@@ -34,9 +35,11 @@ def features(pool: Sequence[Candidate]) -> Floats:
 
 
 class Surrogate:
-    """ln multiplier as a smooth function of features and horizon, plus an offset of each candidate of its own.
+    """ln multiplier as the sum of three parts: smooth in features and horizon, the trend of all, and each one's own.
 
-    The offset is what features do not tell; it is the same at every horizon. Each result has its own variance.
+    The last is what features do not tell: nearly the same at neighbouring horizons, less so at distant ones. That of
+    all makes up for later horizons having seen only what was promising at earlier ones. Each result has its own
+    variance.
     """
 
     def __init__(self, features: Floats, rungs: int) -> None:
@@ -44,10 +47,15 @@ class Surrogate:
         self._features, self._rungs = features, rungs
         self._mean, self._seen = 0.0, 0
         self._process: GaussianProcessRegressor | None = None
-        # One scale for all features: a search has too few results to choose six of them.
-        smooth = ConstantKernel(0.1, (1e-3, 10.0)) * Matern(1.0, (0.3, 30.0), nu=2.5)
-        own = RBF([*[1e6] * (features.shape[1] + 1), 1e-3 * NAME], "fixed")
-        self._kernel = smooth + ConstantKernel(0.01, (1e-4, 1.0)) * own
+        # Sizes of the parts are chosen by likelihood, scales are not: a search has too few results.
+        far = [1e6] * features.shape[1]  # scales of what a part does not look at
+        smooth = RBF([*[SMOOTH] * features.shape[1], LASTING, 1e6], "fixed")
+        trend, own = RBF([*far, LASTING, 1e6], "fixed"), RBF([*far, LASTING, 1e-3 * NAME], "fixed")
+        self._kernel = (
+            ConstantKernel(0.1, (1e-3, 3.0)) * smooth
+            + ConstantKernel(0.1, (1e-3, 3.0)) * trend
+            + ConstantKernel(0.1, (1e-3, 3.0)) * own
+        )
 
     def fit(self, which: Sequence[int], rung: Sequence[int], value: Sequence[float], variance: Sequence[float]) -> None:
         """Takes all results so far, `[m]` each."""
@@ -76,7 +84,7 @@ class Surrogate:
         own = self._features[which]
         points = np.repeat(own[None], len(own) + 1, axis=0)
         points[1:][np.diag_indices(len(own))] = 0.0
-        rung = np.full((len(points), 1), STEP * (self._rungs - 1))
+        rung = np.full((len(points), 1), float(self._rungs - 1))
         nobody = np.full((len(points), 1), -NAME)
         found = self._fitted().predict(np.concatenate([points, rung, nobody], axis=1))
         return np.asarray(found[0] - found[1:])
@@ -87,5 +95,5 @@ class Surrogate:
         return self._process
 
     def _inputs(self, which: Integers, rung: Integers) -> Floats:
-        columns = [self._features[which], STEP * rung[:, None], NAME * which[:, None]]
+        columns = [self._features[which], rung[:, None], NAME * which[:, None]]
         return np.asarray(np.concatenate(columns, axis=1), dtype=np.float64)
