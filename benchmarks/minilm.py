@@ -12,7 +12,8 @@ A budget is a share of the parameters of all layers that embeddings read, embedd
 every layer that share of its own, by the setting that spends most of it; where a family has blocks besides ranks,
 their number is the one with the least error on the layers of `PILOTS`, calibrated, for each pair of widths. `allocated`
 minimises the summed error of outputs (`einlinear.allocate`) over ranks and dense layers, `relative` the sum of each
-layer's share of its own; `auto` offers low rank, BTT and block-diagonal layers together. Recovery is distillation from
+layer's share of its own, `sensitive` as `einlinear compress` does: weighed by how much the model's output moves with
+each layer's, with a floor under every share; `auto` offers low rank, BTT and block-diagonal layers together. Recovery is distillation from
 the dense model, on the sentences that calibrated.
 
 Times (last, into a table of their own) are medians of the process's CPU time on one thread, all models in turns.
@@ -38,7 +39,7 @@ from torch import Tensor, nn
 
 import einlinear as el
 from einlinear.compression.allocation import Curve, allocate
-from einlinear.compression.pipeline import Work, apply_plan, survey
+from einlinear.compression.pipeline import FLOOR, Work, apply_plan, survey
 from einlinear.compression.recovery import distil
 from einlinear.projection.moments import Moments
 
@@ -142,7 +143,7 @@ def cases() -> list[Case]:
         Case("dense", 1.0, False, "none"),
         *(Case(family, budget, True) for budget in BUDGETS for family in ("low_rank", "btt")),
         *(Case(family, budget, False) for budget in BUDGETS for family in cheap),
-        *(Case("low_rank", budget, True, how) for budget in BUDGETS for how in ("allocated", "relative")),
+        *(Case("low_rank", budget, True, how) for budget in BUDGETS for how in ("allocated", "relative", "sensitive")),
         *(Case(family, low, True, "uniform", RECOVERY) for family in ("btt", "low_rank")),
         Case("monarch", low, True),
         Case("block_diagonal", low, True),
@@ -175,7 +176,7 @@ class Study:
         self.expected = embed(self.model, self.test)
         self.work = Work(work, f"MiniLM, {CALIBRATION} sentences of {LENGTH} tokens")
         found = survey(self.model, "dense", calibration=self.train, exclude_modules=UNUSED, work=self.work)
-        self.moments = found.moments
+        self.moments, self.sensitivities = found.moments, found.sensitivities
         self.layers = {name: self.model.get_submodule(name) for name in found.curves}
         self.dense = self.parameters(self.model)
         self.known: dict[tuple[str, bool], dict[str, Curve]] = {}
@@ -242,6 +243,8 @@ class Study:
         """What becomes of each layer."""
         if case.allocation != "uniform":
             curves = self.curves(case.family, case.calibrated)
+            if case.allocation == "sensitive":
+                return allocate(curves, case.budget, weights=self.sensitivities, floor=FLOOR).rules
             return allocate(curves, case.budget, relative=case.allocation == "relative").rules
         if case.family == "auto":
             curves = self.curves(case.family, case.calibrated)

@@ -77,6 +77,19 @@ def test_relative_errors_give_quiet_layers_their_share():
     assert abs(fair.chosen["a"].parameters - fair.chosen["b"].parameters) <= 64
 
 
+def test_what_a_layer_counts_for_decides_what_it_gets():
+    weight = torch.randn(32, 32) * torch.logspace(0, -1, 32)
+    curves = {key: el.error_curve(weight, el.layer_candidates("low_rank", 32, 32)) for key in ("a", "b")}
+    even, first = (el.allocate(curves, 0.5, weights={"a": a, "b": 1.0}) for a in (1.0, 100.0))
+    assert abs(even.chosen["a"].parameters - even.chosen["b"].parameters) <= 64
+    assert first.chosen["a"].parameters > 1.5 * first.chosen["b"].parameters
+    assert 0.9 * 0.5 < first.share <= 0.5
+    kept = el.allocate(curves, 0.5, weights={"a": 100.0, "b": 1.0}, floor=0.9).chosen["b"].parameters
+    assert first.chosen["b"].parameters < 0.9 * 512 - 64 <= kept <= 512
+    with pytest.raises(el.StructureError, match="from 0 to 1"):
+        el.allocate(curves, 0.5, floor=2)
+
+
 def test_a_plan_is_read_back_and_drives_a_conversion(tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.ReLU(), torch.nn.Linear(48, 32, bias=False))
     curves = {

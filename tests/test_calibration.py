@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import einlinear as el
-from einlinear.compression.calibration import calibrate
+from einlinear.compression.calibration import calibrate, sensitivities
 
 
 class Attention(nn.Module):
@@ -73,3 +73,32 @@ def test_calibrated_compression_loses_less_of_the_outputs():
         return float((model(x) - x @ weight.mT).norm().detach())
 
     assert loss(batches) < 0.7 * loss(None)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_sensitivity_of_a_layer_is_what_the_rest_makes_of_its_output(frozen: bool):
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4), nn.Hardtanh(-1e6, 1e6, inplace=True), nn.Linear(4, 300))
+    model.requires_grad_(not frozen)
+    layers = {"0": model[0], "1": model[1], "3": model[3], "never": nn.Linear(2, 2)}
+    found = sensitivities(model, layers, [torch.randn(4, 16, 8)] * 4)
+    last, middle = model[3].weight.detach(), model[1].weight.detach()
+    assert found["3"] == pytest.approx(1, rel=0.02)
+    assert found["1"] == pytest.approx(float(last.square().sum()) / 4, rel=0.1)
+    assert found["0"] == pytest.approx(float((last @ middle).square().sum()) / 6, rel=0.2)
+    assert found["never"] == 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_padding_does_not_count_as_sensitivity():
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 200)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.layer(x)
+
+    model = Masked()
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0]]).expand(8, 8)
+    found = sensitivities(model, {"layer": model.layer}, [{"x": torch.randn(8, 8, 4), "attention_mask": mask}])
+    assert found["layer"] == pytest.approx(1, rel=0.1)

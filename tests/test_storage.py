@@ -243,3 +243,63 @@ def test_a_failed_save_leaves_the_old_file(model: nn.Module, tmp_path: Path, mon
 def test_a_structured_layer_has_no_weight():
     """PEFT would merge into a computed one, and return a wrong model."""
     assert not hasattr(el.Linear(4, 4, "btt"), "weight")
+
+
+class Attention(nn.Module):
+    """As timm writes it: one layer for queries, keys and values, whose outputs are unbound."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
+
+
+class VisionTransformer(nn.Module):
+    """A tiny one in timm's style: patches by a convolution, a class token, fused queries, keys and values."""
+
+    def __init__(self, width: int = 32, depth: int = 2) -> None:
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, width, 4, stride=4)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.randn(1, 17, width))
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "norm1": nn.LayerNorm(width),
+                    "attn": Attention(width, 4),
+                    "norm2": nn.LayerNorm(width),
+                    "mlp": nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)),
+                }
+            )
+            for _ in range(depth)
+        )
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch_embed(images).flatten(2).mT
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
+        for block in self.blocks:
+            x = x + block["attn"](block["norm1"](x))
+            x = x + block["mlp"](block["norm2"](x))
+        return self.head(x[:, 0])
+
+
+def test_a_vision_transformer_in_the_style_of_timm_is_compressed_saved_and_loaded(tmp_path: Path):
+    dense, images = VisionTransformer().eval(), torch.randn(8, 3, 16, 16)
+    expected = dense(images)
+    model = copy.deepcopy(dense)
+    _, report = el.compress(model, "low_rank", 0.6, calibration=[images], exclude_modules=["head"])
+    assert isinstance(model.blocks[0]["attn"].qkv, el.Linear) and isinstance(model.head, nn.Linear)
+    assert report.parameters_after < report.parameters_before
+    assert (model(images) - expected).norm() < 0.7 * expected.norm()
+    el.save(model, tmp_path / "vit.safetensors")
+    with torch.device("meta"):
+        skeleton = VisionTransformer().eval()
+    el.load(tmp_path / "vit.safetensors", skeleton)
+    assert torch.equal(skeleton(images), model(images))

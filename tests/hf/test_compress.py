@@ -1,5 +1,6 @@
 """`einlinear compress`: whole checkpoints, plans, interrupts, and what is refused."""
 
+import importlib
 import json
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -121,11 +122,12 @@ def test_an_interrupt_leaves_no_model_and_is_gone_on_from(
     command = ["compress", dense / "bert", "--out", tmp_path / "small", "-s", "low_rank(rank=9)", "--budget", 0.5,
                "-c", dense / "text.txt", "--tokens", 2000]  # fmt: skip
     module, _, name = stage.rpartition(".")
-    real, calls = getattr(sys.modules[module], name), []
+    real, calls = getattr(importlib.import_module(module), name), []
 
     def at_the_fifth(*arguments: object, **options: object) -> object:
         calls.append(arguments)
         if len(calls) == (5 if "compression" in stage else 1):
+            assert {p.name for p in tmp_path.iterdir()} == {"small.work"}, "as kill -9 would leave it"
             raise KeyboardInterrupt
         return real(*arguments, **options)
 

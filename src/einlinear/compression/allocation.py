@@ -110,7 +110,13 @@ class Allocation:
 
 
 def allocate(
-    curves: Mapping[str, Curve], budget: float, cost: Cost = "parameters", *, relative: bool = False
+    curves: Mapping[str, Curve],
+    budget: float,
+    cost: Cost = "parameters",
+    *,
+    relative: bool = False,
+    weights: Mapping[str, float] | None = None,
+    floor: float = 0.0,
 ) -> Allocation:
     """Chooses a point of every curve so that the summed error is least within the budget.
 
@@ -125,6 +131,10 @@ def allocate(
         budget: above 0, at most 1.
         cost: what the budget counts.
         relative: sum each layer's share of its own output lost, instead of squared errors.
+        weights: what a layer's squared error counts for, in place of `relative`, such as how much the model's output
+            moves with the layer's.
+        floor: the least that a layer gets, as a share of what the budget would give it if all got alike; 0 to 1.
+            With one, more budget can mean more error, by less than a step between neighbouring settings.
 
     Raises:
         StructureError: for a budget outside (0, 1], no layers, or a budget below the cheapest choice of all.
@@ -137,10 +147,19 @@ def allocate(
         raise StructureError(f"cannot allocate a budget of {cost!r}: it counts 'parameters' or 'flops'")
     if not curves or not all(curve.points for curve in curves.values()):
         raise StructureError("cannot allocate a budget to no layers, or to one without candidates; pass some curves")
-    scales = [1 / curve.total if relative and curve.total else 1.0 for curve in curves.values()]
+    if not 0 <= floor <= 1:
+        raise StructureError(f"cannot allocate with a floor of {floor!r}: it is a share of an even budget, from 0 to 1")
+    if weights is None:
+        scales = [1 / curve.total if relative and curve.total else 1.0 for curve in curves.values()]
+    else:
+        scales = [weights[name] for name in curves]
     fronts = [_frontier(curve.points, cost, scale) for curve, scale in zip(curves.values(), scales, strict=True)]
     dense = sum(curve.dense(cost) for curve in curves.values())
     asked = budget * dense
+    least = [floor * budget * curve.dense(cost) for curve in curves.values()]
+    raised = [_above(front, share) for front, share in zip(fronts, least, strict=True)]
+    if sum(front[0].cost for front in raised) <= asked:  # some layers may have nothing as cheap as their share
+        fronts = raised
     left = asked * (1 + 1e-12) - sum(front[0].cost for front in fronts)
     if left < 0:
         raise StructureError(
@@ -220,6 +239,11 @@ def _frontier(points: Iterable[Point], cost: Cost, scale: float) -> list[_Place]
         if not front or place.error < front[-1].error:
             front.append(place)
     return front
+
+
+def _above(front: list[_Place], least: float) -> list[_Place]:
+    """The places from the dearest one within `least` on: a floor that an even split of the budget can always pay."""
+    return front[max((k for k, place in enumerate(front) if place.cost <= least), default=0) :]
 
 
 def _steps(fronts: Sequence[list[_Place]]) -> list[_Step]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import nn
 
-from einlinear.compression.allocation import Allocation, Cost, allocate, read_plan
+from einlinear.compression.allocation import Allocation, Cost, read_plan
 from einlinear.compression.calibration import Batch
 from einlinear.compression.pipeline import Progress, Work, compress, survey
 from einlinear.compression.recovery import Fidelity, distil, fidelity, outputs
@@ -112,7 +112,7 @@ def compress_checkpoint(
         losses = distil(model, teacher, kept, settings.finetune, settings.rate, progress)
         after = fidelity(expected, outputs(model, held_out), held_out) if held_out else None
         tell(f"after {len(losses)} steps of distillation, held-out {after}")
-    _write(model, source, out)
+    _write(model, source, out, work)
     work.remove()
     return Compressed(allocation, report, before, after)
 
@@ -133,7 +133,7 @@ def plan_checkpoint(
         work=work,
         progress=progress,
     )
-    return allocate(found.curves, settings.budget, settings.cost, relative=True)
+    return found.allocate(settings.budget, settings.cost)
 
 
 def _opened(source: Path, out: Path, settings: Settings) -> tuple[nn.Module, Work]:
@@ -205,9 +205,13 @@ def _tokens(source: Path, files: Sequence[Path], settings: Settings) -> Iterator
         yield dict(tokenizer(few, truncation=True, max_length=length, padding=True, return_tensors="pt"))
 
 
-def _write(model: nn.Module, source: Path, out: Path) -> None:
-    """The model with what lay beside the dense one; `out` appears when all of it is written."""
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+def _write(model: nn.Module, source: Path, out: Path, work: Work) -> None:
+    """The model with what lay beside the dense one; `out` appears when all of it is written.
+
+    Until then it lies in the folder of the work, which goes afterwards: a killed process leaves nothing else behind.
+    """
+    assert work.folder is not None
+    partial = work.folder / f"model.{os.getpid()}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)

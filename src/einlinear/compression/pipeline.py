@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from einlinear.compression.allocation import Allocation, Cost, Curve, Point, allocate
-from einlinear.compression.calibration import Batch, calibrate
+from einlinear.compression.calibration import Batch, calibrate, sensitivities
 from einlinear.compression.curves import error_curve, layer_candidates
 from einlinear.conversion import Report, choose, convert
 from einlinear.family import Family
@@ -26,6 +27,12 @@ from einlinear.targeting import LinearLayer
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
+
+
+FLOOR = 0.7
+"""Share of an even budget that every layer gets: sensitivities hold for small errors, and large ones add up."""
+PROBED = 8
+"""Batches at most from which it is estimated how much the model's output moves with a layer's."""
 
 
 class Work:
@@ -97,6 +104,14 @@ class Survey:
     curves: dict[str, Curve]
     moments: dict[str, Moments | Tensor]
     skipped: dict[str, str]
+    sensitivities: dict[str, float] | None = None
+    """What a layer's squared error counts for; None without calibration data, when its share of its output counts."""
+
+    def allocate(self, budget: float, cost: Cost) -> Allocation:
+        """The budget where it does the model's output most good, as far as is known."""
+        if self.sensitivities is None:
+            return allocate(self.curves, budget, cost, relative=True)
+        return allocate(self.curves, budget, cost, weights=self.sensitivities, floor=FLOOR)
 
 
 def survey(
@@ -115,8 +130,11 @@ def survey(
         family_of(structure)  # refuses what is none, and says what there is
     layers, skipped = _targets(model, target_modules, exclude_modules)
     moments: dict[str, Moments | Tensor] = {}
+    weights = None
     if calibration is not None:
+        few, calibration = _beginning(calibration)
         moments = _moments(model, layers, calibration, work, progress)
+        weights = _sensitivities(model, {name: layers[name] for name in moments}, few, work)
         for name in [name for name in layers if name not in moments]:
             skipped[name] = "the calibration data never reached it"
             del layers[name]
@@ -137,7 +155,7 @@ def survey(
 
         curves[name] = _read(work.text(f"curve {structure} {name}", drawn))
     progress("error curves", len(layers), len(layers))
-    return Survey(curves, moments, skipped)
+    return Survey(curves, moments, skipped, weights)
 
 
 def compress(
@@ -159,10 +177,11 @@ def compress(
         allocation, report = el.compress(model, "btt", budget=0.5, calibration=batches)
 
     Every linear layer but output layers gets an error curve over the settings of the structure, a
-    dense layer among them; the budget is allocated so that the sum of what each loses of its own
-    output is least (`einlinear.allocate`; plain squared errors would give most of it to the layers with
-    the largest outputs, docs/guide/compress.md); each weight is then projected. With calibration data,
-    errors are those of the layers' outputs on it, without they are those of the weights.
+    dense layer among them; the budget is allocated so that the summed error is least (`einlinear.allocate`); each
+    weight is then projected. With calibration data, errors are those of the layers' outputs on it, each weighed by how
+    much the model's output moves with the layer's (`sensitivities`; docs/guide/compress.md says what that gains),
+    and no layer gets less than 0.7 of an even share.
+    Without, they are those of the weights, each relative to its weight.
 
     Args:
         model: any module; as in `einlinear.convert`.
@@ -194,7 +213,7 @@ def compress(
         if not found.curves:
             reasons = "; ".join(f"{name}: {why}" for name, why in found.skipped.items())
             raise StructureError(f"cannot compress the {type(model).__name__}: none of its layers can be ({reasons})")
-        allocation = allocate(found.curves, budget, cost, relative=True)
+        allocation = found.allocate(budget, cost)
         plan, moments, skipped = allocation.rules, found.moments, found.skipped
     else:
         layers, _ = _targets(model, [*plan], ())
@@ -276,6 +295,25 @@ def _moments(
     kept = work.tensors("moments", streamed)
     readers = [name for name in layers if f"of {name}" in kept]
     return {name: kept[str(int(kept[f"of {name}"]))] for name in readers}
+
+
+def _beginning(batches: Iterable[Batch]) -> tuple[list[Batch], Iterable[Batch]]:
+    """The first few of some batches, and all of them, also where they can be gone through but once."""
+    if isinstance(batches, Sequence):
+        return [*batches[:PROBED]], batches
+    rest = iter(batches)
+    few = [*islice(rest, PROBED)]
+    return few, chain(few, rest)
+
+
+def _sensitivities(
+    model: nn.Module, layers: Mapping[str, LinearLayer], batches: Sequence[Batch], work: Work
+) -> dict[str, float]:
+    def probed() -> str:
+        return json.dumps(sensitivities(model, {name: layer.module for name, layer in layers.items()}, batches))
+
+    found: dict[str, float] = json.loads(work.text("sensitivities", probed))
+    return found
 
 
 def _written(curve: Curve) -> str:
