@@ -224,6 +224,8 @@ def dispatch() -> list[dict[str, object]]:
         "low rank": la.Dense(torch.randn(9, 2)) @ la.Dense(torch.randn(2, 9)) + d,
         "Monarch": la.operator(layer.structure, [factor.detach() for factor in layer.factors]),
         "Monarch, with gradients": la.operator(layer),
+        "low rank, with gradients": la.Dense(torch.randn(9, 2).requires_grad_()) @ la.Dense(torch.randn(2, 9)) + d,
+        "multiple, with gradients": 2 * la.Dense(a.clone().requires_grad_()),
     }
     rows = []
     for name, A in cases.items():

@@ -11,7 +11,7 @@ torch.Size([262144, 262144])
 True
 """
 
-from einlinear.linalg import explaining as explaining
+from einlinear.linalg import explaining as explaining  # what einlinear.explain says of the questions
 from einlinear.linalg.adapters import from_cola as from_cola
 from einlinear.linalg.adapters import from_scipy as from_scipy
 from einlinear.linalg.adapters import to_cola as to_cola

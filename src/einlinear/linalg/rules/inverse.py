@@ -210,14 +210,22 @@ class WoodburyInverse(Operator):
         return {*self.of.properties & {"hermitian", "psd"}}
 
     def _matmul(self, b: Tensor) -> Tensor:
-        # Where A is small beside UCVᴴ the difference below cancels: refined until a step changes half the digits only.
         x = self._once(b)
+        return x if transformed(b, *self.tensors) else x + self._correction(x, b)
+
+    @torch.no_grad()
+    def _correction(self, x: Tensor, b: Tensor) -> Tensor:
+        """What refinement adds: where A is small beside UCVᴴ the difference below cancels.
+
+        Until a step changes no more than half the digits.
+        """
+        refined = x
         for _ in range(REFINEMENTS):
-            change = self._once(b - self.of.matmul(x))
-            x = x + change
-            if transformed(b, *self.tensors) or bool(change.norm() <= torch.finfo(x.dtype).eps ** 0.5 * x.norm()):
+            change = self._once(b - self.of.matmul(refined))
+            refined = refined + change
+            if bool(change.norm() <= torch.finfo(x.dtype).eps ** 0.5 * refined.norm()):
                 break
-        return x
+        return refined - x
 
     def _once(self, b: Tensor) -> Tensor:
         return self.base.matmul(b) - self.left @ self.core.matmul(self.right.mH @ b)
@@ -252,7 +260,8 @@ def _woodbury(A: LowRankUpdate, inverse: Operator) -> Operator:
     solved, small = capacitance(A, inverse)
     right = solved if symmetric(A) else inverse.H.matmul(A.V)
     made = WoodburyInverse(A, inverse, solved, right, INVERSE(small))
-    if not transformed(*A.tensors) and not backward_error(A, made) < accepted(A):
+    by_entry = isinstance(A.base.of if isinstance(A.base, Scaled) else A.base, Identity | Diagonal)
+    if not by_entry and not transformed(*A.tensors) and not backward_error(A, made) < accepted(A):
         raise NearlySingular(f"{A.base!r} is nearly singular")
     return made
 
