@@ -3,8 +3,8 @@
     python benchmarks/cpu_ways.py [results.csv]
     python benchmarks/cpu_ways.py --fit
 
-Milliseconds: medians of the thread's own CPU time over rounds in which all ways of a case take turns. Goes on where a file that is
-there already ends. `held` marks widths that no constant was read off.
+Milliseconds: medians of the thread's own CPU time over rounds in which all ways of a case take turns. Goes on where a
+file that is there already ends. `held` marks widths that no constant was read off.
 """
 
 import csv

@@ -266,9 +266,10 @@ def on_cpu(here: Machine) -> bool:
 
 
 def _steps(structure: Structure) -> list[tuple[int, int, int, int, int, int]]:
-    """Of each step the slices, the outputs and inputs of a matrix, what it is repeated over, features before and after."""
+    """Of each step the slices, outputs and inputs of a matrix, what it is repeated over, features before and after."""
+    size = structure.size
     return [
-        (*shape, *(structure.size(axes) for axes in (step.passive, step.state, step.result)))
+        (*shape, size(step.passive), size(step.state), size(step.result))
         for step, shape in zip(structure.steps, structure.matrix_shapes, strict=True)
     ]
 
