@@ -233,7 +233,7 @@ def test_blocks_keep_their_memory_for_the_next_call_and_any_mode():
         with torch.inference_mode():
             inside = replace(run, block=4)(factors, x)
         assert_close(inside, el.apply(structure, factors, x))
-        assert_close(replace(run, block=7)(factors, x), inside)
+        assert_close(replace(run, block=3)(factors, x), inside)
 
 
 def test_a_float32_matrix_is_transposed():

@@ -117,8 +117,8 @@ class BlockedRunner:
         weights = [factor.reshape(link.weight) for link, factor in zip(self.links, factors, strict=True)]
         views = [size for link in self.links for size in link.view]
         arguments = x, weights, bias, self.specs, views, self.width, self.block
-        recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights))
-        if recorded or (bias is not None and bias.requires_grad) or torch.compiler.is_compiling():
+        leaves = (x, *weights) if bias is None else (x, *weights, bias)
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)):
             y: Tensor = blocked(*arguments)
             return y
         return _blocked(*arguments)  # starting the operator takes as long as some ten tokens
