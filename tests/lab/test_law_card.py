@@ -109,6 +109,12 @@ def test_one_size_has_a_frontier_and_no_surface():
     frame = runs({"dense": 1.0})
     card = law_card(from_frame(frame.assign(params=1e8).drop(columns="flops")), draws=50)
     assert "one size of model" in card["parametric"]["reason"] and card["frontier"]["c"] > 0
+    assert "A and alpha are not identified, nor is E" in card["parametric"]["reason"]
+    assert "beta is the exponent of the frontier" in card["parametric"]["reason"]
+    short = law_card(from_frame(frame.assign(tokens=1e9, loss=TRUTH.loss(frame["params"].to_numpy(), 1e9)).drop(
+        columns="flops").iloc[:7]), draws=50)  # fmt: skip
+    assert "B and beta are not identified" in short["parametric"]["reason"]
+    assert short["frontier"]["c"] == pytest.approx(TRUTH.alpha, abs=1e-3)
 
 
 def test_too_few_runs_are_refused_in_a_sentence():

@@ -16,6 +16,7 @@ from einlinear.lab.laws import (
     scaled_surface,
     variable_projection,
 )
+from einlinear.lab.laws.isoflop import budgets_of
 from einlinear.lab.laws.parametric import NAMES
 from einlinear.lab.laws.sensitivity import by_delta, by_outliers, by_window, held_out
 from einlinear.lab.laws.solvable import solvable_loss
@@ -59,6 +60,30 @@ def test_units_of_params_tokens_and_loss_change_nothing_but_the_scales():
     assert (other.alpha, other.beta) == pytest.approx((one.alpha, one.beta), rel=1e-4)
     assert pytest.approx(one.E / np.log(2), rel=1e-4) == other.E
     assert pytest.approx(one.A * 1e6**-one.alpha / np.log(2), rel=1e-3) == other.A
+
+
+def test_a_law_without_a_floor_has_none_and_an_interval_from_nothing():
+    N, D = grid()
+    truth = Surface(E=0.0, A=40.0, B=60.0, alpha=0.2, beta=0.22)
+    loss = truth.loss(N, D) * np.exp(0.003 * np.random.default_rng(1).normal(size=len(N)))
+    found = fit_surface(N, D, loss)
+    low, high = bootstrap(found, 200).interval("E")
+    assert low == 0.0 and 0.001 < high < 0.2 * loss.min()  # draws may leave the bound again
+    assert high >= found.surface.E and found.surface.alpha == pytest.approx(0.2, abs=0.02)
+
+
+def test_many_runs_are_fitted_from_starts_that_some_of_them_judged():
+    generator = np.random.default_rng(0)
+    N, D = np.exp(generator.uniform(np.log(1e7), np.log(1e9), 6000)), np.exp(generator.uniform(18, 24, 6000))
+    found = fit_surface(N, D, noisy(N, D))
+    assert len(found) == 6000 and found.surface.alpha == pytest.approx(TRUTH.alpha, abs=0.005)
+    assert found.surface.beta == pytest.approx(TRUTH.beta, abs=0.005) and found.agreement > 0.9
+
+
+def test_runs_scattered_over_compute_are_no_isoflop_curves():
+    generator = np.random.default_rng(0)
+    N, D = np.exp(generator.uniform(np.log(1e7), np.log(1e9), 400)), np.exp(generator.uniform(18, 24, 400))
+    assert all(np.ptp(np.log(N * D)[group]) <= 0.3 for group in budgets_of(6 * N * D, N))
 
 
 def test_the_optimum_of_a_surface_is_one():

@@ -6,11 +6,12 @@ optima. (Hoffmann et al. 2022, sections 3.1 and 3.2; the interpolating variant a
 2024, appendix on fitting.)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from einlinear.lab.extras import extra
 from einlinear.lab.laws.minimise import Floats, Integers
@@ -30,6 +31,7 @@ DRAWS = 1000
 FINE = 25  # points between two sizes, on which the interpolant's minimum is sought
 VALID = 0.5  # share of the draws that need an interior minimum
 BUDGETS = 60  # at which the envelope is read
+GROUPS = 20  # of sizes that the envelope's jackknife leaves out in turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +110,9 @@ def isoflop(
 def envelope(parameters: Floats, flops: Floats, loss: Floats) -> Allocation:
     """Approach 1 on finished runs `[n]`: each size's loss over C is interpolated, and its least over sizes is taken.
 
-    Sizes need four horizons or more. The interval is a jackknife over sizes, as all points of one size are
-    dependent where its horizons share a trunk. Losses in the middle of a decaying schedule are too high: the runs
-    must be finished ones.
+    Sizes need four horizons or more. The interval is a jackknife over sizes, as all points of one size are dependent
+    where its horizons share a trunk; of more than 20 sizes it is one over 20 groups. Losses in the middle of a
+    decaying schedule are too high: the runs must be finished ones.
 
     Raises:
         NoFit: for fewer than four such sizes, or where no least loss lies between them.
@@ -128,25 +130,28 @@ def envelope(parameters: Floats, flops: Floats, loss: Floats) -> Allocation:
         raise NoFit(f"Reading the envelope: {len(curves)} sizes have four horizons or more; it takes four such sizes.")
     low, high = min(c[0] for _, c, _ in curves), max(c[-1] for _, c, _ in curves)
     grid = np.linspace(low, high, BUDGETS)
+    sizes = np.array([size for size, _, _ in curves])
+    losses = np.exp([[curve(grid)] for _, _, curve in curves])[:, 0]  # [sizes, budgets], NaN outside a curve
 
-    def read(chosen: Sequence[tuple[float, Floats, Callable[[Floats], Floats]]]) -> list[Budget]:
+    def read(chosen: NDArray[np.bool_]) -> list[Budget]:
         found = []
-        for cost in grid:
-            there = [(size, float(curve(cost))) for size, costs, curve in chosen if costs[0] <= cost <= costs[-1]]
-            if len(there) >= 4:
-                sizes, losses = np.array(there).T
-                found.append(_budget(float(np.exp(cost)), sizes, np.exp(losses[None]), "akima", 0.0, 1))
+        for cost, column in zip(grid, losses.T, strict=True):
+            there = chosen & np.isfinite(column)
+            if there.sum() >= 4:
+                found.append(_budget(float(np.exp(cost)), sizes[there], column[there][None], "akima", 0.0, 1))
         return found
 
-    budgets = read(curves)
+    budgets = read(np.ones(len(curves), dtype=bool))
     line = _line([b for b in budgets if not b.reason])
     if line is None:
         raise NoFit("Reading the envelope: the least loss lies at the smallest or largest size almost everywhere.")
-    left_out = [_line([b for b in read(curves[:i] + curves[i + 1 :]) if not b.reason]) for i in range(len(curves))]
+    group = np.arange(len(curves)) % GROUPS
+    left_out = [_line([b for b in read(group != g) if not b.reason]) for g in range(min(GROUPS, len(curves)))]
     slopes = np.array([other[0] for other in left_out if other is not None])
     count = len(slopes)
     deviation = float(np.sqrt((count - 1) / max(1, count) * ((slopes - slopes.mean()) ** 2).sum()))
-    half = float(stats.t.ppf(0.975, max(1, count - 1))) * deviation if count == len(curves) else float("nan")
+    known = count == len(left_out)
+    half = float(stats.t.ppf(0.975, max(1, count - 1))) * deviation if known else float("nan")
     return Allocation(
         method="envelope", a=line[0], a_low=line[0] - half, a_high=line[0] + half, intercept=line[1],
         budgets=tuple(budgets), scatter=0.0,
