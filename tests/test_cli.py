@@ -185,7 +185,7 @@ def test_compare_report_and_resume(tmp_path: Path):
 
 
 def test_a_plan_is_told_and_nothing_trained(tmp_path: Path):
-    done = run("compare", "--plan", *TINY, "--seeds", "0,1,2", cwd=tmp_path)
+    done = run("compare", "--plan", *TINY, "--seeds", "0,1,2", "--resolve", "6", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "training FLOPs" in done.stdout
     assert not list(tmp_path.iterdir())
@@ -194,5 +194,5 @@ def test_a_plan_is_told_and_nothing_trained(tmp_path: Path):
 def test_a_plan_that_cannot_answer_is_refused(tmp_path: Path):
     done = run("compare", "--plan", *TINY, cwd=tmp_path)
     assert done.returncode == 1
-    assert "cannot tell a multiplier of 1.25 from 1" in done.stderr and "seeds" in done.stderr
+    assert "cannot tell a multiplier of 1.4 from 1" in done.stderr and "seeds" in done.stderr
     assert not list(tmp_path.iterdir())
