@@ -71,6 +71,12 @@ def test_adjoint_inverses_of_updates_of_complex_bands():
         assert_close(la.slogdet(A).logabsdet, torch.linalg.slogdet(A.dense())[1])
 
 
+def skewed(*values):
+    """A complex matrix with these eigenvalues, which rounding moves to either side of the real axis."""
+    x = torch.randn(len(values), len(values), dtype=c128, generator=torch.Generator().manual_seed(0))
+    return x @ torch.diag(torch.tensor(values, dtype=c128)) @ torch.linalg.inv(x)
+
+
 NEGATIVE = {
     "Hermitian": lambda: la.Dense(torch.tensor([[0, -1j], [1j, 0]], dtype=c128)).claim("hermitian"),
     "reflection": lambda: la.Householder(torch.randn(3, 1, dtype=c128)),
