@@ -78,6 +78,7 @@ def skewed(*values):
 
 
 NEGATIVE = {
+    "skewed": lambda: la.Dense(skewed(-1, -3, 2, -0.5, -7, -2)),
     "Hermitian": lambda: la.Dense(torch.tensor([[0, -1j], [1j, 0]], dtype=c128)).claim("hermitian"),
     "reflection": lambda: la.Householder(torch.randn(3, 1, dtype=c128)),
     "number": lambda: la.Diagonal(torch.tensor([complex(-2.0, -0.0)], dtype=c128)),
