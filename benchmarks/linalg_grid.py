@@ -1081,7 +1081,7 @@ def main() -> None:
         here = provenance(torch.device("cpu"), torch.float64)
         with given.results.open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["question", "dtype", "cells", "wrong", *here])
+            writer.writerow(["question", "precision", "cells", "wrong", *here])
             writer.writerows([*key, count, wrong[key], *here.values()] for key, count in sorted(done.items()))
 
 

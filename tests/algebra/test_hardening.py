@@ -71,7 +71,14 @@ def test_adjoint_inverses_of_updates_of_complex_bands():
         assert_close(la.slogdet(A).logabsdet, torch.linalg.slogdet(A.dense())[1])
 
 
+def skewed(*values):
+    """A complex matrix with these eigenvalues, which rounding moves to either side of the real axis."""
+    x = torch.randn(len(values), len(values), dtype=c128, generator=torch.Generator().manual_seed(0))
+    return x @ torch.diag(torch.tensor(values, dtype=c128)) @ torch.linalg.inv(x)
+
+
 NEGATIVE = {
+    "skewed": lambda: la.Dense(skewed(-1, -3, 2, -0.5, -7, -2)),
     "Hermitian": lambda: la.Dense(torch.tensor([[0, -1j], [1j, 0]], dtype=c128)).claim("hermitian"),
     "reflection": lambda: la.Householder(torch.randn(3, 1, dtype=c128)),
     "number": lambda: la.Diagonal(torch.tensor([complex(-2.0, -0.0)], dtype=c128)),
