@@ -13,7 +13,8 @@ every layer that share of its own, by the setting that spends most of it; where 
 their number is the one with the least error on the layers of `PILOTS`, calibrated, for each pair of widths. `allocated`
 minimises the summed error of outputs (`einlinear.allocate`) over ranks and dense layers, `relative` the sum of each
 layer's share of its own, `sensitive` as `einlinear compress` does: weighed by how much the model's output moves with
-each layer's, with a floor under every share; `auto` offers low rank, BTT and block-diagonal layers together. Recovery is distillation from
+each layer's, with a floor under every share; `auto` offers low rank, BTT and block-diagonal layers together.
+Recovery is distillation from
 the dense model, on the sentences that calibrated.
 
 Times (last, into a table of their own) are medians of the process's CPU time on one thread, all models in turns.
