@@ -59,12 +59,13 @@ def test_planned_once_it_compiles_without_a_break() -> None:
 def test_compiled_layers_run_by_the_same_kernels() -> None:
     """Not by the plain matmuls that only an export needs: torch.compile says of itself that it is exporting."""
     graphs = []
-    layer = el.Linear(1024, 1024, "btt", bias=False)  # so wide that making W would be absurd
+    layer = el.Linear(1024, 1024, "btt(rank=4)", bias=False)  # whose wide states go in blocks
 
     def keep(graph: torch.fx.GraphModule, inputs: object) -> object:
         graphs.append(graph)
         return graph.forward
 
-    torch.compile(layer, fullgraph=True, backend=keep)(torch.randn(300, 1024))
+    with torch.no_grad():
+        torch.compile(layer, fullgraph=True, backend=keep)(torch.randn(300, 1024))
     called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
     assert sum("einlinear.blocked" in name for name in called) == 1, called
