@@ -80,6 +80,8 @@ class Router(nn.Module):
             raise StructureError(f"{doing} with choice={choice!r}: pass 'token' or 'expert'")
         if (capacity is not None and not capacity > 0) or not 0 <= jitter < 1:
             raise StructureError(f"{doing} with {capacity=} and {jitter=}: one is positive or None, one in [0, 1)")
+        if (dtype or torch.get_default_dtype()).is_complex:
+            raise StructureError(f"{doing} in {dtype}: complex logits have no largest ones; pass a real dtype")
         self.d_in, self.experts, self.active = d_in, experts, active
         self.choice, self.capacity, self.jitter = choice, capacity, jitter
         self.weight = nn.Parameter(torch.empty(experts, d_in, device=device, dtype=dtype))
