@@ -226,6 +226,18 @@ def test_an_unfinished_study_has_a_report_too(study, tmp_path, choose):
     print_summary(summary(runs), Console(file=io.StringIO()))
 
 
+def test_numbers_are_whole_in_a_terminal_of_80_columns(study):
+    """Long names are folded instead; a squeezed table would leave nothing of the numbers."""
+    named = "theta(theta=(0.3333, 0.6667, 0.0, 0.0, 0.6667, 0.3333, 0.0))"
+    found = summary([replace(run, family=named) if run.family != "dense" else run for run in study])
+    print_summary(found, Console(file=(text := io.StringIO()), width=80))
+    shown = text.getvalue().split("\n\n")[0].split()
+    for family in found.families:
+        assert {f"{family.best_loss:.4f}", str(family.runs)} <= {*shown}
+        for axis in ("flops", "seconds", "parameters") if family.family != "dense" else ():
+            assert {*str(family.multipliers[axis]).split()} <= {*shown}
+
+
 def test_a_full_disk_leaves_the_old_report_and_one_sentence(study, tmp_path, monkeypatch):
     path = tmp_path / "r.html"
     path.write_text("the old one")

@@ -2,6 +2,7 @@
 
 import math
 
+from rich.box import HORIZONTALS
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -19,19 +20,26 @@ def print_summary(summary: Summary, console: Console) -> None:
         title=f"Times its own cost that {escape(summary.baseline)} costs at equal loss (95 % interval)",
         title_justify="left",
         title_style="",
+        box=HORIZONTALS,
+        show_lines=True,
+        pad_edge=False,
     )
-    table.add_column("family", no_wrap=True)
-    for name in ("training FLOPs", "seconds", "parameters", "best loss", "base rate", "runs"):
-        table.add_column(name, justify="right")
+    # Numbers are whole in 80 columns too; what is folded there is the text of a structure.
+    table.add_column("family", overflow="fold")
+    for name in ("training FLOPs", "seconds", "parameters"):
+        table.add_column(name, justify="right", min_width=11)
+    table.add_column("best loss, base rate", justify="right", min_width=10)
+    table.add_column("runs", justify="right", min_width=4)
     for family in summary.families:
         done = f"{family.runs}" + (f" ({len(family.failed)} failed)" if family.failed else "")
+        loss = "–" if math.isnan(family.best_loss) else f"{family.best_loss:.4f}"
+        rates = ", ".join(f"{rate:.3g}" for rate in family.rates) + (" at edge" if family.rate_at_edge else "")
         table.add_row(
             Text(family.family),
             _multiplier(family, "flops", summary.baseline),
             _multiplier(family, "seconds", summary.baseline),
             _multiplier(family, "parameters", summary.baseline),
-            "–" if math.isnan(family.best_loss) else f"{family.best_loss:.4f}",
-            ", ".join(f"{rate:.3g}" for rate in family.rates) + (" at edge" if family.rate_at_edge else ""),
+            f"{loss}\n{rates}",
             done,
         )
     console.print(table)
