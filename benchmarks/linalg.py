@@ -10,6 +10,7 @@ relative to it. The dispatch rows count the microseconds from a question and an 
 
 import csv
 import importlib
+import itertools
 import statistics
 import sys
 import time
@@ -182,15 +183,17 @@ def low_rank() -> list[dict[str, object]]:
 def monarch() -> list[dict[str, object]]:
     """A square Monarch matrix: solve for 16 right-hand sides, and the determinant."""
     rows = []
-    for width, blocks in ((1024, 32), (4096, 64), (16384, 128)):
+    for dtype, (width, blocks) in itertools.product(
+        (torch.float32, torch.float64), ((1024, 32), (4096, 64), (16384, 128))
+    ):
         spec = el.Monarch(blocks)(width, width)
-        factors = [torch.randn(shape) for shape in spec.matrix_shapes]
-        A, rhs = la.operator(spec, factors), torch.randn(width, 16)
+        factors = [torch.randn(shape, dtype=dtype) for shape in spec.matrix_shapes]
+        A, rhs = la.operator(spec, factors), torch.randn(width, 16, dtype=dtype)
 
         def by_hand(
             factors: list[Tensor] = factors, rhs: Tensor = rhs, width: int = width, blocks: int = blocks
         ) -> Tensor:
-            x, logarithm = rhs, torch.zeros(())
+            x, logarithm = rhs, rhs.new_zeros(())
             for factor in reversed(factors):
                 lu, pivots = torch.linalg.lu_factor(factor)
                 x = torch.linalg.lu_solve(lu, pivots, x.reshape(blocks, -1, 16))
@@ -208,7 +211,10 @@ def monarch() -> list[dict[str, object]]:
             return torch.cat([x.flatten(), lu.diagonal().abs().log().sum()[None]])
 
         ways = {"by hand": by_hand, "einlinear": ours} | ({"dense": dense} if width < 10_000 else {})
-        rows += compare("Monarch: solve 16, logdet", width, ways, 15 if width < 2000 else 5)
+        rows += [
+            row | {"dtype": str(dtype).removeprefix("torch.")}
+            for row in compare("Monarch: solve 16, logdet", width, ways, 15 if width < 2000 else 5)
+        ]
     return rows
 
 
@@ -239,6 +245,7 @@ def dispatch() -> list[dict[str, object]]:
                 "ms": f"{us / 1e3:.4g}",
                 "ratio": "",
                 "error": "",
+                "dtype": "float32",
             }
         )
         print(f"dispatch: {name:20} {us:8.2f} µs")
@@ -250,7 +257,7 @@ def main(path: Path = RESULTS) -> None:
     torch.manual_seed(0)
     rows = [row for measure in (kronecker_sum, grid, low_rank, monarch, dispatch) for row in measure()]
     here = provenance(torch.device("cpu"), torch.float64)
-    rows = [row | here for row in rows]
+    rows = [here | row for row in rows]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
