@@ -234,6 +234,7 @@ def test_what_cannot_be_projected_is_refused_in_a_sentence():
         (weight, structure.route("r", active=1), "routed"),
         (weight.int(), structure, "floating point"),
         (weight.to("meta"), structure, "meta"),
+        (weight, "low_rank(rank=2)", "not a Structure: make one"),
     ]
     for given, onto, why in cases:
         with pytest.raises(el.StructureError, match=why):

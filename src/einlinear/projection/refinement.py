@@ -338,6 +338,11 @@ def _even(structure: Structure, factors: list[Tensor], bond: str | None) -> list
 
 def checked(weight: Tensor, structure: Structure) -> Tensor:
     """The weight without its history, in double precision."""
+    if not isinstance(structure, Structure):
+        raise StructureError(
+            f"cannot project onto {structure!r}, which is not a Structure: make one of the weight's widths, as in "
+            f"einlinear.structure('btt(rank=2)')(d_in, d_out)"
+        )
     if weight.shape != (structure.d_out, structure.d_in):
         raise StructureError(
             f"cannot project a weight of shape {tuple(weight.shape)} onto {structure!r}: "
