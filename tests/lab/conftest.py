@@ -1,11 +1,13 @@
-"""Synthetic runs whose law is known: what the fits must find and the report must show."""
+"""What tests of the laboratory share: a tiny task, and synthetic runs whose law is known."""
 
 import json
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 
+from einlinear.lab.data import Sequences
 from einlinear.lab.run import Run
 
 Simulate = Callable[..., list[Run]]
@@ -13,6 +15,13 @@ Simulate = Callable[..., list[Run]]
 WIDTHS = (64, 96, 144, 216)
 HORIZONS = (1_000_000, 2_000_000)
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+
+
+@pytest.fixture(scope="module")
+def task() -> Sequences:
+    """Text of a period that a model of width 16 learns in seconds."""
+    tokens = torch.arange(3000) * 5 % 13
+    return Sequences("s", "", "f", 13, 8, tokens[:2000], tokens[2000:], limit=400)
 
 
 def simulate_law(

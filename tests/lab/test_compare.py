@@ -36,12 +36,6 @@ PLAN = Plan(
 
 
 @pytest.fixture(scope="module")
-def task() -> Sequences:
-    tokens = torch.arange(3000) * 5 % 13
-    return Sequences("s", "", "f", 13, 8, tokens[:2000], tokens[2000:], limit=400)
-
-
-@pytest.fixture(scope="module")
 def whole(task: Sequences, tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
     """The runs of `PLAN`, uninterrupted."""
     torch.set_num_threads(1)

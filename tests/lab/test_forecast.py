@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from scipy import stats
 
 from einlinear.lab.compare import Plan, default_plan
@@ -26,12 +25,6 @@ PLAN = Plan(
     tuning=320,
     recipe=Recipe(batch=2, base_width=16, base_depth=1, head=8, warmup=5),
 )
-
-
-@pytest.fixture(scope="module")
-def task() -> Sequences:
-    tokens = torch.arange(3000) * 5 % 13
-    return Sequences("s", "", "f", 13, 8, tokens[:2000], tokens[2000:], limit=400)
 
 
 def test_runs_and_flops_are_those_that_will_be_trained(task: Sequences) -> None:

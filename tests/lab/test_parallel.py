@@ -21,12 +21,6 @@ TRUNK = Trunk(family="btt(rank=2)", width=16, depth=2, rate=0.02, seed=0, horizo
 
 
 @pytest.fixture(scope="module")
-def task() -> Sequences:
-    tokens = torch.arange(3000) * 5 % 13
-    return Sequences("s", "", "f", 13, 8, tokens[:2000], tokens[2000:], limit=400)
-
-
-@pytest.fixture(scope="module")
 def alone(task: Sequences) -> list[Run]:
     torch.set_num_threads(1)
     return train(TRUNK, task)

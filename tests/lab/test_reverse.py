@@ -19,12 +19,6 @@ FAMILIES = ("monarch(blocks=4)", "btt(rank=2)", "low_rank(rank=4)", "kronecker",
 
 
 @pytest.fixture(scope="module")
-def task() -> Sequences:
-    tokens = torch.arange(3000) * 5 % 13
-    return Sequences("s", "", "f", 13, 8, tokens[:2000], tokens[2000:], limit=400)
-
-
-@pytest.fixture(scope="module")
 def whole(task: Sequences) -> list[Run]:
     torch.set_num_threads(1)
     return train(TRUNK, task)

@@ -24,12 +24,6 @@ GUIDE = Path(__file__).parents[2] / "docs" / "training.md"
 
 
 @pytest.fixture(scope="module")
-def task() -> Sequences:
-    tokens = torch.arange(3000) * 5 % 13
-    return Sequences("s", "", "f", 13, 8, tokens[:2000], tokens[2000:], limit=400)
-
-
-@pytest.fixture(scope="module")
 def whole(task: Sequences) -> list[Run]:
     """The runs of `TRUNK`, uninterrupted."""
     torch.set_num_threads(1)
