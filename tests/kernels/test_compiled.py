@@ -22,7 +22,7 @@ import json, os, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from einlinear.kernels import tiles, tiles_junction, tiles_pair, tiles_product, tiles_route, tiles_sets
+from einlinear.kernels import tiles, tiles_bottleneck, tiles_junction, tiles_pair, tiles_product, tiles_route, tiles_sets
 
 half, sums = "*bf16", "*fp32"
 alone = dict(LEADS=False, FOLLOWS=False)
@@ -32,11 +32,12 @@ def stage(parts=1, **more):
     return dict(OUTS=blocks, IN=64, BLOCK_OUTS=blocks, BLOCK_IN=64, BLOCK_TOKENS=128, HAS_BIAS=False) | more
 
 def junction(parts, hidden, activation, **more):
-    return dict(IN=64, HIDDEN=hidden, OUT=64, BLOCK_IN=64, BLOCK_OUT=64, ACTIVATION=activation) | more
+    return dict(IN=64, HIDDEN=hidden, OUT=64, BLOCK_IN=64, BLOCK_OUT=64, ACTIVATION=activation, SHORT=True) | more
 
 def sets(**more):
     return dict(SLICES=64, OUT=64, BLOCK_OUT=64, EXPERTS=16, ACTIVE=2) | more
 
+low = dict(IN=1024, RANK=64, OUT=1024, BLOCK_RANK=64)
 ins, state = dict(IN=64, BLOCK_IN=64), dict(STATE=64, BLOCK_STATE=64)
 into = dict(X_MINOR=False, Y_MINOR=True, x_feature=1)
 out = dict(X_MINOR=True, Y_MINOR=False, x_token=1)
@@ -55,6 +56,17 @@ cases = {
         tiles_junction.junction_forward, junction(1, 256, "relu2", BLOCK_HIDDEN=128, BLOCK_TOKENS=64), 1, 4, 3),
     "junction_forward gated": (
         tiles_junction.junction_forward, junction(2, 128, "silu", BLOCK_HIDDEN=128, BLOCK_TOKENS=64), 2, 4, 3),
+    "junction_forward by tanh": (
+        tiles_junction.junction_forward, junction(1, 256, "gelu", BLOCK_HIDDEN=128, BLOCK_TOKENS=64), 1, 4, 3),
+    "junction_backward by tanh": (
+        tiles_junction.junction_backward, junction(1, 256, "gelu", BLOCK_HIDDEN=32, BLOCK_TOKENS=128), 1, 8, 2),
+    "bottleneck_forward": (
+        tiles_bottleneck.bottleneck_forward, low | dict(first_in=1, second_rank=1, BLOCK_TOKENS=16, HAS_BIAS=False,
+                                                        BLOCK_IN=128, BLOCK_OUT=64), 1, 4, 4),
+    "bottleneck_forward of transposes": (
+        tiles_bottleneck.bottleneck_forward, low | dict(first_rank=1, second_out=1, BLOCK_TOKENS=16, HAS_BIAS=False,
+                                                        BLOCK_IN=128, BLOCK_OUT=64), 1, 4, 4),
+    "bottleneck_weights": (tiles_bottleneck.bottleneck_weights, low | dict(BLOCK=64, BLOCK_TOKENS=64), 1, 4, 4),
     "junction_backward": (
         tiles_junction.junction_backward, junction(1, 256, "relu2", BLOCK_HIDDEN=64, BLOCK_TOKENS=128), 1, 8, 2),
     "junction_backward gated": (
@@ -63,7 +75,8 @@ cases = {
         tiles_pair.pair_token, dict(G=64, A=64, RS=(1,) * 3, FS=(64,) * 3, ES=(64,) * 3, BLOCK_STATES=(64,) * 3,
                                     BLOCK_A=64, BLOCK_ES=(64,) * 3), 3, 8, 3),
     "product_blocks": (
-        tiles_product.product_blocks, dict(G=32, A=32, R=4, F=32, E=32, BLOCK_A=32, BLOCK_E=32), 1, 1, 3),
+        tiles_product.product_blocks, dict(G=32, A=32, R=4, F=32, E=32, BLOCK_A=32, BLOCK_E=32, BLOCK_G=4),
+        1, 4, 3),
     "route_forward": (
         tiles_route.route_forward, dict(EXPERTS=16, ACTIVE=2, TIE=1e-6, BLOCK_EXPERTS=16, BLOCK_TOKENS=64,
                                        BLOCK_WIDTH=128, SPLIT=True, HAS_BIAS=True), 1, 4, 3),
@@ -107,7 +120,8 @@ for name, (kernel, constants, parts, warps, stages) in cases.items():
                               capture_output=True, text=True, check=True).stderr
     spilled = int(re.search(r"(\\d+) bytes spill stores", said)[1])
     wgmma = made.asm["ptx"].count("wgmma.mma_async")
-    print(json.dumps(dict(name=name, wgmma=wgmma, spilled=spilled, shared=made.metadata.shared)))
+    special = {name: made.asm["ptx"].count(name) for name in ("tanh.approx", "ex2.approx")}
+    print(json.dumps(dict(name=name, wgmma=wgmma, spilled=spilled, shared=made.metadata.shared, special=special)))
 """
 
 
@@ -116,9 +130,14 @@ def test_kernels_use_the_matrix_units_and_fit() -> None:
     ran = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
     kernels = {kernel["name"]: kernel for kernel in map(json.loads, ran.stdout.splitlines())}
-    assert len(kernels) == 19
+    assert len(kernels) == 24
     for name, kernel in kernels.items():
         # For one token, and for W, there is nothing to multiply by tiles.
         assert (kernel["wgmma"] > 0) == (not name.startswith(("pair", "product"))), kernel
         assert kernel["shared"] <= SHARED, kernel
+        by_tanh = "gated" in name or "by tanh" in name
+        assert (kernel["special"]["tanh.approx"] > 0, kernel["special"]["ex2.approx"] > 0) == (
+            by_tanh,
+            name.startswith("route"),
+        ), kernel
         assert kernel["spilled"] <= SPILLS.get(name, 0), kernel

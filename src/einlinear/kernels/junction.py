@@ -194,7 +194,7 @@ def launch_forward(
         tiles_junction.junction_forward[(len(down), splits)](
             tuple(zs), tuple(up.contiguous() for up in ups), tuple(biases), down.contiguous(), y,
             tokens, share, *zs[0].stride()[:2], *y.stride()[:2],
-            **_tiles(ups, down, hidden, launch), ACTIVATION=activation,
+            **_tiles(ups, down, hidden, launch), ACTIVATION=activation, SHORT=down.element_size() == 2,
         )  # fmt: skip
     return y
 
@@ -218,7 +218,7 @@ def launch_backward(
             grad, tuple(zs), tuple(up.contiguous() for up in ups), tuple(biases), down.contiguous(),
             tuple(dzs), tuple(dups), tuple(dbiases), ddown,
             tokens, share, *zs[0].stride()[:2], *dzs[0].stride()[:2], *grad.stride()[:2],
-            **_tiles(ups, down, hidden, launch), ACTIVATION=activation,
+            **_tiles(ups, down, hidden, launch), ACTIVATION=activation, SHORT=down.element_size() == 2,
         )  # fmt: skip
     sums = zip((*dups, *dbiases, ddown), (*ups, *biases, down), strict=True)
     return [*dzs, *(add_partials(partial, like).view(like.shape) for partial, like in sums)]
