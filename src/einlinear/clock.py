@@ -236,6 +236,8 @@ def bottleneck(structure: Structure, tokens: int, here: Machine, training: bool)
         each = here.bytes * (rank * (read + made / splits) + min(size, tokens) * (read + made / splits))
         return here.kernel + 0.8e-6 + waves * each / 9e10
 
+    if tokens > 1024:
+        return 2 * chain(structure, tokens, here, training)
     forward = launch(d_in, d_out)
     return forward + launch(d_out, d_in) + 2 * here.launch if training else forward
 

@@ -6,10 +6,9 @@ import einlinear as el
 from einlinear.kernels.junction import ACTIVATIONS, junction, nest
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: its interpreter runs these kernels")
+tl = pytest.importorskip("triton.language")
 
-import triton.language as tl
-
-from einlinear.kernels.tiles_junction import activate
+from einlinear.kernels.tiles_junction import activate  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -69,9 +68,9 @@ def test_an_activation_and_its_derivative_are_close_to_those_in_float64(activati
 
 
 def test_a_junction_in_16_bits_errs_no_more_than_matmuls_in_16_bits() -> None:
-    for activation in ("gelu", "silu"):
+    for activation in ("gelu", "silu"):  # float16: the interpreter multiplies bfloat16 wrongly
         zs, ups, _, down = _inputs(SIZES[0], False, 1)
-        operands = [tensor.detach().bfloat16().requires_grad_() for tensor in (*zs, *ups, down)]
+        operands = [tensor.detach().half().requires_grad_() for tensor in (*zs, *ups, down)]
         direction = torch.randn(3, 24, 37)
 
         def run(made: Tensor, leaves: list[Tensor], direction: Tensor = direction) -> list[Tensor]:
@@ -80,7 +79,7 @@ def test_a_junction_in_16_bits_errs_no_more_than_matmuls_in_16_bits() -> None:
         z, up, last = operands
         exact = [operand.detach().double().requires_grad_() for operand in operands]
         mine = run(junction([z], [up], [], last, activation), operands)
-        stock = run(_reference(activation, [z], [up], [], last, torch.bfloat16), operands)
+        stock = run(_reference(activation, [z], [up], [], last, torch.float16), operands)
         wanted = run(_reference(activation, exact[:1], exact[1:2], [], exact[2]), exact)
         for ours, theirs, want in zip(mine, stock, wanted, strict=True):
             assert (ours - want).norm() < 1.2 * (theirs - want).norm() + 1e-4 * want.norm()

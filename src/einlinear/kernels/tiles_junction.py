@@ -11,12 +11,8 @@ from einlinear.kernels.tiles import load_matrix, load_tile, store_matrix, store_
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
-def _at_once(function, values):
-    return function(values)
-
-
 # Number by number a few registers do; step by step, each a whole tile, the backward spills twice as much.
-each = _at_once if INTERPRETED else tl.map_elementwise
+each = (lambda function, values: function(values)) if INTERPRETED else tl.map_elementwise
 
 
 @triton.jit
