@@ -25,6 +25,7 @@ from einlinear.lab import checkpoint, models
 from einlinear.lab.checkpoint import State
 from einlinear.lab.data import Sequences, Task
 from einlinear.lab.health import Health
+from einlinear.lab.machine import out_of_memory
 from einlinear.lab.models import Architecture, counted
 from einlinear.lab.parallel import World, put, shard, whole
 from einlinear.lab.reverse import multiplied_out
@@ -394,8 +395,7 @@ def _failed(error: Failure | RuntimeError) -> dict[str, object]:
     """Status and reason of a run that ended so; errors that are not results are raised again."""
     if isinstance(error, Failure):
         return {"status": error.status, "reason": str(error)}
-    # torch has a type of its own for this on accelerators only.
-    if isinstance(error, torch.OutOfMemoryError) or ("memory" in str(error) and "alloc" in str(error)):
+    if out_of_memory(error):
         return {"status": "out of memory", "reason": str(error).splitlines()[0]}
     raise error
 
