@@ -37,9 +37,7 @@ COUNTERS = {
     "programs": "launch__grid_size",
     "registers": "launch__registers_per_thread",
 }
-SECTIONS = (
-    "SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "SchedulerStats", "Occupancy", "LaunchStats"
-)  # fmt: skip
+SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "Occupancy", "LaunchStats")
 UNITS = {"second": 1e6, "msecond": 1e3, "usecond": 1.0, "nsecond": 1e-3, "ms": 1e3, "us": 1.0, "ns": 1e-3, "s": 1e6}
 UNITS |= {"byte": 1e-6, "Kbyte": 1e-3, "Mbyte": 1.0, "Gbyte": 1e3}
 MARK = "spin_kernel"

@@ -48,36 +48,34 @@ def products() -> Iterator[Case]:
         strides = [*found.strides[0], *found.strides[1]]
 
         def forward(
-            structure: el.Structure, sizes: tuple[int, ...], strides: list[int], together: int, warps: int
+            structure: el.Structure, sizes: tuple[int, ...], strides: list[int], warps: int
         ) -> Callable[[], object]:
             first, second = factors(structure)
-            return lambda: launched(together, warps, torch.ops.einlinear.product, first, second, sizes, strides)
+            return lambda: launched(warps, torch.ops.einlinear.product, first, second, sizes, strides)
 
-        def backward(
-            structure: el.Structure, sizes: tuple[int, ...], width: int, together: int, warps: int
-        ) -> Callable[[], object]:
+        def backward(structure: el.Structure, sizes: tuple[int, ...], width: int, warps: int) -> Callable[[], object]:
             (first, second), grad = factors(structure), half(width, width)
-            return lambda: launched(together, warps, torch.ops.einlinear.product_backward, grad, first, second, sizes)
+            return lambda: launched(warps, torch.ops.einlinear.product_backward, grad, first, second, sizes)
 
         if not found.is_block:
-            yield f"product {family} {width}", "", partial(forward, structure, found.sizes, strides, 1, 0)
+            yield f"product {family} {width}", "", partial(forward, structure, found.sizes, strides, 0)
             continue
-        for together, warps in ((1, 1), (1, 4), (2, 2), (4, 4), (8, 4), (8, 8)):
-            variant = f"{together} blocks, {warps} warps"
+        for warps in (1, 2, 4):
+            variant = f"{warps} warps"
             yield (
                 f"product {family} {width}",
                 variant,
-                partial(forward, structure, found.sizes, strides, together, warps),
+                partial(forward, structure, found.sizes, strides, warps),
             )
             yield (
                 f"product backward {family} {width}",
                 variant,
-                partial(backward, structure, found.sizes, width, together, warps),
+                partial(backward, structure, found.sizes, width, warps),
             )
 
 
-def launched(together: int, warps: int, call: Callable[..., object], *operands: object) -> object:
-    product_module.TOGETHER, product_module.WARPS = together, warps
+def launched(warps: int, call: Callable[..., object], *operands: object) -> object:
+    product_module.WARPS = warps
     return call(*operands)
 
 
@@ -174,19 +172,21 @@ def junctions() -> Iterator[Case]:
                 return lambda: junction.launch_forward(*operands, activation, launch, block)
 
             yield f"junction {name}", f"{launch} {block}", partial(forward, make, activation, launch, block)
-        for size, warps, stages, block in ((128, 8, 2, 64), (128, 8, 3, 64), (128, 8, 2, 32), (64, 4, 3, 64)):
+        for size, warps, stages, block, by_dot in product(
+            (128,), (8,), (2, 3) if hidden * (parts * width + out) <= 128 * 128 else (2,), (64,), (False, True)
+        ):
             launch = Launch(tokens=size, warps=warps, stages=stages, resident=1)
 
             def backward(
-                make: Callable, activation: str, launch: Launch, block: int, slices: int, out: int
+                make: Callable, activation: str, launch: Launch, block: int, slices: int, out: int, by_dot: bool
             ) -> Callable[[], object]:
                 operands, grad = make(), half(slices, out, TOKENS)
-                return lambda: junction.launch_backward(grad, *operands, activation, launch, block)
+                return lambda: junction.launch_backward(grad, *operands, activation, launch, block, by_dot)
 
             yield (
                 f"junction backward {name}",
-                f"{launch} {block}",
-                partial(backward, make, activation, launch, block, slices, out),
+                f"{launch} {block} {by_dot}",
+                partial(backward, make, activation, launch, block, slices, out, by_dot),
             )
 
 

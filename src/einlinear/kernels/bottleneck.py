@@ -175,7 +175,9 @@ def launch_weights(
 
 
 def forward_launch(tokens: int, second: Tensor, device: torch.device) -> Launch:
-    """Enough programs for every multiprocessor."""
-    size = 16 if tokens <= 1024 else 64
-    splits = max(1, min(len(second) // 64, multiprocessors(device) * size // tokens))
-    return Launch(tokens=size, block_in=128, block_out=64, splits=splits)
+    """The fastest of those measured (benchmarks/NOTES.md): small tiles of tokens, while they are few."""
+    many = multiprocessors(device)
+    size = next((size for size in (16, 32, 64) if tokens <= many * size), 128)
+    splits = max(1, min(len(second) // 64, many * size // tokens))
+    wide = size == 128
+    return Launch(tokens=size, block_in=64 if size > 32 else 128, block_out=64, splits=splits, warps=8 if wide else 4)

@@ -14,7 +14,7 @@ from einlinear.structure import Axes, Structure
 LARGEST_RANK = 16
 """Beyond, the products are many enough for matmuls."""
 
-TOGETHER, WARPS = 1, 0
+WARPS = 0
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ def product(left: Tensor, right: Tensor, sizes: Sequence[int], strides: Sequence
     weight = left.new_empty(f * e, g * a)
     if Product(tuple(sizes), (tuple(strides[:5]), tuple(strides[5:]))).is_block:
         with torch.cuda.device_of(left):
-            tiles_product.product_blocks[(-(-g // TOGETHER), f)](
+            tiles_product.product_blocks[(g, f)](
                 left.contiguous(), right.contiguous(), weight, g, a, r, f, e,
-                BLOCK_A=tile(a), BLOCK_E=tile(e), BLOCK_G=TOGETHER, num_warps=WARPS or (4 if a * e > 2048 else 1),
+                BLOCK_A=tile(a), BLOCK_E=tile(e), BLOCK_R=tile(r), num_warps=WARPS or (4 if a * e > 2048 else 1),
             )  # fmt: skip
         return weight
     columns = min(128, tile(g * a))
@@ -90,9 +90,9 @@ def product_backward(grad: Tensor, first: Tensor, second: Tensor, sizes: Sequenc
     f, e, g, a, r = sizes
     dfirst, dsecond = first.new_empty(first.shape), second.new_empty(second.shape)
     with torch.cuda.device_of(grad):
-        tiles_product.product_backward[(-(-g // TOGETHER), f)](
+        tiles_product.product_backward[(g, f)](
             grad.contiguous(), first.contiguous(), second.contiguous(), dfirst, dsecond, g, a, r, f, e,
-            BLOCK_A=tile(a), BLOCK_E=tile(e), BLOCK_G=TOGETHER, num_warps=WARPS or (4 if a * e > 2048 else 1),
+            BLOCK_A=tile(a), BLOCK_E=tile(e), BLOCK_R=tile(r), num_warps=WARPS or (4 if a * e > 2048 else 1),
         )  # fmt: skip
     return dfirst, dsecond
 
