@@ -52,6 +52,9 @@ AGAIN = 32768
 WIDEST = 128
 """The largest rank whose state one program holds."""
 
+SUMMED = 2048
+"""Tokens that one program sums over; for more of them stock matmuls make the gradients of a low rank's weights."""
+
 FEW = 1024
 """Tokens up to which the second launch of a two-factor layer begins before the first one ends."""
 
@@ -230,16 +233,18 @@ def bottleneck(structure: Structure, tokens: int, here: Machine, training: bool)
     (_, rank, d_in), (_, d_out, _) = structure.matrix_shapes
 
     def launch(read: int, made: int) -> float:
-        size = 16 if tokens <= 1024 else 64
+        size = next((size for size in (16, 32, 64) if tokens <= 132 * size), 128)
         splits = max(1, min(made // 64, 132 * size // tokens))
         waves = math.ceil(math.ceil(tokens / size) * splits / 132)
-        each = here.bytes * (rank * (read + made / splits) + min(size, tokens) * (read + made / splits))
-        return here.kernel + 0.8e-6 + waves * each / 9e10
+        each = (rank + min(size, tokens)) * (read + made / splits)
+        moved = rank * (read + made) + tokens * (read + made)
+        return here.kernel + 0.9e-6 + here.bytes * (waves * each / 1.35e11 + moved / (1.1 * here.memory))
 
-    if tokens > 1024:
-        return 2 * chain(structure, tokens, here, training)
     forward = launch(d_in, d_out)
-    return forward + launch(d_out, d_in) + 2 * here.launch if training else forward
+    if not training:
+        return forward
+    weights = 1.6e-6 + 3.5e-9 * tokens if tokens <= SUMMED else chain(structure, tokens, here, False)
+    return forward + launch(d_out, d_in) + weights
 
 
 def reference(structure: Structure, tokens: int, here: Machine, training: bool) -> float:

@@ -23,7 +23,7 @@ CASES = [  # tokens, d_in, d_out, rank: no side a multiple of its tile, and the 
 def test_two_factors_in_one_launch_are_the_reference_forward_and_each_gradient(
     sizes: tuple[int, ...], bias: bool, many: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MANY", many)
+    monkeypatch.setattr(module, "SUMMED", many)
     tokens, d_in, d_out, rank = sizes
     structure = el.LowRank(rank=rank)(d_in, d_out).canonical
     assert Bottleneck().refuses(structure, CUDA_HALF) is None

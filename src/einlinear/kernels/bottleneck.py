@@ -16,12 +16,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.flop_counter import register_flop_formula
 
+from einlinear.clock import SUMMED
 from einlinear.kernels.kernel import CPU, Kernel, Runner, Target
 from einlinear.kernels.stage import multiprocessors, tile
 from einlinear.structure import Structure
-
-MANY = 2048
-"""Tokens from which gradients of weights are stock matmuls: the sum of one program would be too long."""
 
 
 class Bottleneck(Kernel):
@@ -90,7 +88,7 @@ def bottleneck_backward(
     """The gradients of `x` and of both factors: the first is a bottleneck itself, of the factors' transposes."""
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
     dx, dz = launch_forward(grad, second.mT, first.mT, None, forward_launch(len(x), first.mT, x.device))
-    if len(x) > MANY:
+    if len(x) > SUMMED:
         return dx, dz.mT @ x, grad.mT @ z
     return dx, *launch_weights(x, z, grad, dz, first, second)
 
