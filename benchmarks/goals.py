@@ -1,8 +1,8 @@
-"""The goals of the clock beside what was measured, as the table of docs/kernels.md.
+"""The goals of the clock beside what was measured, as the tables of docs/kernels.md.
 
     python benchmarks/goals.py
 
-Reads the committed results (`results/nvidia_h200/*.csv`), and writes the table between its two marks in the page; a
+Reads the committed results (`results/nvidia_h200/*.csv`), and writes the tables between their marks in the page; a
 test holds the page to it.
 """
 
@@ -12,9 +12,13 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+import einlinear as el
+
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results" / "nvidia_h200", HERE.parent / "docs" / "kernels.md"
-MARKS = "<!-- goals: benchmarks/goals.py writes this table -->\n", "<!-- end of goals -->\n"
+MARKS = "<!-- goals: benchmarks/goals.py writes these tables -->\n", "<!-- end of goals -->\n"
+MANY, SLOWER = 10**5, 0.95
+"""A layer with so many weights should be this many times as fast as dense at least."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +102,42 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def slower() -> str:
+    """Where layers of `MANY` weights or more are slower than they should be; whole layers, as the planner runs them."""
+    cases = {
+        (row["family"], int(row["d_in"]), int(row["d_out"]), int(row["tokens"]), row["mode"]): float(
+            row["ratio_to_dense"]
+        )
+        for name in ("layers", "decode", "few")
+        if (RESULTS / f"{name}.csv").exists()
+        for row in rows(name)
+        if row["family"] != "dense"
+    }
+    large = {
+        case: ratio for case, ratio in cases.items() if el.parameters(el.structure(case[0])(case[1], case[2])) >= MANY
+    }
+    below: dict[tuple[str, int, str], dict[int, float]] = {}
+    for (family, width, _, tokens, mode), ratio in sorted(large.items()):
+        if ratio < SLOWER:
+            below.setdefault((family, width, mode), {})[tokens] = ratio
+    lines = [
+        f"Of {len(large)} cases of layers with 10⁵ weights or more, {sum(map(len, below.values()))} are slower "
+        "than dense by more than 5 %:",
+        "",
+        "| layer | width | mode | tokens: times as fast as dense |",
+        "| --- | --- | --- | --- |",
+    ]
+    for (family, width, mode), ratios in below.items():
+        told = ", ".join(f"{tokens}: {ratio:.2f}" for tokens, ratio in ratios.items())
+        lines.append(f"| `{family}` | {width} | {mode} | {told} |")
+    return "\n".join(lines) + "\n"
+
+
 def page() -> str:
-    """The page with the table in its place."""
+    """The page with the tables in their place."""
     text = PAGE.read_text()
     before, rest = text.split(MARKS[0])
-    return before + MARKS[0] + "\n" + table() + "\n" + MARKS[1] + rest.split(MARKS[1])[1]
+    return before + MARKS[0] + "\n" + table() + "\n" + slower() + "\n" + MARKS[1] + rest.split(MARKS[1])[1]
 
 
 if __name__ == "__main__":
