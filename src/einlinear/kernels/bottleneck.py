@@ -176,6 +176,6 @@ def forward_launch(tokens: int, second: Tensor, device: torch.device) -> Launch:
     """The fastest of those measured (benchmarks/NOTES.md): small tiles of tokens, while they are few."""
     many = multiprocessors(device)
     size = next((size for size in (16, 32, 64) if tokens <= many * size), 128)
-    splits = max(1, min(len(second) // 64, many * size // tokens))
+    splits = max(1, min(len(second) // 64, many * size // max(1, tokens)))
     wide = size == 128
     return Launch(tokens=size, block_in=64 if size > 32 else 128, block_out=64, splits=splits, warps=8 if wide else 4)
