@@ -35,7 +35,7 @@ def junction(parts, hidden, activation, **more):
     return dict(IN=64, HIDDEN=hidden, OUT=64, BLOCK_IN=64, BLOCK_OUT=64, ACTIVATION=activation) | more
 
 def sets(**more):
-    return dict(SLICES=64, OUT=64, BLOCK_OUT=64, EXPERTS=16, ACTIVE=2) | more
+    return dict(SLICES=64, OUT=64, BLOCK_OUT=64, EXPERTS=16, ACTIVE=2, PIECE=128) | more
 
 ins, state = dict(IN=64, BLOCK_IN=64), dict(STATE=64, BLOCK_STATE=64)
 into = dict(X_MINOR=False, Y_MINOR=True, x_feature=1)
@@ -67,10 +67,16 @@ cases = {
     "route_forward": (
         tiles_route.route_forward, dict(EXPERTS=16, ACTIVE=2, TIE=1e-6, BLOCK_EXPERTS=16, BLOCK_TOKENS=64,
                                        BLOCK_WIDTH=128, SPLIT=True, HAS_BIAS=True), 1, 4, 3),
+    "sort's count": (
+        tiles_route.count_sets, dict(EXPERTS=16, ACTIVE=2, SETS=256, BLOCK_SETS=256, CHUNK=128), 1, 8, 3),
+    "sort's slots": (
+        tiles_route.fill_in, dict(EXPERTS=16, ACTIVE=2, SETS=256, BLOCK_SETS=256, BLOCK_EXPERTS=16, BLOCK_CHUNKS=32,
+                                  CHUNK=128, RUN=256, PIECE=128), 1, 8, 3),
     "into_forward of experts": (tiles_sets.into_forward, sets(**ins, BLOCK=128), 1, 4, 1),
     "out_forward of experts": (tiles_sets.out_forward, sets(**state, BLOCK=64, HAS_BIAS=False), 1, 4, 2),
     "out_backward of experts": (tiles_sets.out_backward, sets(**state, TILE=64, SPLITS=1), 1, 4, 3),
-    "into_backward_input of experts": (tiles_sets.into_backward_input, sets(**ins, BLOCK=128), 1, 4, 1),
+    "into_backward_input of experts": (
+        tiles_sets.into_backward_input, sets(**ins, BLOCK=128, BLOCK_EXPERTS=16, HAS_ROUTER=True), 1, 4, 1),
     "into_backward_weight of experts": (tiles_sets.into_backward_weight, sets(**ins, TILE=64, SPLITS=1), 1, 4, 3),
 }
 tuples = {"weights", "ys", "grads", "dweights", "y_slices", "y_features", "y_tokens_apart", "zs", "ups", "dzs", "dups",
@@ -78,8 +84,8 @@ tuples = {"weights", "ys", "grads", "dweights", "y_slices", "y_features", "y_tok
 none = {"biases", "dbiases"}
 accumulated = {"dweight", "dweights", "dups", "ddown", "dbias"}
 accumulated |= {"dfirst", "dsecond", "dgate", "gates", "logits", "chosen"}
-integers = {"index", "totals", "run_set", "runs", "token_of", "listed"}
-tensors = {"x", "z", "dz", "weight", "bias", "y", "grad", "dx", "down", "first", "second"} | tuples
+integers = {"index", "starts", "rooms", "run_set", "runs", "token_of"}
+tensors = {"x", "router", "dlogits", "z", "dz", "weight", "bias", "y", "grad", "dx", "down", "first", "second"} | tuples
 numbers = {"y_slices", "y_features", "y_tokens_apart"}
 ptxas = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/ptxas")
 for name, (kernel, constants, parts, warps, stages) in cases.items():
@@ -87,6 +93,7 @@ for name, (kernel, constants, parts, warps, stages) in cases.items():
     for position, argument in enumerate(kernel.arg_names):
         kind = sums if argument in accumulated else half if argument in tensors - numbers else "i32"
         kind = "*i64" if argument == "index" else "*i32" if argument in integers else kind
+        kind = "*i16" if argument == "counts" else kind
         if argument in constants:
             kinds[argument] = "constexpr"
         elif argument in none:
@@ -116,9 +123,9 @@ def test_kernels_use_the_matrix_units_and_fit() -> None:
     ran = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
     kernels = {kernel["name"]: kernel for kernel in map(json.loads, ran.stdout.splitlines())}
-    assert len(kernels) == 19
+    assert len(kernels) == 21
     for name, kernel in kernels.items():
-        # For one token, and for W, there is nothing to multiply by tiles.
-        assert (kernel["wgmma"] > 0) == (not name.startswith(("pair", "product"))), kernel
+        # For one token, for W and to sort, there is nothing to multiply by tiles.
+        assert (kernel["wgmma"] > 0) == (not name.startswith(("pair", "product", "sort"))), kernel
         assert kernel["shared"] <= SHARED, kernel
         assert kernel["spilled"] <= SPILLS.get(name, 0), kernel

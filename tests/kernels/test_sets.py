@@ -6,7 +6,8 @@ from torch import Tensor
 
 import einlinear as el
 from einlinear.kernels.select import route
-from einlinear.kernels.sets import Sizes, set_layout, set_pair
+from einlinear.kernels.set_pair import routed_pair, set_pair
+from einlinear.kernels.sets import PIECE, RUN, Sizes, set_layout
 
 pytest.importorskip("triton", reason="Triton is not installed: its interpreter runs these kernels")
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -51,6 +52,31 @@ def test_set_sorted_tiles_are_the_reference_with_every_gradient(case) -> None:
         _close(f"the gradient of {name}", mine, their)
 
 
+@pytest.mark.parametrize("bias", [None, torch.tensor([0.0, 5.0, 0.0])], ids=["without bias", "with bias"])
+def test_a_layer_with_its_router_is_the_two_after_each_other(bias: Tensor | None) -> None:
+    drawn, router = _drawn(*CASES[0]), torch.randn(3, 64, requires_grad=True)
+    named = {name: drawn[name] for name in ("x", "first", "second", "bias")} | {"router": router}
+    y, logits, index, *_ = routed_pair(drawn["x"], router, bias, drawn["first"], drawn["second"], drawn["bias"], 2)
+    apart, chosen, weight = route(drawn["x"], router, bias, 2)
+    layout = set_layout(chosen, weight.detach(), 3)
+    expected, _ = set_pair(*(drawn[n] for n in ("x", "first", "second", "bias")), chosen, weight, *layout)
+    assert (y == expected).all()
+    assert (logits == apart).all()
+    assert (index == chosen).all()
+    for used in ([0], [1], [0, 1]):  # a loss of the output, of the logits, of both
+        directions = [torch.randn_like(value) for value in (y, logits)]
+        mine, theirs = (
+            torch.autograd.grad(
+                [outputs[i] for i in used], list(named.values()), [directions[i] for i in used],
+                retain_graph=True, materialize_grads=True,
+            )
+            for outputs in ((y, logits), (expected, apart))
+        )  # fmt: skip
+        for name, one, other in zip(named, mine, theirs, strict=True):
+            if other.any() or one.any():
+                _close(f"the gradient of {name}", one, other)
+
+
 @pytest.mark.parametrize("bias", [None, torch.tensor([0.0, 9.0, 0.0])], ids=["without bias", "with bias"])
 def test_routing_is_that_of_the_router(bias: Tensor | None) -> None:
     router = el.Router(40, 3, 2, bias=bias is not None)
@@ -84,18 +110,27 @@ def test_the_operators_are_proper() -> None:
     names = ("x", "first", "second", "bias", "index", "weight")
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(set_pair, (*(drawn[name] for name in names), *layout), test_utils=checks)
+    routed = (
+        drawn["x"],
+        torch.randn(2, 64, requires_grad=True),
+        None,
+        *(drawn[n] for n in ("first", "second", "bias")),
+    )
+    torch.library.opcheck(routed_pair, (*routed, 1), test_utils=checks)
     torch.library.opcheck(route, (drawn["x"], torch.randn(3, 64, requires_grad=True), None, 2), test_utils=checks)
 
 
 def test_a_layout_has_room_for_any_routing() -> None:
-    """Every set padded to a multiple of 16, cut into runs and into tiles that are not full."""
-    for tokens, experts, active in [(1, 4, 2), (100, 4, 2), (1000, 16, 2), (16384, 8, 2)]:
+    """Every set padded to a multiple of 16 at each of its experts, every expert to a piece, and sets cut into runs."""
+    for tokens, experts, active in [(1, 4, 2), (100, 4, 2), (1000, 16, 2), (16384, 8, 2), (100000, 16, 2)]:
         sizes = Sizes(tokens, experts, active)
-        per_set = torch.full((sizes.filled,), tokens // sizes.filled)
-        per_set[: tokens % sizes.filled] += 1
-        assert (-(-per_set // 16) * 16).sum() <= sizes.positions
-        assert (-(-per_set // 256)).sum() <= sizes.runs
-        assert (-(-per_set // sizes.tile)).sum() <= sizes.tiles
+        index = torch.stack([torch.randperm(experts)[:active] for _ in range(tokens)]).sort(-1).values
+        for chosen in (index, index[:1].expand(tokens, active)):
+            sets, count = chosen.unique(dim=0, return_counts=True)
+            rooms = torch.zeros(experts, dtype=torch.int64)
+            rooms.index_add_(0, sets.flatten(), (-(-count // 16) * 16).repeat_interleave(active))
+            assert (-(-rooms // PIECE) * PIECE).sum() <= sizes.slots
+            assert (-(-count // RUN)).sum() <= sizes.runs
 
 
 def _close(what: str, mine: Tensor, theirs: Tensor) -> None:

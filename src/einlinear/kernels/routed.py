@@ -14,7 +14,7 @@ from torch import Tensor
 
 from einlinear.contract import check, equation, pad_last
 from einlinear.cost import flops
-from einlinear.kernels import sets
+from einlinear.kernels import set_pair, sets
 from einlinear.kernels.kernel import CPU, CUDA, CUDA_HALF, Target
 from einlinear.kernels.slots import Experts, Slots, by_expert, by_token, combine, dispatch, expert_links
 from einlinear.kernels.transforms import transformed
@@ -211,8 +211,8 @@ class SetSorted(RoutedKernel):
         sizes = sets.Sizes(tokens, structure.sizes[structure.routed or ""], structure.active)
         first, state, last = _widths(structure.expert)
         moved = 2 * (first + 2 * structure.active * state + last) * target.ridge
-        # A tile that is not full computes as much as one that is, and moves less.
-        work = flops(structure) * sizes.tiles * sizes.tile / max(1, tokens)
+        # A block that is not full computes as much as one that is, and moves less.
+        work = flops(structure) * (1 + 64 * sizes.filled / max(1, tokens))
         return 6 * target.launch + tokens * max(work, moved)
 
     def prepare(self, structure: Structure) -> "SetsRunner":
@@ -234,7 +234,7 @@ class SetsRunner(RoutedRunner):
             return self.otherwise(factors, x, routing, bias)
         first, second = factors[0].reshape(self.first), factors[1].reshape(self.second)
         layout = sets.set_layout(routing.chosen, routing.weight.detach(), routing.experts)
-        y: Tensor = sets.set_pair(x, first, second, bias, routing.chosen, routing.weight, *layout)[0]
+        y: Tensor = set_pair.set_pair(x, first, second, bias, routing.chosen, routing.weight, *layout)[0]
         return y
 
 

@@ -1,9 +1,9 @@
 """Triton: the router, and the sort of tokens by their set of experts.
 
 Imported by the operators that launch these kernels (`select.py`, `sets.py`) when first used. A set is
-a number whose digits to the base `EXPERTS`, `ACTIVE` of them, are its experts in ascending order. Tokens of
-one set lie next to each other from a multiple of 16 on. A run is at most `RUN` of them. For the gradients of
-weights, each expert has a list of tiles of at most `TILE` such tokens.
+a number whose digits to the base `EXPERTS`, `ACTIVE` of them, are its experts in ascending order. A slot is one token
+at one of its experts. The slots of an expert lie next to each other, from a multiple of `PIECE` on, and among them
+those of each set, from a multiple of 16 on; what is left between is nobody's. A run is at most `RUN` tokens of one set.
 """
 
 # No jaxtyping, no annotations but constexpr: Triton reads these signatures itself.
@@ -135,86 +135,76 @@ def count_sets(
     key = tl.where(inside, set_of(index, token, inside, EXPERTS, ACTIVE), -1)
     sets = tl.arange(0, BLOCK_SETS)
     count = tl.sum((key[:, None] == sets[None, :]).to(tl.int32), axis=0)
-    tl.store(counts + tl.program_id(0) * SETS + sets, count, mask=sets < SETS)
-
-
-@triton.jit
-def add_chunks(
-    counts, before, count, chunks,
-    SETS: tl.constexpr, SOME_SETS: tl.constexpr, BLOCK_CHUNKS: tl.constexpr,
-):  # fmt: skip
-    """How many tokens of each set there are, and how many before each chunk; one program for some sets."""
-    sets = tl.program_id(0) * SOME_SETS + tl.arange(0, SOME_SETS)
-    size = tl.zeros((SOME_SETS,), tl.int32)
-    for chunk in range(0, chunks, BLOCK_CHUNKS):
-        rows = chunk + tl.arange(0, BLOCK_CHUNKS)
-        kept = (rows < chunks)[:, None] & (sets < SETS)[None, :]
-        at = rows[:, None] * SETS + sets[None, :]
-        here = tl.load(counts + at, mask=kept, other=0)
-        tl.store(before + at, size[None, :] + tl.cumsum(here, 0) - here, mask=kept)
-        size += tl.sum(here, axis=0)
-    tl.store(count + sets, size, mask=sets < SETS)
-
-
-@triton.jit
-def lay_out(
-    count, start, first_run, place, totals,
-    EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, SETS: tl.constexpr, BLOCK_SETS: tl.constexpr,
-    BLOCK_EXPERTS: tl.constexpr, RUN: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Where each set starts, its runs, and its tiles among those of each of its experts; one program."""
-    sets, experts = tl.arange(0, BLOCK_SETS), tl.arange(0, BLOCK_EXPERTS)
-    real = sets < SETS
-    size = tl.load(count + sets, mask=real, other=0)
-    room = (size + 15) // 16 * 16
-    tl.store(start + sets, tl.cumsum(room, 0) - room, mask=real)
-    runs = (size + RUN - 1) // RUN
-    tl.store(first_run + sets, tl.cumsum(runs, 0) - runs, mask=real)
-    tl.store(totals + EXPERTS, tl.sum(runs, axis=0))
-    inside = tl.zeros((BLOCK_EXPERTS, BLOCK_SETS), tl.int32)
-    for j in tl.static_range(ACTIVE):
-        inside += (member(sets, j, EXPERTS, ACTIVE)[None, :] == experts[:, None]).to(tl.int32)
-    mine = tl.where(inside > 0, ((size + TILE - 1) // TILE)[None, :], 0)
-    kept = (experts < EXPERTS)[:, None] & real[None, :]
-    tl.store(place + experts[:, None] * SETS + sets[None, :], tl.cumsum(mine, 1) - mine, mask=kept)
-    tl.store(totals + experts, tl.sum(mine, axis=1), mask=experts < EXPERTS)
+    tl.store(counts + tl.program_id(0) * SETS + sets, count.to(tl.int16), mask=sets < SETS)
 
 
 @triton.jit
 def fill_in(
-    index, weight, before, start, count, first_run, place, token_of, gates, run_set, runs, listed,
-    tokens, chunks, most, positions, EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, SETS: tl.constexpr,
-    CHUNK: tl.constexpr, RUN: tl.constexpr, TILE: tl.constexpr,
+    index, weight, counts, starts, rooms, run_set, runs, token_of, gates, tokens, chunks, most,
+    EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, SETS: tl.constexpr, BLOCK_SETS: tl.constexpr,
+    BLOCK_EXPERTS: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, CHUNK: tl.constexpr, RUN: tl.constexpr,
+    PIECE: tl.constexpr,
 ):  # fmt: skip
-    """Token and gates at each position (a program for each chunk); runs and tiles of each set (one for each set)."""
-    program, here = tl.program_id(0), tl.arange(0, CHUNK)
+    """Token and gate of each slot (a program for each chunk); the runs of each set (one for each set).
+
+    Every program adds up the counts of all chunks by itself: a launch less, and they are few.
+    """
+    program = tl.program_id(0)
+    sets, experts = tl.arange(0, BLOCK_SETS), tl.arange(0, BLOCK_EXPERTS)
+    size, before = tl.zeros((BLOCK_SETS,), tl.int32), tl.zeros((BLOCK_SETS,), tl.int32)
+    for first in range(0, chunks, BLOCK_CHUNKS):
+        rows = first + tl.arange(0, BLOCK_CHUNKS)
+        kept = (rows < chunks)[:, None] & (sets < SETS)[None, :]
+        some = tl.load(counts + rows[:, None] * SETS + sets[None, :], mask=kept, other=0).to(tl.int32)
+        size += tl.sum(some, axis=0)
+        before += tl.sum(tl.where((rows < program)[:, None], some, 0), axis=0)
+    room = (size + 15) // 16 * 16
+    has = tl.zeros((BLOCK_EXPERTS, BLOCK_SETS), tl.int32)
+    for j in tl.static_range(ACTIVE):
+        has += (member(sets, j, EXPERTS, ACTIVE)[None, :] == experts[:, None]).to(tl.int32)
+    mine = tl.where(has > 0, room[None, :], 0)
+    taken = tl.sum(mine, axis=1)
+    whole = (taken + PIECE - 1) // PIECE * PIECE
+    start = tl.cumsum(whole, 0) - whole
+    slot = start[:, None] + tl.cumsum(mine, 1) - mine
     if program < chunks:
+        here = tl.arange(0, CHUNK)
         token = program * CHUNK + here
         inside = token < tokens
-        key = tl.where(inside, set_of(index, token, inside, EXPERTS, ACTIVE), 0)
+        key = tl.where(inside, set_of(index, token, inside, EXPERTS, ACTIVE), -1)
         earlier = (key[:, None] == key[None, :]) & (here[None, :] < here[:, None])
         rank = tl.sum(earlier.to(tl.int32), axis=1)
-        position = tl.load(start + key) + tl.load(before + program * SETS + key) + rank
-        tl.store(token_of + position, token, mask=inside)
+        at = ()
         for j in tl.static_range(ACTIVE):
-            mine = tl.load(index + token * ACTIVE + j, mask=inside, other=0).to(tl.int32)
-            plane = ACTIVE - 1 - larger_than(mine, index, token, inside, ACTIVE)
-            gate = tl.load(weight + token * ACTIVE + j, mask=inside, other=0.0)
-            tl.store(gates + plane.to(tl.int64) * positions + position, gate, mask=inside)
+            mine_at = tl.where(member(sets, j, EXPERTS, ACTIVE)[None, :] == experts[:, None], slot, 0)
+            first_of = tl.sum(mine_at, axis=0) + before
+            at += (tl.sum(tl.where(key[:, None] == sets[None, :], first_of[None, :], 0), axis=1) + rank,)
+            tl.store(token_of + at[j], token, mask=inside)
+        for i in tl.static_range(ACTIVE):
+            one = tl.load(index + token * ACTIVE + i, mask=inside, other=0).to(tl.int32)
+            larger = larger_than(one, index, token, inside, ACTIVE)
+            gate = tl.load(weight + token * ACTIVE + i, mask=inside, other=0.0)
+            for j in tl.static_range(ACTIVE):
+                tl.store(gates + at[j], gate, mask=inside & (larger == ACTIVE - 1 - j))
     else:
         s = program - chunks
-        size, begin, first = tl.load(count + s), tl.load(start + s), tl.load(first_run + s)
+        count = tl.sum(tl.where(sets == s, size, 0), axis=0)
         made = (size + RUN - 1) // RUN
-        for block in range(0, made, CHUNK):
-            i = block + here
-            tl.store(run_set + first + i, tl.full((CHUNK,), 0, tl.int32) + s, mask=i < made)
-            packed = (begin + i * RUN) * 128 + tl.minimum(size - i * RUN, RUN) - 1
-            tl.store(runs + first + i, packed, mask=i < made)
-        made = (size + TILE - 1) // TILE
-        for block in range(0, made, CHUNK):
-            i = block + here
-            packed = (begin + i * TILE) * 128 + tl.minimum(size - i * TILE, TILE) - 1
-            for j in tl.static_range(ACTIVE):
-                e = member(s, j, EXPERTS, ACTIVE)
-                at = listed + e * most + tl.load(place + e * SETS + s)
-                tl.store(at + i, packed + j * 256, mask=i < made)
+        first_run = tl.sum(tl.where(sets < s, made, 0), axis=0)
+        if s == 0:
+            tl.store(starts + experts, start, mask=experts < EXPERTS)
+            tl.store(rooms + experts, taken, mask=experts < EXPERTS)
+            tl.store(rooms + EXPERTS, tl.sum(made, axis=0))
+        lanes, more = tl.arange(0, 16), tl.arange(0, 128)
+        for j in tl.static_range(ACTIVE):
+            e = member(s, j, EXPERTS, ACTIVE)
+            begin = tl.sum(tl.sum(tl.where((experts == e)[:, None] & (sets == s)[None, :], slot, 0), axis=1), axis=0)
+            gap = count + lanes < (count + 15) // 16 * 16
+            tl.store(token_of + begin + count + lanes, tl.full((16,), -1, tl.int32), mask=gap)
+            tl.store(gates + begin + count + lanes, tl.zeros((16,), tl.float32), mask=gap)
+            for block in range(0, (count + RUN - 1) // RUN, 128):
+                i = block + more
+                kept = i * RUN < count
+                packed = (begin + i * RUN) * 16 + tl.minimum(count - i * RUN, RUN) - 1
+                tl.store(runs + j * most + first_run + i, packed, mask=kept)
+                tl.store(run_set + first_run + i, tl.zeros((128,), tl.int32) + s, mask=kept)
