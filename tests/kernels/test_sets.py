@@ -1,10 +1,15 @@
 """Routing and set-sorted tiles in Triton's interpreter, against float64."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 import einlinear as el
+from einlinear import routing
+from einlinear.kernels.routed import SetSorted
 from einlinear.kernels.select import route
 from einlinear.kernels.set_pair import routed_pair, set_pair
 from einlinear.kernels.sets import PIECE, RUN, Sizes, set_layout
@@ -77,6 +82,37 @@ def test_a_layer_with_its_router_is_the_two_after_each_other(bias: Tensor | None
                 _close(f"the gradient of {name}", one, other)
 
 
+def test_a_layer_joins_its_router_and_says_what_was_chosen(monkeypatch) -> None:
+    layer, x = el.Linear(64, 64, "btt", experts=3, active=2), torch.randn(2, 9, 64, requires_grad=True)
+    torch.nn.init.normal_(layer.router.weight)
+    expected = layer(x)
+    wanted = layer.router.latest
+    loss = expected.square().sum() + el.balance_loss(layer)
+    theirs = torch.autograd.grad(loss, [x, *layer.parameters()])
+    runner = SetSorted().prepare(layer.structure)
+    layer._routed_plan = replace(layer._routed_plan, cpu=((math.inf, runner),))
+    monkeypatch.setattr(routing, "routes", lambda tokens, experts: True)
+    calls = []
+    monkeypatch.setattr(el.Router, "forward", lambda router, x: calls.append(x))
+    y = layer(x)
+    assert not calls
+    assert (layer.router.latest.chosen == wanted.chosen).all()
+    _close("the result", y, expected)
+    loss = y.square().sum() + el.balance_loss(layer)
+    ours = torch.autograd.grad(loss, [x, *layer.parameters()])
+    for (name, _), mine, their in zip([("x", x), *layer.named_parameters()], ours, theirs, strict=True):
+        _close(f"the gradient of {name}", mine, their)
+    layer.eval()(x)
+    assert layer.router.latest is None
+    # What a user hangs on a router, and what is not a choice alone, goes the long way.
+    joins = layer.router.joins(x)
+    assert joins
+    layer.router.register_forward_pre_hook(lambda module, inputs: None)
+    assert not layer.router.joins(x)
+    for options in ({"choice": "expert"}, {"capacity": 1.0}, {"jitter": 0.1}):
+        assert not el.Router(64, 3, 2, **options).joins(x)
+
+
 @pytest.mark.parametrize("bias", [None, torch.tensor([0.0, 9.0, 0.0])], ids=["without bias", "with bias"])
 def test_routing_is_that_of_the_router(bias: Tensor | None) -> None:
     router = el.Router(40, 3, 2, bias=bias is not None)
@@ -85,7 +121,7 @@ def test_routing_is_that_of_the_router(bias: Tensor | None) -> None:
         router.bias.copy_(bias)
     x = torch.randn(70, 40, requires_grad=True)
     wanted = router(x)
-    logits, index, weight = route(x, router._scaled(), router.bias, 2)
+    logits, index, weight = route(x, router.scaled, router.bias, 2)
     assert (index == wanted.chosen).all()
     _close("weights", weight, wanted.weight)
     _close("logits", logits, router.latest.logits)
@@ -99,7 +135,7 @@ def test_routing_is_that_of_the_router(bias: Tensor | None) -> None:
 
 def test_a_new_router_spreads_its_tokens_like_the_kernel() -> None:
     router, x = el.Router(16, 5, 2), torch.randn(33, 16)
-    _, index, weight = route(x, router._scaled(), None, 2)
+    _, index, weight = route(x, router.scaled, None, 2)
     assert (index.sort(-1).values == router(x).chosen.sort(-1).values).all()
     assert (weight == 0.5).all()
 
