@@ -68,10 +68,14 @@ cases = {
         tiles_route.route_forward, dict(EXPERTS=16, ACTIVE=2, TIE=1e-6, BLOCK_EXPERTS=16, BLOCK_TOKENS=64,
                                        BLOCK_WIDTH=128, SPLIT=True, HAS_BIAS=True), 1, 4, 3),
     "sort's count": (
-        tiles_route.count_sets, dict(EXPERTS=16, ACTIVE=2, SETS=256, BLOCK_SETS=256, CHUNK=128), 1, 8, 3),
+        tiles_route.count_sets, dict(EXPERTS=16, ACTIVE=2, SETS=256, BLOCK_SETS=256, CHUNK=128), 1, 4, 3),
+    "sort's sums": (
+        tiles_route.add_chunks, dict(SETS=256, SOME_SETS=16, BLOCK_CHUNKS=128), 1, 4, 3),
+    "sort's layout": (
+        tiles_route.lay_out, dict(EXPERTS=16, ACTIVE=2, SETS=256, BLOCK_SETS=256, BLOCK_EXPERTS=16, RUN=256, ALIGN=64,
+                                  PIECE=128), 1, 8, 3),
     "sort's slots": (
-        tiles_route.fill_in, dict(EXPERTS=16, ACTIVE=2, SETS=256, BLOCK_SETS=256, BLOCK_EXPERTS=16, BLOCK_CHUNKS=32,
-                                  CHUNK=128, RUN=256, PIECE=128), 1, 8, 3),
+        tiles_route.fill_in, dict(EXPERTS=16, ACTIVE=2, SETS=256, CHUNK=128, RUN=256, ALIGN=64), 1, 4, 3),
     "into_forward of experts": (tiles_sets.into_forward, sets(**ins, BLOCK=128), 1, 4, 1),
     "out_forward of experts": (tiles_sets.out_forward, sets(**state, BLOCK=64, HAS_BIAS=False), 1, 4, 2),
     "out_backward of experts": (tiles_sets.out_backward, sets(**state, TILE=64, SPLITS=1), 1, 4, 3),
@@ -85,6 +89,7 @@ none = {"biases", "dbiases"}
 accumulated = {"dweight", "dweights", "dups", "ddown", "dbias"}
 accumulated |= {"dfirst", "dsecond", "dgate", "gates", "logits", "chosen"}
 integers = {"index", "starts", "rooms", "run_set", "runs", "token_of"}
+integers |= {"counts", "before", "size", "place", "first_run"}
 tensors = {"x", "router", "dlogits", "z", "dz", "weight", "bias", "y", "grad", "dx", "down", "first", "second"} | tuples
 numbers = {"y_slices", "y_features", "y_tokens_apart"}
 ptxas = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/ptxas")
@@ -93,7 +98,6 @@ for name, (kernel, constants, parts, warps, stages) in cases.items():
     for position, argument in enumerate(kernel.arg_names):
         kind = sums if argument in accumulated else half if argument in tensors - numbers else "i32"
         kind = "*i64" if argument == "index" else "*i32" if argument in integers else kind
-        kind = "*i16" if argument == "counts" else kind
         if argument in constants:
             kinds[argument] = "constexpr"
         elif argument in none:
@@ -123,7 +127,7 @@ def test_kernels_use_the_matrix_units_and_fit() -> None:
     ran = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
     kernels = {kernel["name"]: kernel for kernel in map(json.loads, ran.stdout.splitlines())}
-    assert len(kernels) == 21
+    assert len(kernels) == 23
     for name, kernel in kernels.items():
         # For one token, for W and to sort, there is nothing to multiply by tiles.
         assert (kernel["wgmma"] > 0) == (not name.startswith(("pair", "product", "sort"))), kernel

@@ -225,11 +225,11 @@ def _forward(
     with torch.cuda.device_of(x):
         tiles_sets.into_forward[(first.shape[1], sizes.runs)](
             x, first.contiguous(), z, *tables, sizes.runs, x.shape[1],
-            **_first(first, sizes), **_run_launch(first, 128, stages=1),
+            **_first(first, sizes), **_run_launch(first, 128),
         )  # fmt: skip
         tiles_sets.out_forward[(second.shape[1], sizes.runs)](
             z, second.contiguous(), bias, y, gates, *tables, sizes.runs, y.shape[1],
-            **_second(second, sizes), HAS_BIAS=bias is not None, **_run_launch(second, 64, stages=2),
+            **_second(second, sizes), HAS_BIAS=bias is not None, **_run_launch(second, 64),
         )  # fmt: skip
     return y, z
 
@@ -247,7 +247,7 @@ def _backward_out(grad: Tensor, saved: _Saved) -> tuple[Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(grad):
         tiles_sets.out_backward[(second.shape[1], sizes.experts, splits)](
             grad, saved.z, second, saved.gates, dz, dgate, dsecond, starts, rooms, token_of, sizes.slots, grad.shape[1],
-            **_second(second, sizes), SPLITS=splits, **_tile_launch(second),
+            **_second(second, sizes), SPLITS=splits, **_tile_launch(second, 3),
         )  # fmt: skip
         tiles_sets.add_gates[(sizes.runs,)](
             dgate, index, dweight, rooms, run_set, runs, token_of, sizes.runs, sizes.slots,
@@ -271,11 +271,11 @@ def _backward_into(
         tiles_sets.into_backward_input[(first.shape[1], sizes.runs)](
             dz, first, router, dlogits, dx, *tables, sizes.runs, x.shape[1],
             **_first(first, sizes), BLOCK_EXPERTS=tile(sizes.experts), HAS_ROUTER=router is not None,
-            **_run_launch(first, 128, stages=1),
+            **_run_launch(first, 64),
         )  # fmt: skip
         tiles_sets.into_backward_weight[(first.shape[1], sizes.experts, splits)](
             dz, x, dfirst, starts, tables[0], tables[-1], x.shape[1],
-            **_first(first, sizes), SPLITS=splits, **_tile_launch(first),
+            **_first(first, sizes), SPLITS=splits, **_tile_launch(first, 2),
         )  # fmt: skip
     return dx, add_partials(dfirst, first).view(first.shape)
 
@@ -302,15 +302,17 @@ def _whole(sizes: Sizes) -> dict[str, int]:
     return {"EXPERTS": sizes.experts, "ACTIVE": sizes.active, "PIECE": PIECE}
 
 
-def _run_launch(factor: Tensor, block: int, stages: int) -> dict[str, int]:
+def _run_launch(factor: Tensor, block: int) -> dict[str, int]:
     """Tokens at once, warps and stages: the fastest of those measured; larger blocks of weights need more registers."""
     if _large(factor):
         return {"BLOCK": 64, "num_warps": 8, "num_stages": 1}
-    return {"BLOCK": block, "num_warps": 4, "num_stages": stages}
+    return {"BLOCK": block, "num_warps": 4, "num_stages": 1}
 
 
-def _tile_launch(factor: Tensor) -> dict[str, int]:
-    return {"TILE": 64, "num_warps": 8 if _large(factor) else 4, "num_stages": 3}
+def _tile_launch(factor: Tensor, stages: int) -> dict[str, int]:
+    if _large(factor):
+        return {"TILE": 64, "num_warps": 8, "num_stages": 3}
+    return {"TILE": 128, "num_warps": 4, "num_stages": stages}
 
 
 def _large(factor: Tensor) -> bool:

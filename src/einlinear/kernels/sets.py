@@ -8,13 +8,19 @@ from torch import Tensor
 
 from einlinear.kernels.stage import tile
 
+CHUNK = 128
+"""Tokens sorted by one program."""
+
 RUN = 256
 """Tokens of one set that one program takes, one block after another, without loading weights again."""
 
 PIECE = 128
 """Slots whose numbers lie side by side in the state; the slots of an expert start at a multiple of it."""
 
-MOST_SLOTS = 1 << 27
+ALIGN = 64
+"""The slots of a set start at a multiple of it, so that loads and stores are wide."""
+
+MOST_SLOTS = 1 << 25
 """What the tables have room for."""
 
 MOST_SETS = 256
@@ -35,13 +41,8 @@ class Sizes:
         return int(self.experts**self.active)
 
     @property
-    def chunk(self) -> int:
-        """Tokens sorted by one program; each looks at what all others have."""
-        return 128 if self.tokens <= 1 << 16 else 256
-
-    @property
     def chunks(self) -> int:
-        return -(-self.tokens // self.chunk)
+        return -(-self.tokens // CHUNK)
 
     @property
     def runs(self) -> int:
@@ -56,7 +57,7 @@ class Sizes:
     @property
     def slots(self) -> int:
         """The most slots, gaps between sets and between experts included."""
-        slots = self.active * (self.tokens + 15 * self.filled)
+        slots = self.active * (self.tokens + (ALIGN - 1) * self.filled)
         return (slots // PIECE + min(self.experts, self.active * max(1, self.tokens)) + 1) * PIECE
 
     @property
@@ -93,16 +94,23 @@ def set_layout(index: Tensor, weight: Tensor, experts: int) -> tuple[Tensor, Ten
         raise ValueError(f"cannot sort {sizes.tokens} tokens by their experts: at most {MOST_SLOTS} slots at once")
     index, weight = index.contiguous(), weight.contiguous()
     layout, gates = _empty_layout(index, weight, sizes)
-    counts = index.new_empty(sizes.chunks, sizes.sets, dtype=torch.int16)
+    counts, before = index.new_empty(2, sizes.chunks, sizes.sets, dtype=torch.int32)
+    size, first_run, *place = index.new_empty(2 + sizes.active, sizes.sets, dtype=torch.int32)
     starts, rooms, run_set, runs, token_of = sizes.split(layout)
-    shape = {"EXPERTS": experts, "ACTIVE": sizes.active, "SETS": sizes.sets}
-    shape |= {"BLOCK_SETS": tile(sizes.sets), "CHUNK": sizes.chunk, "num_warps": 4 if sizes.sets <= 64 else 8}
+    shape, block = {"EXPERTS": experts, "ACTIVE": sizes.active, "SETS": sizes.sets}, tile(sizes.sets)
     with torch.cuda.device_of(index):
-        tiles_route.count_sets[(sizes.chunks,)](index, counts, sizes.tokens, **shape)
+        tiles_route.count_sets[(sizes.chunks,)](index, counts, sizes.tokens, **shape, BLOCK_SETS=block, CHUNK=CHUNK)
+        tiles_route.add_chunks[(-(-sizes.sets // 16),)](
+            counts, before, size, sizes.chunks,
+            SETS=sizes.sets, SOME_SETS=16, BLOCK_CHUNKS=min(128, tile(sizes.chunks)),
+        )  # fmt: skip
+        tiles_route.lay_out[(1,)](
+            size, place[0], first_run, starts, rooms,
+            **shape, BLOCK_SETS=block, BLOCK_EXPERTS=tile(experts), RUN=RUN, ALIGN=ALIGN, PIECE=PIECE, num_warps=8,
+        )  # fmt: skip
         tiles_route.fill_in[(sizes.chunks + sizes.sets,)](
-            index, weight, counts, starts, rooms, run_set, runs, token_of, gates,
-            sizes.tokens, sizes.chunks, sizes.runs,
-            **shape, BLOCK_EXPERTS=tile(experts), BLOCK_CHUNKS=min(32, tile(sizes.chunks)), RUN=RUN, PIECE=PIECE,
+            index, weight, before, size, place[0], first_run, run_set, runs, token_of, gates,
+            sizes.tokens, sizes.chunks, sizes.runs, **shape, CHUNK=CHUNK, RUN=RUN, ALIGN=ALIGN,
         )  # fmt: skip
     return layout, gates
 

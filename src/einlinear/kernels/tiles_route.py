@@ -3,7 +3,7 @@
 Imported by the operators that launch these kernels (`select.py`, `sets.py`) when first used. A set is
 a number whose digits to the base `EXPERTS`, `ACTIVE` of them, are its experts in ascending order. A slot is one token
 at one of its experts. The slots of an expert lie next to each other, from a multiple of `PIECE` on, and among them
-those of each set, from a multiple of 16 on; what is left between is nobody's. A run is at most `RUN` tokens of one set.
+those of each set, from a multiple of `ALIGN` on; what is left between is nobody's. A run is at most `RUN` tokens of one set.
 """
 
 # No jaxtyping, no annotations but constexpr: Triton reads these signatures itself.
@@ -135,76 +135,87 @@ def count_sets(
     key = tl.where(inside, set_of(index, token, inside, EXPERTS, ACTIVE), -1)
     sets = tl.arange(0, BLOCK_SETS)
     count = tl.sum((key[:, None] == sets[None, :]).to(tl.int32), axis=0)
-    tl.store(counts + tl.program_id(0) * SETS + sets, count.to(tl.int16), mask=sets < SETS)
+    tl.store(counts + tl.program_id(0) * SETS + sets, count, mask=sets < SETS)
+
+
+@triton.jit
+def add_chunks(
+    counts, before, size, chunks,
+    SETS: tl.constexpr, SOME_SETS: tl.constexpr, BLOCK_CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """How many tokens of each set there are, and how many before each chunk; one program for some sets."""
+    sets = tl.program_id(0) * SOME_SETS + tl.arange(0, SOME_SETS)
+    total = tl.zeros((SOME_SETS,), tl.int32)
+    for chunk in range(0, chunks, BLOCK_CHUNKS):
+        rows = chunk + tl.arange(0, BLOCK_CHUNKS)
+        kept = (rows < chunks)[:, None] & (sets < SETS)[None, :]
+        at = rows[:, None] * SETS + sets[None, :]
+        here = tl.load(counts + at, mask=kept, other=0)
+        tl.store(before + at, total[None, :] + tl.cumsum(here, 0) - here, mask=kept)
+        total += tl.sum(here, axis=0)
+    tl.store(size + sets, total, mask=sets < SETS)
+
+
+@triton.jit
+def lay_out(
+    size, place, first_run, starts, rooms,
+    EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, SETS: tl.constexpr, BLOCK_SETS: tl.constexpr,
+    BLOCK_EXPERTS: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """The first slot of each set at each of its experts, its first run, and the slots of each expert; one program."""
+    sets, experts = tl.arange(0, BLOCK_SETS), tl.arange(0, BLOCK_EXPERTS)
+    count = tl.load(size + sets, mask=sets < SETS, other=0)
+    made = (count + RUN - 1) // RUN
+    tl.store(first_run + sets, tl.cumsum(made, 0) - made, mask=sets < SETS)
+    tl.store(rooms + EXPERTS, tl.sum(made, axis=0))
+    has = tl.zeros((BLOCK_EXPERTS, BLOCK_SETS), tl.int32)
+    for j in tl.static_range(ACTIVE):
+        has += (member(sets, j, EXPERTS, ACTIVE)[None, :] == experts[:, None]).to(tl.int32)
+    mine = tl.where(has > 0, ((count + ALIGN - 1) // ALIGN * ALIGN)[None, :], 0)
+    taken = tl.sum(mine, axis=1)
+    whole = (taken + PIECE - 1) // PIECE * PIECE
+    start = tl.cumsum(whole, 0) - whole
+    tl.store(starts + experts, start, mask=experts < EXPERTS)
+    tl.store(rooms + experts, taken, mask=experts < EXPERTS)
+    slot = start[:, None] + tl.cumsum(mine, 1) - mine
+    for j in tl.static_range(ACTIVE):
+        here = (member(sets, j, EXPERTS, ACTIVE)[None, :] == experts[:, None]) & (sets < SETS)[None, :]
+        tl.store(place + j * SETS + sets[None, :] + 0 * experts[:, None], slot, mask=here)
 
 
 @triton.jit
 def fill_in(
-    index, weight, counts, starts, rooms, run_set, runs, token_of, gates, tokens, chunks, most,
-    EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, SETS: tl.constexpr, BLOCK_SETS: tl.constexpr,
-    BLOCK_EXPERTS: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, CHUNK: tl.constexpr, RUN: tl.constexpr,
-    PIECE: tl.constexpr,
+    index, weight, before, size, place, first_run, run_set, runs, token_of, gates, tokens, chunks, most,
+    EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, SETS: tl.constexpr, CHUNK: tl.constexpr, RUN: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Token and gate of each slot (a program for each chunk); the runs of each set (one for each set).
-
-    Every program adds up the counts of all chunks by itself: a launch less, and they are few.
-    """
-    program = tl.program_id(0)
-    sets, experts = tl.arange(0, BLOCK_SETS), tl.arange(0, BLOCK_EXPERTS)
-    size, before = tl.zeros((BLOCK_SETS,), tl.int32), tl.zeros((BLOCK_SETS,), tl.int32)
-    for first in range(0, chunks, BLOCK_CHUNKS):
-        rows = first + tl.arange(0, BLOCK_CHUNKS)
-        kept = (rows < chunks)[:, None] & (sets < SETS)[None, :]
-        some = tl.load(counts + rows[:, None] * SETS + sets[None, :], mask=kept, other=0).to(tl.int32)
-        size += tl.sum(some, axis=0)
-        before += tl.sum(tl.where((rows < program)[:, None], some, 0), axis=0)
-    room = (size + 15) // 16 * 16
-    has = tl.zeros((BLOCK_EXPERTS, BLOCK_SETS), tl.int32)
-    for j in tl.static_range(ACTIVE):
-        has += (member(sets, j, EXPERTS, ACTIVE)[None, :] == experts[:, None]).to(tl.int32)
-    mine = tl.where(has > 0, room[None, :], 0)
-    taken = tl.sum(mine, axis=1)
-    whole = (taken + PIECE - 1) // PIECE * PIECE
-    start = tl.cumsum(whole, 0) - whole
-    slot = start[:, None] + tl.cumsum(mine, 1) - mine
+    """Token and gate of each slot (a program for each chunk); the runs of each set (one for each set)."""
+    program, here = tl.program_id(0), tl.arange(0, CHUNK)
     if program < chunks:
-        here = tl.arange(0, CHUNK)
         token = program * CHUNK + here
         inside = token < tokens
-        key = tl.where(inside, set_of(index, token, inside, EXPERTS, ACTIVE), -1)
+        key = tl.where(inside, set_of(index, token, inside, EXPERTS, ACTIVE), 0)
         earlier = (key[:, None] == key[None, :]) & (here[None, :] < here[:, None])
-        rank = tl.sum(earlier.to(tl.int32), axis=1)
-        at = ()
+        rank = tl.sum(earlier.to(tl.int32), axis=1) + tl.load(before + program * SETS + key)
         for j in tl.static_range(ACTIVE):
-            mine_at = tl.where(member(sets, j, EXPERTS, ACTIVE)[None, :] == experts[:, None], slot, 0)
-            first_of = tl.sum(mine_at, axis=0) + before
-            at += (tl.sum(tl.where(key[:, None] == sets[None, :], first_of[None, :], 0), axis=1) + rank,)
-            tl.store(token_of + at[j], token, mask=inside)
+            tl.store(token_of + tl.load(place + j * SETS + key) + rank, token, mask=inside)
         for i in tl.static_range(ACTIVE):
-            one = tl.load(index + token * ACTIVE + i, mask=inside, other=0).to(tl.int32)
-            larger = larger_than(one, index, token, inside, ACTIVE)
+            mine = tl.load(index + token * ACTIVE + i, mask=inside, other=0).to(tl.int32)
+            plane = ACTIVE - 1 - larger_than(mine, index, token, inside, ACTIVE)
             gate = tl.load(weight + token * ACTIVE + i, mask=inside, other=0.0)
-            for j in tl.static_range(ACTIVE):
-                tl.store(gates + at[j], gate, mask=inside & (larger == ACTIVE - 1 - j))
+            tl.store(gates + tl.load(place + plane * SETS + key, mask=inside, other=0) + rank, gate, mask=inside)
     else:
         s = program - chunks
-        count = tl.sum(tl.where(sets == s, size, 0), axis=0)
-        made = (size + RUN - 1) // RUN
-        first_run = tl.sum(tl.where(sets < s, made, 0), axis=0)
-        if s == 0:
-            tl.store(starts + experts, start, mask=experts < EXPERTS)
-            tl.store(rooms + experts, taken, mask=experts < EXPERTS)
-            tl.store(rooms + EXPERTS, tl.sum(made, axis=0))
-        lanes, more = tl.arange(0, 16), tl.arange(0, 128)
+        count, first = tl.load(size + s), tl.load(first_run + s)
+        lanes = tl.arange(0, ALIGN)
         for j in tl.static_range(ACTIVE):
-            e = member(s, j, EXPERTS, ACTIVE)
-            begin = tl.sum(tl.sum(tl.where((experts == e)[:, None] & (sets == s)[None, :], slot, 0), axis=1), axis=0)
-            gap = count + lanes < (count + 15) // 16 * 16
-            tl.store(token_of + begin + count + lanes, tl.full((16,), -1, tl.int32), mask=gap)
-            tl.store(gates + begin + count + lanes, tl.zeros((16,), tl.float32), mask=gap)
-            for block in range(0, (count + RUN - 1) // RUN, 128):
-                i = block + more
+            begin = tl.load(place + j * SETS + s)
+            gap = count + lanes < (count + ALIGN - 1) // ALIGN * ALIGN
+            tl.store(token_of + begin + count + lanes, tl.full((ALIGN,), -1, tl.int32), mask=gap)
+            tl.store(gates + begin + count + lanes, tl.zeros((ALIGN,), tl.float32), mask=gap)
+            for block in range(0, (count + RUN - 1) // RUN, CHUNK):
+                i = block + here
                 kept = i * RUN < count
-                packed = (begin + i * RUN) * 16 + tl.minimum(count - i * RUN, RUN) - 1
-                tl.store(runs + j * most + first_run + i, packed, mask=kept)
-                tl.store(run_set + first_run + i, tl.zeros((128,), tl.int32) + s, mask=kept)
+                packed = (begin + i * RUN) * 64 + tl.minimum(count - i * RUN, RUN) - 1
+                tl.store(runs + j * most + first + i, packed, mask=kept)
+                tl.store(run_set + first + i, tl.zeros((CHUNK,), tl.int32) + s, mask=kept)

@@ -20,18 +20,14 @@ from einlinear.kernels.tiles_route import member
 
 @triton.jit
 def unpack(packed):
-    """The first slot of a run, a multiple of 16, times 16; and its tokens less one, below 256."""
-    return tl.multiple_of(packed // 256 * 16, 16), packed % 256 + 1
+    """The first slot of a run, a multiple of 16, times 64; and its tokens less one, below 1024."""
+    return tl.multiple_of(packed // 1024 * 16, 16), packed % 1024 + 1
 
 
 @triton.jit
-def find_run(t, rooms, run_set, runs, most, EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, REVERSED: tl.constexpr):
+def find_run(t, rooms, run_set, runs, most, EXPERTS: tl.constexpr, ACTIVE: tl.constexpr):
     """Whether there is a run of this number, its set, its first slot at each expert, and its tokens."""
-    last = tl.load(rooms + EXPERTS)
-    real = t < last
-    if REVERSED:
-        t = tl.where(real, last - 1 - t, 0)
-    set_ = tl.load(run_set + t)
+    real, set_ = t < tl.load(rooms + EXPERTS), tl.load(run_set + t)
     slots, count = (), 1
     for j in tl.static_range(ACTIVE):
         slot, count = unpack(tl.load(runs + j * most + t))
@@ -60,11 +56,11 @@ def matrices(
 
 @triton.jit
 def load_rows(base, token, stride, inside, features, FEATURES: tl.constexpr):
-    """`[features, tokens]` of rows that lie anywhere."""
+    """`[tokens, features]` of rows that lie anywhere."""
     kept = inside[:, None]
     if features.shape[0] != FEATURES:
         kept = kept & (features < FEATURES)[None, :]
-    return tl.trans(tl.load(base + token[:, None] * stride + features[None, :], mask=kept, other=0.0))
+    return tl.load(base + token.to(tl.int64)[:, None] * stride + features[None, :], mask=kept, other=0.0)
 
 
 @triton.jit
@@ -72,7 +68,7 @@ def store_rows(tile, base, token, stride, inside, features, FEATURES: tl.constex
     kept = inside[:, None]
     if features.shape[0] != FEATURES:
         kept = kept & (features < FEATURES)[None, :]
-    at = base + token[:, None] * stride + features[None, :]
+    at = base + token.to(tl.int64)[:, None] * stride + features[None, :]
     tl.store(at, tl.trans(tile.to(base.dtype.element_ty)), mask=kept)
 
 
@@ -93,27 +89,46 @@ def kept_places(features, here, room, FEATURES: tl.constexpr):
 
 
 @triton.jit
+def load_states(
+    base, features, apart, slots, here, room,
+    FEATURES: tl.constexpr, WHOLE: tl.constexpr, PIECE: tl.constexpr, ACTIVE: tl.constexpr,
+):  # fmt: skip
+    """`[features, slots]` of the state of every expert of a run."""
+    found, kept = (), kept_places(features, here, room, FEATURES)
+    for j in tl.static_range(ACTIVE):
+        found += (tl.load(base + places(features, apart, slots[j] + here, WHOLE, PIECE), mask=kept, other=0.0),)
+    return found
+
+
+@triton.jit
 def into_forward(
     x, first, z, rooms, run_set, runs, token_of, most, x_token,
     SLICES: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
     EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """z[s] = first[e, s] x[s] at every expert of a run, from one read of its rows of x."""
+    """z[s] = first[e, s] x[s] at every expert of a run, from one read of its rows of x.
+
+    Here and below what the next block needs is loaded before this one is worked on, and what the first needs before
+    the weights: programs are few and short, and what they wait for is memory.
+    """
     s, t = tl.program_id(0), tl.program_id(1)
-    real, set_, slots, count = find_run(t, rooms, run_set, runs, most, EXPERTS, ACTIVE, False)
+    real, set_, slots, count = find_run(t, rooms, run_set, runs, most, EXPERTS, ACTIVE)
     if real:
-        room = room_for(count)
+        room, here = room_for(count), tl.arange(0, BLOCK)
         outs, ins = tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_IN)
+        token = tl.load(token_of + slots[0] + here, mask=here < count, other=0)
+        next_token = tl.load(token_of + slots[0] + BLOCK + here, mask=BLOCK + here < count, other=0)
+        v = load_rows(x + s * IN, token, x_token, here < count, ins, IN)
         ws = matrices(first, set_, s, outs, ins, OUT, IN, SLICES, EXPERTS, ACTIVE)
         for block in range(0, count, BLOCK):
-            here = block + tl.arange(0, BLOCK)
-            inside = here < count
-            token = tl.load(token_of + slots[0] + here, mask=inside, other=0).to(tl.int64)
-            v = load_rows(x + s * IN, token, x_token, inside, ins, IN)
-            kept = kept_places(outs, here, room, OUT)
+            ahead = block + BLOCK + here
+            next_v = load_rows(x + s * IN, next_token, x_token, ahead < count, ins, IN)
+            next_token = tl.load(token_of + slots[0] + BLOCK + ahead, mask=BLOCK + ahead < count, other=0)
+            kept = kept_places(outs, block + here, room, OUT)
             for j in tl.static_range(ACTIVE):
-                at = z + s * (OUT * PIECE) + places(outs, 1, slots[j] + here, SLICES * OUT, PIECE)
-                tl.store(at, multiply(ws[j], v).to(z.dtype.element_ty), mask=kept)
+                at = z + s * (OUT * PIECE) + places(outs, 1, slots[j] + block + here, SLICES * OUT, PIECE)
+                tl.store(at, multiply(ws[j], tl.trans(v)).to(z.dtype.element_ty), mask=kept)
+            v = next_v
 
 
 @triton.jit
@@ -126,26 +141,27 @@ def out_forward(
 
     Runs in the opposite order: what the first stage wrote last is still in the cache.
     """
-    s, t = tl.program_id(0), tl.program_id(1)
-    real, set_, slots, count = find_run(t, rooms, run_set, runs, most, EXPERTS, ACTIVE, True)
+    s, t = tl.program_id(0), most - 1 - tl.program_id(1)
+    real, set_, slots, count = find_run(t, rooms, run_set, runs, most, EXPERTS, ACTIVE)
     if real:
-        room = room_for(count)
+        room, here = room_for(count), tl.arange(0, BLOCK)
         outs, states = tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_STATE)
+        vs = load_states(z + s * PIECE, states, SLICES, slots, here, room, STATE, SLICES * STATE, PIECE, ACTIVE)
         ws = matrices(second, set_, s, outs, states, OUT, STATE, SLICES, EXPERTS, ACTIVE)
         for block in range(0, count, BLOCK):
-            here = block + tl.arange(0, BLOCK)
-            inside = here < count
-            token = tl.load(token_of + slots[0] + here, mask=inside, other=0).to(tl.int64)
+            mine, ahead = block + here, block + BLOCK + here
+            token = tl.load(token_of + slots[0] + mine, mask=mine < count, other=0)
+            next_vs = load_states(
+                z + s * PIECE, states, SLICES, slots, ahead, room, STATE, SLICES * STATE, PIECE, ACTIVE
+            )
             total = tl.zeros((BLOCK_OUT, BLOCK), tl.float32)
             if HAS_BIAS:
                 total += tl.load(bias + s * OUT + outs, mask=outs < OUT, other=0.0).to(tl.float32)[:, None]
-            kept = kept_places(states, here, room, STATE)
             for j in tl.static_range(ACTIVE):
-                at = z + s * PIECE + places(states, SLICES, slots[j] + here, SLICES * STATE, PIECE)
-                v = tl.load(at, mask=kept, other=0.0)
-                gate = tl.load(gates + slots[j] + here, mask=inside, other=0.0)
-                total += multiply(ws[j], v) * gate[None, :]
-            store_rows(total, y + s * OUT, token, y_token, inside, outs, OUT)
+                gate = tl.load(gates + slots[j] + mine, mask=mine < count, other=0.0)
+                total += multiply(ws[j], vs[j]) * gate[None, :]
+            store_rows(total, y + s * OUT, token, y_token, mine < count, outs, OUT)
+            vs = next_vs
 
 
 @triton.jit
@@ -166,13 +182,14 @@ def out_backward(
     for first in range(split * TILE, room, SPLITS * TILE):
         here = first + lanes
         slot = start + here
-        token = tl.load(token_of + slot, mask=here < room, other=-1).to(tl.int64)
+        token = tl.load(token_of + slot, mask=here < room, other=-1)
         inside = token >= 0
         gate = tl.load(gates + slot, mask=here < room, other=0.0)[None, :]
         at = s * PIECE + places(states, SLICES, slot, SLICES * STATE, PIECE)
         kept = kept_places(states, here, room, STATE)
-        v = tl.load(z + at, mask=kept, other=0.0)
-        g = load_rows(grad + s * OUT, token, y_token, inside, outs, OUT)
+        # What lies in gaps was never written, and not all of it is a number.
+        v = tl.where(inside[None, :], tl.load(z + at, mask=kept, other=0.0), 0.0)
+        g = tl.trans(load_rows(grad + s * OUT, token, y_token, inside, outs, OUT))
         u = multiply(tl.trans(w), g)
         tl.store(dgate + s.to(tl.int64) * slots + slot, tl.sum(u * v.to(tl.float32), axis=0), mask=here < room)
         tl.store(dz + at, (u * gate).to(dz.dtype.element_ty), mask=kept)
@@ -190,26 +207,28 @@ def into_backward_input(
 ):  # fmt: skip
     """dx[s] = sum over a run's experts of first[e, s]ᵀ dz[s], and routerᵀ dlogits, each row written once."""
     s, t = tl.program_id(0), tl.program_id(1)
-    real, set_, slots, count = find_run(t, rooms, run_set, runs, most, EXPERTS, ACTIVE, False)
+    real, set_, slots, count = find_run(t, rooms, run_set, runs, most, EXPERTS, ACTIVE)
     if real:
-        room = room_for(count)
+        room, here = room_for(count), tl.arange(0, BLOCK)
         outs, ins, experts = tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_IN), tl.arange(0, BLOCK_EXPERTS)
+        base = dz + s * (OUT * PIECE)
+        ds = load_states(base, outs, 1, slots, here, room, OUT, SLICES * OUT, PIECE, ACTIVE)
         ws = matrices(first, set_, s, outs, ins, OUT, IN, SLICES, EXPERTS, ACTIVE)
         if HAS_ROUTER:
             rows = router + experts[:, None] * x_token + s * IN
             r = tl.load(rows + ins[None, :], mask=(experts < EXPERTS)[:, None] & (ins < IN)[None, :], other=0.0)
         for block in range(0, count, BLOCK):
-            here = block + tl.arange(0, BLOCK)
-            inside = here < count
-            token = tl.load(token_of + slots[0] + here, mask=inside, other=0).to(tl.int64)
+            mine, ahead = block + here, block + BLOCK + here
+            token = tl.load(token_of + slots[0] + mine, mask=mine < count, other=0)
+            next_ds = load_states(base, outs, 1, slots, ahead, room, OUT, SLICES * OUT, PIECE, ACTIVE)
             total = tl.zeros((BLOCK_IN, BLOCK), tl.float32)
-            kept = kept_places(outs, here, room, OUT)
             for j in tl.static_range(ACTIVE):
-                at = dz + s * (OUT * PIECE) + places(outs, 1, slots[j] + here, SLICES * OUT, PIECE)
-                total += multiply(tl.trans(ws[j]), tl.load(at, mask=kept, other=0.0))
+                total += multiply(tl.trans(ws[j]), ds[j])
             if HAS_ROUTER:
-                total += multiply(tl.trans(r), load_rows(dlogits, token, EXPERTS, inside, experts, EXPERTS))
-            store_rows(total, dx + s * IN, token, x_token, inside, ins, IN)
+                l = load_rows(dlogits, token, EXPERTS, mine < count, experts, EXPERTS)
+                total += multiply(tl.trans(r), tl.trans(l))
+            store_rows(total, dx + s * IN, token, x_token, mine < count, ins, IN)
+            ds = next_ds
 
 
 @triton.jit
@@ -225,11 +244,11 @@ def into_backward_weight(
     dw = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     for first in range(split * TILE, room, SPLITS * TILE):
         here = first + lanes
-        token = tl.load(token_of + start + here, mask=here < room, other=-1).to(tl.int64)
+        token = tl.load(token_of + start + here, mask=here < room, other=-1)
         at = dz + s * (OUT * PIECE) + places(outs, 1, start + here, SLICES * OUT, PIECE)
         d = tl.load(at, mask=kept_places(outs, here, room, OUT), other=0.0)
         v = load_rows(x + s * IN, token, x_token, token >= 0, ins, IN)
-        dw = tl.dot(d, tl.trans(v), dw, input_precision="ieee")
+        dw = tl.dot(d, v, dw, input_precision="ieee")
     at = (split * EXPERTS + e).to(tl.int64) * SLICES + s
     store_matrix(dw, dfirst + at * OUT * IN, outs, ins, OUT, IN)
 
@@ -241,7 +260,7 @@ def add_gates(
 ):  # fmt: skip
     """The gradient of each token's weights, from those that the output slices found."""
     t = tl.program_id(0)
-    real, set_, slots, count = find_run(t, rooms, run_set, runs, most, EXPERTS, ACTIVE, False)
+    real, set_, slots, count = find_run(t, rooms, run_set, runs, most, EXPERTS, ACTIVE)
     if real:
         here = tl.arange(0, RUN)
         inside = here < count
