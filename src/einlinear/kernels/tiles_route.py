@@ -3,7 +3,8 @@
 Imported by the operators that launch these kernels (`select.py`, `sets.py`) when first used. A set is
 a number whose digits to the base `EXPERTS`, `ACTIVE` of them, are its experts in ascending order. A slot is one token
 at one of its experts. The slots of an expert lie next to each other, from a multiple of `PIECE` on, and among them
-those of each set, from a multiple of `ALIGN` on; what is left between is nobody's. A run is at most `RUN` tokens of one set.
+those of each set, from a multiple of `ALIGN` on; what is left between is nobody's. A run is at most `RUN` tokens of
+one set.
 """
 
 # No jaxtyping, no annotations but constexpr: Triton reads these signatures itself.

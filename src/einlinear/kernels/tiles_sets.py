@@ -225,8 +225,8 @@ def into_backward_input(
             for j in tl.static_range(ACTIVE):
                 total += multiply(tl.trans(ws[j]), ds[j])
             if HAS_ROUTER:
-                l = load_rows(dlogits, token, EXPERTS, mine < count, experts, EXPERTS)
-                total += multiply(tl.trans(r), tl.trans(l))
+                g = load_rows(dlogits, token, EXPERTS, mine < count, experts, EXPERTS)
+                total += multiply(tl.trans(r), tl.trans(g))
             store_rows(total, dx + s * IN, token, x_token, mine < count, ins, IN)
             ds = next_ds
 
