@@ -36,7 +36,7 @@ def junction(parts, hidden, activation, **more):
     return dict(IN=64, HIDDEN=hidden, OUT=64, BLOCK_IN=64, BLOCK_OUT=64, ACTIVATION=activation, SHORT=True) | more
 
 def sets(**more):
-    return dict(SLICES=64, OUT=64, BLOCK_OUT=64, EXPERTS=16, ACTIVE=2) | more
+    return dict(SLICES=64, OUT=64, BLOCK_OUT=64, EXPERTS=16, ACTIVE=2, PIECE=128) | more
 
 low = dict(IN=1024, RANK=64, OUT=1024, BLOCK_RANK=64)
 ins, state = dict(IN=64, BLOCK_IN=64), dict(STATE=64, BLOCK_STATE=64)
@@ -81,10 +81,20 @@ cases = {
     "route_forward": (
         tiles_route.route_forward, dict(EXPERTS=16, ACTIVE=2, TIE=1e-6, BLOCK_EXPERTS=16, BLOCK_TOKENS=64,
                                        BLOCK_WIDTH=128, SPLIT=True, HAS_BIAS=True), 1, 4, 3),
+    "sort's count": (
+        tiles_route.count_sets, dict(EXPERTS=16, ACTIVE=2, SETS=256, BLOCK_SETS=256, CHUNK=128), 1, 4, 3),
+    "sort's sums": (
+        tiles_route.add_chunks, dict(SETS=256, SOME_SETS=16, BLOCK_CHUNKS=128), 1, 4, 3),
+    "sort's layout": (
+        tiles_route.lay_out, dict(EXPERTS=16, ACTIVE=2, SETS=256, BLOCK_SETS=256, BLOCK_EXPERTS=16, RUN=256, ALIGN=64,
+                                  PIECE=128), 1, 8, 3),
+    "sort's slots": (
+        tiles_route.fill_in, dict(EXPERTS=16, ACTIVE=2, SETS=256, CHUNK=128, RUN=256, ALIGN=64), 1, 4, 3),
     "into_forward of experts": (tiles_sets.into_forward, sets(**ins, BLOCK=128), 1, 4, 1),
     "out_forward of experts": (tiles_sets.out_forward, sets(**state, BLOCK=64, HAS_BIAS=False), 1, 4, 2),
     "out_backward of experts": (tiles_sets.out_backward, sets(**state, TILE=64, SPLITS=1), 1, 4, 3),
-    "into_backward_input of experts": (tiles_sets.into_backward_input, sets(**ins, BLOCK=128), 1, 4, 1),
+    "into_backward_input of experts": (
+        tiles_sets.into_backward_input, sets(**ins, BLOCK=128, BLOCK_EXPERTS=16, HAS_ROUTER=True), 1, 4, 1),
     "into_backward_weight of experts": (tiles_sets.into_backward_weight, sets(**ins, TILE=64, SPLITS=1), 1, 4, 3),
 }
 tuples = {"weights", "ys", "grads", "dweights", "y_slices", "y_features", "y_tokens_apart", "zs", "ups", "dzs", "dups",
@@ -92,8 +102,9 @@ tuples = {"weights", "ys", "grads", "dweights", "y_slices", "y_features", "y_tok
 none = {"biases", "dbiases"}
 accumulated = {"dweight", "dweights", "dups", "ddown", "dbias"}
 accumulated |= {"dfirst", "dsecond", "dgate", "gates", "logits", "chosen"}
-integers = {"index", "totals", "run_set", "runs", "token_of", "listed"}
-tensors = {"x", "z", "dz", "weight", "bias", "y", "grad", "dx", "down", "first", "second"} | tuples
+integers = {"index", "starts", "rooms", "run_set", "runs", "token_of"}
+integers |= {"counts", "before", "size", "place", "first_run"}
+tensors = {"x", "router", "dlogits", "z", "dz", "weight", "bias", "y", "grad", "dx", "down", "first", "second"} | tuples
 numbers = {"y_slices", "y_features", "y_tokens_apart"}
 ptxas = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/ptxas")
 for name, (kernel, constants, parts, warps, stages) in cases.items():
@@ -131,10 +142,10 @@ def test_kernels_use_the_matrix_units_and_fit() -> None:
     ran = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
     kernels = {kernel["name"]: kernel for kernel in map(json.loads, ran.stdout.splitlines())}
-    assert len(kernels) == 24
+    assert len(kernels) == 28
     for name, kernel in kernels.items():
-        # For one token, and for W, there is nothing to multiply by tiles.
-        assert (kernel["wgmma"] > 0) == (not name.startswith(("pair", "product"))), kernel
+        # For one token, for W and to sort, there is nothing to multiply by tiles.
+        assert (kernel["wgmma"] > 0) == (not name.startswith(("pair", "product", "sort"))), kernel
         assert kernel["shared"] <= SHARED, kernel
         by_tanh = "gated" in name or "by tanh" in name
         assert (kernel["special"]["tanh.approx"] > 0, kernel["special"]["ex2.approx"] > 0) == (
