@@ -23,7 +23,7 @@ from torch import Tensor
 import einlinear as el
 from einlinear.lab import checkpoint, models
 from einlinear.lab.checkpoint import State
-from einlinear.lab.data import Sequences, Task
+from einlinear.lab.data import Sequences, Task, placed, sent
 from einlinear.lab.health import Health
 from einlinear.lab.models import Architecture, counted
 from einlinear.lab.parallel import World, put, shard, whole
@@ -260,6 +260,7 @@ class Training:
         recipe, architecture = trunk.recipe, trunk.architecture
         self.trunk, self.task, self.execution, self.world = trunk, task, execution, World.here()
         self.device = torch.device(execution.device)
+        self.data = placed(task, self.device)
         if recipe.batch % (parts := self.world.size * execution.accumulate):
             raise ValueError(
                 f"Training with batches of {recipe.batch}: they cannot be cut into {parts} equal parts, for "
@@ -319,26 +320,22 @@ class Training:
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:
         """This process's share of a step's inputs and targets, on their way to the device."""
-        inputs, targets = map(self.world.share, self.task.batch(step, self.trunk.recipe.batch, self.trunk.seed))
-        return self._sent(inputs), self._sent(targets)
-
-    def _sent(self, batch: Tensor) -> Tensor:
-        if self.device.type != "cuda":
-            return batch
-        return batch.pin_memory().to(self.device, non_blocking=True)
+        inputs, targets = map(self.world.share, self.data.batch(step, self.trunk.recipe.batch, self.trunk.seed))
+        return sent(inputs, self.device), sent(targets, self.device)
 
     @torch.no_grad()
     def evaluate(self) -> float:
         """The mean loss over the task's validation set, nats per token (per example)."""
         total, count = torch.zeros((), dtype=torch.float64), 0
         with torch.compiler.set_stance("force_eager"):  # batches of other sizes would be compiled anew
-            for inputs, targets in self.task.validation_batches(max(1, EVALUATED // _window(self.task))):
-                total += len(inputs) * self.update.loss(self._sent(inputs), self._sent(targets)).double().cpu()
+            for inputs, targets in self.data.validation_batches(max(1, EVALUATED // _window(self.task))):
+                loss = self.update.loss(sent(inputs, self.device), sent(targets, self.device))
+                total += len(inputs) * loss.double().cpu()
                 count += len(inputs)
-        loss = (total / count).item()
-        if not math.isfinite(loss):
-            raise Failure("diverged", f"validation loss {loss} at step {self.step}")
-        return loss
+        mean = (total / count).item()
+        if not math.isfinite(mean):
+            raise Failure("diverged", f"validation loss {mean} at step {self.step}")
+        return mean
 
     def state(self) -> State:
         """A copy of everything that the next step depends on."""
