@@ -217,7 +217,7 @@ def train(
 
     def record(training: Training | None, horizon: int, **results: object) -> None:
         measured = {} if training is None else training.measured()
-        facts = _provenance(execution.device, world.size) | measured | results
+        facts = provenance(execution.device, world.size) | measured | results
         runs.append(replace(trunk.run(task, horizon), **facts))  # type: ignore[arg-type]
         if first:
             tell(runs[-1])
@@ -397,7 +397,7 @@ def _failed(error: Failure | RuntimeError) -> dict[str, object]:
     raise error
 
 
-def _provenance(device: str, processes: int) -> dict[str, str]:
+def provenance(device: str, processes: int) -> dict[str, str]:
     """Where, when and with what a run was measured."""
     kind = torch.device(device).type
     name = f"{kind} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"

@@ -8,11 +8,14 @@ from functools import cache
 from pathlib import Path
 
 from einlinear.lab import compare
+from einlinear.lab.crew import Event
 from einlinear.lab.data import Sequences, Task, load
 from einlinear.lab.machine import Machine
 from einlinear.lab.run import Run
 from einlinear.lab.store import Store
 from einlinear.lab.studies.evidence import Finding
+from einlinear.lab.sweep import Sweep
+from einlinear.lab.train import Trunk
 
 LEFT_OUT = {"curve", "spec", "created", "routers"}
 """Of a run, in the table: long, or derived from the rest. Of the curve its last value stays."""
@@ -35,6 +38,11 @@ class Experiment:
     def data(self) -> Task:
         """The task, in sequences of the plan's length."""
         return _data(self.task, self.paths, self.plan.context)
+
+    @property
+    def sample(self) -> Task:
+        """A task whose models and costs are the same, without files: texts are sequences of bytes like any other."""
+        return _data("bytes" if self.task == "text" else self.task, (), self.plan.context)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,19 +91,84 @@ def labelled(runs: Sequence[Run]) -> list[Run]:
     return [replace(run, family=label(run)) for run in runs]
 
 
+Tell = Callable[[Run, int, int], object]
+"""Called with a finished run, how many are by now, and how many are wanted as far as it is known."""
+
+
 def measure(
     experiments: Sequence[Experiment],
     store: Store,
     machine: Machine,
     folder: Path | None = None,
-    progress: Callable[[compare.Progress], object] = lambda progress: None,
+    tell: Tell = lambda run, done, wanted: None,
 ) -> list[Run]:
-    """Every run of a study, from the store or trained now; interrupted, the same call goes on where it stopped."""
+    """Every run of a study, from the store or trained now; interrupted, the same call goes on where it stopped.
+
+    All experiments on a task are trained together: first every trial of a rate, then what is measured, one seed after
+    the other and the costliest first, so that a study that is cut short has its first seeds whole.
+    """
     runs: dict[object, Run] = {}
-    for one in experiments:
-        found = compare.compare(one.plan, one.data, store, machine=machine, folder=folder, progress=progress)
-        runs |= {run.key: run for run in found}
+    for task, plans in _by_task(experiments).items():
+        runs |= {run.key: run for run in _measured(plans, task, store, machine, folder, tell)}
     return list(runs.values())
+
+
+def _measured(
+    plans: Sequence[compare.Plan], task: Task, store: Store, machine: Machine, folder: Path | None, tell: Tell
+) -> list[Run]:
+    """The runs of plans on one task."""
+    wanted = done = 0
+
+    def observe(trunk: Trunk, event: Event) -> None:
+        nonlocal done
+        if isinstance(event, Run):
+            done += 1
+            tell(event, done, wanted)
+
+    with Sweep(task, store, machine, folder, observe) as sweep:
+
+        def train(trunks: Sequence[Trunk]) -> list[Run]:
+            nonlocal wanted
+            wanted += sum(len(trunk.horizons) - len(sweep.stored(trunk)) for trunk in trunks)
+            return sweep.train(trunks)
+
+        tuning, rates = compare.tune(plans, task, train)
+        trunks = [trunk for plan, own in zip(plans, rates, strict=True) for trunk in plan.trunks(task, own)]
+        return tuning + train(sorted(trunks, key=lambda trunk: (trunk.seed, -trunk.run(task, trunk.steps).flops)))
+
+
+def collect(experiments: Sequence[Experiment], store: Store) -> list[Run]:
+    """Those runs of a study that a store has, whatever is missing; the study's data are not needed."""
+    wanted = {one for experiment in experiments for one in planned(experiment)}
+    return [run for run in store.runs() if place(run) in wanted or place(replace(run, rate=TUNED)) in wanted]
+
+
+Place = tuple[str, str, str, str, int, int, int, int, float]
+"""Where a run stands in a protocol, whatever the data's fingerprint: see `place`."""
+
+TUNED = 0.0
+"""Stands for a rate that is found by tuning."""
+
+
+def place(run: Run) -> Place:
+    """Where a run stands in a protocol."""
+    return run.task, run.setup, run.purpose, run.family, run.width, run.depth, run.tokens, run.seed, run.rate
+
+
+def planned(experiment: Experiment) -> list[Place]:
+    """The places of the runs that an experiment asks for, the trials by which it tunes as one."""
+    task, plan = experiment.sample, experiment.plan
+    trunks = [*plan.trials(task), *plan.trunks(task, dict.fromkeys(plan.families, plan.rates[0]))]
+    runs = [trunk.run(task, horizon) for trunk in trunks for horizon in trunk.horizons]
+    rates = plan.rates if len(plan.rates) == 1 else (TUNED,)
+    return list(dict.fromkeys(place(replace(run, task=experiment.task, rate=rates[0])) for run in runs))
+
+
+def _by_task(experiments: Sequence[Experiment]) -> dict[Task, list[compare.Plan]]:
+    found: dict[Task, list[compare.Plan]] = {}
+    for one in experiments:
+        found.setdefault(one.data, []).append(one.plan)
+    return found
 
 
 def write_runs(runs: Sequence[Run], path: Path) -> None:
