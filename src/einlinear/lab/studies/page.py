@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from einlinear.lab.report.page import quantity
 from einlinear.lab.run import Run
 from einlinear.lab.studies.evidence import Finding, Table
 from einlinear.lab.studies.pricing import expected
-from einlinear.lab.studies.protocol import Experiment, Study, read_runs
+from einlinear.lab.studies.protocol import TUNED, Experiment, Study, label, measured, place_of, read_runs
 
 with extra("lab"):
     import vl_convert
@@ -71,7 +72,7 @@ def page(study: Study, runs: Mapping[str, Sequence[Run]], findings: Mapping[str,
 def _run(study: Study, scale: str, command: str, runs: Sequence[Run], finding: Finding) -> list[str]:
     """A scale that was run."""
     lines = [f"## {scale.capitalize()} scale: {_devices(runs)}", ""]
-    lines += [*_protocol(study.scales[scale]), f"* {_taken(runs)}", ""]
+    lines += [*_protocol(study.scales[scale]), f"* {_taken(runs)}", *_missing(study.scales[scale], runs), ""]
     lines += [f"![{study.title}, {scale} scale]({study.name}-{scale}.svg)", ""]
     for table in (_parts(finding), *finding.tables):
         lines += [*_table(table), ""]
@@ -123,6 +124,18 @@ def _taken(runs: Sequence[Run]) -> str:
         f"{len(runs)} runs, {tuning} of them to tune; {flops:.2g} training FLOPs, {took}; "
         f"torch {', '.join(torch)}; commit {', '.join(commits)}."
     )
+
+
+def _missing(experiments: Sequence[Experiment], runs: Sequence[Run]) -> list[str]:
+    """What the protocol asks for and was not run, by structure and seed; nothing where all was."""
+    wanted = [one for experiment in experiments for one in measured(experiment)]
+    have = {place for run in runs for place in (place_of(run), place_of(replace(run, rate=TUNED)))}
+    lacking = [run for run in wanted if place_of(run) not in have]
+    if not lacking:
+        return []
+    counts = Counter((label(run), run.seed) for run in lacking)
+    words = ", ".join(f"{count} of {name} with seed {seed}" for (name, seed), count in sorted(counts.items()))
+    return [f"* **Not run** of these: {len(lacking)} of {len(wanted)} measurements ({words})."]
 
 
 def _parts(finding: Finding) -> Table:

@@ -88,7 +88,7 @@ def timed(
             started = clock()
             steps = sum(training.advance(training.step + CHUNK))
             taken[model].append((clock() - started) / steps)
-    device = provenance(machine.device)["device"]
+    device = provenance(machine.device, 1)["device"]
     results = [replace(model, seconds=statistics.median(times), device=device) for model, times in taken.items()]
     for result in results:
         tell(result)

@@ -138,30 +138,39 @@ def _measured(
 
 
 def collect(experiments: Sequence[Experiment], store: Store) -> list[Run]:
-    """Those runs of a study that a store has, whatever is missing; the study's data are not needed."""
-    wanted = {one for experiment in experiments for one in planned(experiment)}
-    return [run for run in store.runs() if place(run) in wanted or place(replace(run, rate=TUNED)) in wanted]
+    """Those runs of a study that a store has, whatever is missing; the study's data are not needed.
 
+    Trials of a rate that a grid grew by are among them.
+    """
+    wanted = {place_of(run) for experiment in experiments for run in (*trials(experiment), *measured(experiment))}
+    return [run for run in store.runs() if place_of(run) in wanted or place_of(replace(run, rate=TUNED)) in wanted]
 
-Place = tuple[str, str, str, str, int, int, int, int, float]
-"""Where a run stands in a protocol, whatever the data's fingerprint: see `place`."""
 
 TUNED = 0.0
-"""Stands for a rate that is found by tuning."""
+"""Stands for a rate that tuning finds."""
 
 
-def place(run: Run) -> Place:
-    """Where a run stands in a protocol."""
+def place_of(run: Run) -> tuple[object, ...]:
+    """Where a run stands in a protocol: its key, but for the fingerprint of the data."""
     return run.task, run.setup, run.purpose, run.family, run.width, run.depth, run.tokens, run.seed, run.rate
 
 
-def planned(experiment: Experiment) -> list[Place]:
-    """The places of the runs that an experiment asks for, the trials by which it tunes as one."""
-    task, plan = experiment.sample, experiment.plan
-    trunks = [*plan.trials(task), *plan.trunks(task, dict.fromkeys(plan.families, plan.rates[0]))]
-    runs = [trunk.run(task, horizon) for trunk in trunks for horizon in trunk.horizons]
-    rates = plan.rates if len(plan.rates) == 1 else (TUNED,)
-    return list(dict.fromkeys(place(replace(run, task=experiment.task, rate=rates[0])) for run in runs))
+def measured(experiment: Experiment) -> list[Run]:
+    """The measurements that an experiment asks for, with nothing measured yet; rates that it tunes are `TUNED`."""
+    rates = experiment.plan.rates
+    rate = rates[0] if len(rates) == 1 else TUNED
+    return _blank(experiment, experiment.plan.trunks(experiment.sample, dict.fromkeys(experiment.plan.families, rate)))
+
+
+def trials(experiment: Experiment) -> list[Run]:
+    """The trials by which an experiment tunes, one for all rates."""
+    found = _blank(experiment, experiment.plan.trials(experiment.sample))
+    return list(dict.fromkeys(replace(run, rate=TUNED, trunk="") for run in found))
+
+
+def _blank(experiment: Experiment, trunks: Sequence[Trunk]) -> list[Run]:
+    runs = [trunk.run(experiment.sample, horizon) for trunk in trunks for horizon in trunk.horizons]
+    return [replace(run, task=experiment.task) for run in runs]
 
 
 def _by_task(experiments: Sequence[Experiment]) -> dict[Task, list[compare.Plan]]:
