@@ -27,8 +27,10 @@ class Plan:
     muP takes the best rate to every other width, but nothing takes it to other lengths: after a much shorter
     training the best rate is too high. Then each family is measured at each width, seed and horizon.
 
-    Horizons and `tuning` are in tokens (or examples), and are rounded to whole steps. `context` is the length of
-    sequences, None for the task's own.
+    Horizons and `tuning` are in tokens (or examples), and are rounded to whole steps. Horizons are those of the
+    recipe's base width: a model of r times the width is trained r ** `growth` times as long, since with one set of
+    horizons for all widths the narrow ones are trained far beyond, and the wide ones far below, what is best for
+    their compute. `context` is the length of sequences, None for the task's own.
 
     Raises:
         ValueError: for a family that does not exist, and for numbers that make no comparison.
@@ -44,6 +46,7 @@ class Plan:
     context: int | None = None
     seeds: tuple[int, ...] = (0,)
     extensions: int = 3
+    growth: float = 0.0
 
     def __post_init__(self) -> None:
         """Checks the numbers, and writes each family as the store does."""
@@ -76,17 +79,25 @@ class Plan:
         )  # fmt: skip
 
     def trunks(self, task: Task, rates: Mapping[str, float]) -> list[Trunk]:
-        """What to measure for the families that have a rate, cheapest first."""
-        horizons = tuple(sorted({self.steps(task, tokens) for tokens in self.horizons}))
+        """What to measure for the families that have a rate.
+
+        Narrow models first, all families of a width and seed together: wherever it ends early, what is done compares.
+        Of these the costliest come first, so that processes that share them end at about the same time.
+        """
         trunks = [
             Trunk(
-                family=family, width=width, depth=self.depth, rate=rates[family], seed=seed, horizons=horizons,
-                recipe=self.recipe,
+                family=family, width=width, depth=self.depth, rate=rates[family], seed=seed,
+                horizons=self.lengths(task, width), recipe=self.recipe,
             )
             for family, width, seed in product(self.families, self.widths, self.seeds)
             if family in rates
         ]  # fmt: skip
-        return sorted(trunks, key=lambda trunk: trunk.run(task, 1).flops)
+        return sorted(trunks, key=lambda trunk: (trunk.width, trunk.seed, -trunk.run(task, 1).flops))
+
+    def lengths(self, task: Task, width: int) -> tuple[int, ...]:
+        """The horizons of models of a width, in steps, ascending."""
+        factor = (width / self.recipe.base_width) ** self.growth
+        return tuple(sorted({self.steps(task, round(factor * tokens)) for tokens in self.horizons}))
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ import torch
 
 from einlinear.lab.forecast import forecast
 from einlinear.lab.machine import Machine
+from einlinear.lab.provenance import provenance
 from einlinear.lab.run import Run
 from einlinear.lab.studies.protocol import Experiment
-from einlinear.lab.train import CHUNK, Recipe, Training, Trunk, provenance
+from einlinear.lab.train import CHUNK, Recipe, Training, Trunk
 
 ROUNDS = 7  # in which all models are timed in turns
 
