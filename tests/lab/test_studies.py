@@ -85,6 +85,23 @@ def test_a_part_is_decided_by_an_interval_on_one_side_alone(claimed, holds, fail
     assert found == ["holds", "fails", "open", "open"]
 
 
+@pytest.mark.parametrize(
+    "found, more",
+    [
+        (part(1.1, 2.0), 1),  # decided
+        (part(1.1 - 0.4, 1.1 + 0.4), 16),  # 4 times too wide
+        (part(0.9 - 0.2, 0.9 + 0.2), 4),  # towards failing
+        (part(-0.4, 0.4, "within", 0.2), 4),
+        (part(-0.1, 0.5, "within", 0.25), 36),  # the nearer bound counts
+        (part(0.3 - 0.1, 0.3 + 0.1, "within", 0.25), 4),  # towards failing, outside
+        (Part(what="it", value=2.0, low=0.5, high=8.0, claimed="above", bound=1.0, ratio=True), 4),
+        (part(0.5, 1.5), math.inf),
+    ],
+)
+def test_runs_to_decide_go_by_the_root_of_their_number(found, more) -> None:
+    assert found.runs_to_decide == pytest.approx(more)
+
+
 def test_a_claim_holds_where_all_of_it_does() -> None:
     holds, fails, open_ = part(1.1, 2.0), part(0.1, 0.2), part(0.5, 1.5)
     assert verdict([holds, holds]) == "holds"

@@ -12,9 +12,9 @@ from einlinear.lab.studies.figures import landscape_figure
 from einlinear.lab.studies.protocol import NAIVE, labelled
 
 DRAWS = 4000
-NEAR = 0.3  # cells so far above the best of their width (ln loss) tell the noise; farther up training is erratic
+REACH = 2  # cells on either side of the best that tell where it is, and how large the noise is; beyond it is larger
 FLAT = 1e-6  # ln loss per octave squared, from which a curve has a lowest point
-CUBIC = 5  # cells for a cubic, which has four coefficients
+CUBIC = 2 * REACH + 1  # cells for a cubic, which has four coefficients
 STEADY = 0.25  # octaves of the best rate for each doubling of the width: a factor of 2 over 16 times the width
 
 Losses = Mapping[tuple[str, int], Mapping[float, list[float]]]
@@ -96,12 +96,13 @@ def gathered(runs: Sequence[Run]) -> Losses:
 
 
 def pooled_noise(losses: Losses) -> float:
-    """Standard deviation of a run's ln loss about its cell, over cells near the best of their width."""
+    """Standard deviation of a run's ln loss about its cell, over the best cell of each width and those near it."""
     squares, freedom = 0.0, 0
     for cells in losses.values():
-        best = min(np.mean(seeds) for seeds in cells.values())
-        for seeds in cells.values():
-            if len(seeds) > 1 and np.mean(seeds) <= best + NEAR:
+        means = [np.mean(seeds) for seeds in cells.values()]
+        best = int(np.argmin(means))
+        for seeds in list(cells.values())[max(0, best - REACH) : best + REACH + 1]:
+            if len(seeds) > 1 and np.isfinite(seeds).all():
                 squares += float(np.var(seeds)) * len(seeds)
                 freedom += len(seeds) - 1
     if not freedom:
@@ -129,7 +130,7 @@ def best_rates(rates: Floats, losses: Floats) -> Floats:
     at, finite = losses.argmin(axis=1), np.isfinite(losses[0])
     found: Floats = rates[at]
     for best in np.unique(at):
-        near = np.arange(max(0, best - 2), min(len(rates), best + 3))
+        near = np.arange(max(0, best - REACH), min(len(rates), best + REACH + 1))
         window = near[finite[near]]
         if len(window) < 3:
             continue

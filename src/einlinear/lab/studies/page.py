@@ -22,6 +22,8 @@ with extra("lab"):
 EXAMPLES = {"images", "teacher", "cifar10"}
 """Tasks of examples; the others are of sequences of tokens."""
 
+MANY = 100
+
 SIGNS = {"holds": "✓", "fails": "✗", "open": "?"}
 
 
@@ -143,8 +145,15 @@ def _parts(finding: Finding) -> Table:
     for part in finding.parts:
         numbers = [f"{part.value:.3g}", f"{part.low:.3g} to {part.high:.3g}"]
         numbers = ["not measured", "–"] if math.isnan(part.value) else numbers
-        rows.append((f"{SIGNS[part.outcome]} {part.what}", *numbers, part.asked))
-    return Table(title="What the claim says", columns=("", "measured", "95 % interval", "claimed"), rows=tuple(rows))
+        more = "" if part.outcome != "open" else "–" if math.isnan(part.value) else _times(part.runs_to_decide)
+        rows.append((f"{SIGNS[part.outcome]} {part.what}", *numbers, part.asked, more))
+    columns = ("", "measured", "95 % interval", "claimed", "runs to decide, if it stays")
+    return Table(title="What the claim says", columns=columns, rows=tuple(rows))
+
+
+def _times(factor: float) -> str:
+    """How many times as many runs, to two digits; beyond a hundred it is no plan."""
+    return f"{factor:.2g} ×" if factor < MANY else f"> {MANY} ×"
 
 
 def _table(table: Table) -> list[str]:

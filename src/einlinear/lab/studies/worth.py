@@ -57,7 +57,8 @@ def worth(runs: Sequence[Run], questions: Sequence[Question], baseline: str = "d
             if question.claimed and name.endswith(question.claimed):
                 what = f"the multiplier of {name} over {baseline} ({question.title})"
                 parts.append(Part(
-                    what=what, value=found.value, low=found.low, high=found.high, claimed="above", bound=bound
+                    what=what, value=found.value, low=found.low, high=found.high, claimed="above", bound=bound,
+                    ratio=True,
                 ))  # fmt: skip
     failed = sum(run.status != "done" for run in runs if run.purpose == "measure")
     if failed:
