@@ -164,6 +164,8 @@ IMAGES = Study(
         Question(task="images", axis="flops", claimed="btt", training=True),
         Question(task="images", axis="flops", claimed=None),
         Question(task="teacher", axis="flops", claimed="btt"),
+        Question(task="images", axis="flops", claimed=None, training=True, longest=True),
+        Question(task="teacher", axis="flops", claimed=None, longest=True),
     )),
 )  # fmt: skip
 
