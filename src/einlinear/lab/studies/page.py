@@ -110,8 +110,9 @@ def _line(task: str, plan: Plan, rates: Sequence[float]) -> str:
     else:
         grid = f"{grid}, all of them"
     families, horizons = _listed([f"`{family}`" for family in plan.families]), _listed([*map(quantity, plan.horizons)])
+    grown = f" at width {recipe.base_width}, growing as width^{plan.growth:g}" if plan.growth else ""
     return (
-        f"* `{task}`: {how}{families}; widths {_listed(plan.widths)}, depth {plan.depth}; {horizons} {token}, "
+        f"* `{task}`: {how}{families}; widths {_listed(plan.widths)}, depth {plan.depth}; {horizons} {token}{grown}, "
         f"{recipe.batch} {sequence} a step; base rates {grid}; seeds {_listed(plan.seeds)}; {recipe.precision}."
     )
 
