@@ -17,32 +17,36 @@ from pathlib import Path
 
 import torch
 
-from einlinear.lab import compare
 from einlinear.lab.compare import Plan
 from einlinear.lab.machine import Machine
+from einlinear.lab.run import Run
 from einlinear.lab.store import Store
 from einlinear.lab.studies import (
     Experiment,
     Question,
     Study,
+    collect,
     foretold,
+    label,
     measure,
     ordering,
     priced,
     rate_transfer,
+    read_steps,
+    timed,
     worth,
     write_page,
     write_runs,
+    write_steps,
 )
 from einlinear.lab.train import Recipe
 
 PAGES = Path(__file__).parents[1] / "docs" / "studies"
-MILLION = 1_000_000
 
 MLP = Recipe(batch=256, base_width=64, base_depth=2)
 GPT = Recipe(batch=8, base_width=64, base_depth=2)
-WIDE_MLP = Recipe(batch=4096, base_width=256, base_depth=3, warmup=50)
-WIDE_GPT = Recipe(batch=128, base_width=256, base_depth=4, head=64, warmup=100, precision="bfloat16")
+WIDE_MLP = Recipe(batch=1024, base_width=128, base_depth=2, warmup=50, precision="bfloat16")
+WIDE_GPT = Recipe(batch=32, base_width=128, base_depth=2, warmup=50, precision="bfloat16")
 
 
 def powers(first: int, last: int) -> tuple[float, ...]:
@@ -112,14 +116,13 @@ RATES = Study(
         "full": both_rules(
             "text",
             Plan(
-                families=("dense",), widths=(128, 512, 2048), depth=4, horizons=(8 * MILLION,), rates=(1.0,), tuning=1,
-                recipe=WIDE_GPT, context=256, seeds=(0, 1),
+                families=("dense",), widths=(64, 256, 1024), depth=2, horizons=(400 * 32 * 128,), rates=(1.0,),
+                tuning=1, recipe=replace(WIDE_GPT, base_width=64), context=128, seeds=(0, 1, 2),
             ),
             {
-                "dense": (powers(-11, -5), ()),
-                "btt": (powers(-11, -5), powers(-9, -3)),
-                "kronecker": (powers(-11, -5), powers(-9, -3)),
-                "monarch(blocks=16)": (powers(-11, -5), powers(-9, -3)),
+                "dense": (powers(-10, -4), ()),
+                "btt": (powers(-10, -4), powers(-7, -1)),
+                "kronecker": (powers(-10, -4), powers(-8, -2)),
             },
         ),
     },
@@ -150,17 +153,19 @@ IMAGES = Study(
         ),
         "full": tuple(
             Experiment(task=task, plan=Plan(
-                families=("dense", "btt", "btt(rank=4)"), widths=(256, 512, 1024, 2048, 4096), depth=3,
-                horizons=(2 * MILLION, 4 * MILLION, 8 * MILLION), rates=powers(-11, -9), tuning=8 * MILLION,
+                families=("dense", "btt"), widths=(64, 128, 256, 512, 1024), depth=2, growth=0.5,
+                horizons=tuple(steps * 1024 for steps in horizons), rates=powers(-10, -8), tuning=horizons[-2] * 1024,
                 recipe=WIDE_MLP, seeds=(0, 1, 2),
             ))
-            for task in ("images", "teacher")
+            for task, horizons in {"images": (150, 300, 600, 1200), "teacher": (250, 500, 1000, 2000)}.items()
         ),
     },
     judge=partial(worth, questions=(
         Question(task="images", axis="flops", claimed="btt", training=True),
         Question(task="images", axis="flops", claimed=None),
         Question(task="teacher", axis="flops", claimed="btt"),
+        Question(task="images", axis="flops", claimed=None, training=True, longest=True),
+        Question(task="teacher", axis="flops", claimed=None, longest=True),
     )),
 )  # fmt: skip
 
@@ -192,10 +197,12 @@ REVERSE = Study(
             "text",
             Plan(
                 families=("dense", "monarch(blocks=16)"), widths=(256, 512, 1024), depth=4,
-                horizons=(15 * MILLION, 45 * MILLION, 135 * MILLION), rates=powers(-9, -7), tuning=45 * MILLION,
-                recipe=WIDE_GPT, context=256, seeds=(0, 1),
+                horizons=tuple(steps * 64 * 256 for steps in (200, 400, 800)), rates=powers(-9, -7),
+                tuning=400 * 64 * 256, recipe=replace(WIDE_GPT, batch=64, base_width=256, base_depth=4, head=64),
+                context=256,
+                seeds=(0, 1),
             ),
-            0.2, 0.5,
+            0.2,
         ),
     },
     judge=partial(worth, questions=(
@@ -218,6 +225,23 @@ POINTS = (
 )
 """Nine points beside dense: ω of 0, 1/3 and 1/2, ψ and ν from 0 to 1, the last three numbers not in step."""
 
+MORE_POINTS = (
+    "theta(theta=(1.0, 0.0, 0.0, 0.0, 0.75, 0.25, 0.0))",
+    "theta(theta=(0.25, 0.0, 0.75, 0.0, 0.5, 0.5, 0.0))",
+    "theta(theta=(0.75, 0.25, 0.0, 0.25, 0.75, 0.0, 0.0))",
+    "theta(theta=(0.25, 0.75, 0.0, 0.5, 0.5, 0.0, 0.0))",
+    "theta(theta=(0.3333, 0.6667, 0.0, 0.6667, 0.3333, 0.0, 0.0))",
+    "theta(theta=(0.25, 0.75, 0.0, 0.75, 0.25, 0.0, 0.0))",
+    "theta(theta=(0.5, 0.25, 0.25, 0.25, 0.5, 0.25, 0.0))",
+    "theta(theta=(1.0, 0.0, 0.0, 0.25, 0.25, 0.5, 0.0))",
+    "theta(theta=(0.3333, 0.0, 0.6667, 0.0, 0.6667, 0.3333, 0.0))",
+    "theta(theta=(1.0, 0.0, 0.0, 0.0, 0.6667, 0.3333, 0.0))",
+    "theta(theta=(0.75, 0.0, 0.25, 0.25, 0.75, 0.0, 0.0))",
+    "theta(theta=(0.5, 0.5, 0.0, 0.25, 0.25, 0.5, 0.0))",
+    "theta(theta=(0.75, 0.0, 0.25, 0.0, 0.5, 0.5, 0.0))",
+)
+"""Thirteen more, chosen so that the slopes are told apart as well as so many can: points, not seeds, decide them."""
+
 ORDER = Study(
     name="order",
     title="What makes a structure scale: sharing, rank, compute",
@@ -237,9 +261,9 @@ ORDER = Study(
         ),
         "full": (
             Experiment(task="text", plan=Plan(
-                families=POINTS, widths=(128, 256, 512), depth=4,
-                horizons=(10 * MILLION, 30 * MILLION, 90 * MILLION), rates=powers(-9, -7), tuning=30 * MILLION,
-                recipe=WIDE_GPT, context=256, seeds=(0, 1),
+                families=(*POINTS, *MORE_POINTS), widths=(64, 128, 256, 512), depth=2,
+                horizons=tuple(steps * 32 * 128 for steps in (200, 400, 800)), rates=powers(-8, -6),
+                tuning=400 * 32 * 128, recipe=WIDE_GPT, context=128,
             )),
         ),
     },
@@ -249,9 +273,8 @@ ORDER = Study(
 STUDIES = {study.name: study for study in (RATES, IMAGES, REVERSE, ORDER)}
 
 
-def told(progress: compare.Progress) -> None:
-    if run := progress.run:
-        print(f"{progress.runs}/{progress.total} {run.family} width {run.width} {run.status} {run.loss}", flush=True)
+def told(run: Run, done: int, wanted: int) -> None:
+    print(f"{done}/{wanted} {label(run)} width {run.width} {run.status} {run.loss}", flush=True)
 
 
 def main() -> None:
@@ -263,22 +286,44 @@ def main() -> None:
     parser.add_argument("--paths", nargs="*", default=[], help="files and folders of the text that `full` trains on")
     parser.add_argument("--store", default="runs/claims.sqlite", help="where runs are kept, those of all studies")
     parser.add_argument("--plan", action="store_true", help="only say what the study takes on this machine")
+    parser.add_argument("--steps", action="store_true", help="only time the steps of its models, on a quiet machine")
+    parser.add_argument("--stored", action="store_true", help="only write the table and the page from stored runs")
     parser.add_argument("--page", action="store_true", help="only write the page again")
     options = parser.parse_args()
-    study, scale = STUDIES[options.study], options.scale
-    if not options.page:
-        experiments = study.experiments(scale, options.paths)
-        machine = replace(Machine.here(options.device), workers=options.workers)
-        torch.set_num_threads(machine.threads)
-        if options.plan:
-            print(foretold(experiments, machine))
-            return
-        with Store(options.store) as store:
+    try:
+        print(answered(STUDIES[options.study], options))
+    except ValueError as error:
+        parser.exit(1, f"{error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "Stopped; the same command goes on from here.\n")
+
+
+def answered(study: Study, options: argparse.Namespace) -> object:
+    """Does what the options ask for; returns what to print at the end."""
+    scale, runs_at, steps_at = (
+        options.scale,
+        *(PAGES / f"{study.name}-{options.scale}{end}.csv" for end in ("", "-steps")),
+    )
+    experiments = study.experiments(scale, options.paths)
+    machine = replace(Machine.here(options.device), workers=options.workers)
+    torch.set_num_threads(machine.threads)
+    if options.page:
+        return write_page(study, PAGES)
+    if options.plan:
+        return foretold(experiments, machine)
+    if options.steps or (study.priced and not steps_at.exists() and not options.stored):
+        write_steps(timed(experiments, machine), steps_at)
+    if options.steps:
+        return steps_at
+    with Store(options.store) as store:
+        if options.stored:
+            runs = collect(experiments, store)
+        else:
             runs = measure(experiments, store, machine, Path("runs/claims.parts"), told)
-        if study.priced:
-            runs = priced(runs, experiments, machine)
-        write_runs(runs, PAGES / f"{study.name}-{scale}.csv")
-    print(write_page(study, PAGES))
+    if study.priced:
+        runs = priced(runs, read_steps(steps_at))
+    write_runs(runs, runs_at)
+    return write_page(study, PAGES)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python recipes/experts.py                         # small, on a CPU
     python recipes/experts.py --scale h200 --task text --paths corpus/ --workers 4 --minutes 9
     python recipes/experts.py --health                # routers of 16 experts on `bytes`, 1000 steps
-    python recipes/experts.py --clock                 # seconds of a step, where the machine was busy with other things
+    python recipes/experts.py --clock                 # seconds of a step, once the machine does nothing else
 
 Every call goes on where the last one stopped, killed or out of its minutes: finished runs are found in the store,
 those in progress beside it. Families, rates and horizons are tuned and measured alike (docs/laws.md). Afterwards
@@ -15,8 +15,6 @@ import argparse
 import csv
 import json
 import signal
-import statistics
-import time
 from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -30,7 +28,9 @@ from einlinear.lab.machine import Machine
 from einlinear.lab.report import write_report
 from einlinear.lab.run import Run
 from einlinear.lab.store import Store
-from einlinear.lab.train import Recipe, Training, Trunk, train
+from einlinear.lab.studies import Experiment, timed, write_steps
+from einlinear.lab.studies.pricing import Timed
+from einlinear.lab.train import Recipe, Trunk, train
 
 STANDARD = "moe(experts=8, active=2)"
 
@@ -107,47 +107,44 @@ def told(progress: compare.Progress) -> None:
         print(f"{progress.runs}/{progress.total} {what}: {outcome}{left}", flush=True)
 
 
-def health(steps: int, seeds: Iterable[int], results: Path) -> None:
+def health(steps: int, seeds: Iterable[int], machine: Machine, results: Path) -> None:
     """Routers of the lab's GPT with its defaults while it trains: every window of training, and loads at its end."""
     task = load("bytes", context=64)
     recipe = Recipe(batch=16, base_width=64, base_depth=1)
-    windows: list[dict[str, object]] = []
-    loads: list[dict[str, object]] = []
+    runs = []
     for family in HEALTHY:
         for seed in seeds:
             trunk = Trunk(family=family, width=64, depth=1, rate=2**-7, seed=seed, horizons=(steps,), recipe=recipe)
-            (run,) = train(trunk, task)
-            print(f"{family} seed {seed}: loss {run.loss}", flush=True)
-            for layer, found in json.loads(run.routers).items():
-                about = {"family": family, "seed": seed, "layer": layer}
-                by_window = zip(*found["history"].values(), strict=True)
-                windows += [about | dict(zip(found["history"], values, strict=True)) for values in by_window]
-                loads += [about | {"expert": e, "load": share} for e, share in enumerate(found["load"])]
-            write(results / "experts_health.csv", windows)
-            write(results / "experts_loads.csv", loads)
+            runs += train(trunk, task, execution=machine)
+            print(f"{family} seed {seed}: loss {runs[-1].loss}", flush=True)
+            watched(runs, results, "health")
 
 
-def clock(plan: compare.Plan, task: Task, machine: Machine, repeats: int, file: Path) -> None:
-    """Seconds of a step of every family and width, on a CPU those of the processor; all timed in turn, then again.
+def watched(runs: Iterable[Run], results: Path, name: str) -> None:
+    """Two tables of what runs tell of their routers: every window of training, and loads at its end."""
+    windows: list[dict[str, object]] = []
+    loads: list[dict[str, object]] = []
+    for run in runs:
+        for layer, found in json.loads(run.routers).items():
+            about = {"family": run.family, "width": run.width, "seed": run.seed, "layer": layer}
+            by_window = zip(*found["history"].values(), strict=True)
+            windows += [about | dict(zip(found["history"], values, strict=True)) for values in by_window]
+            loads += [about | {"expert": e, "load": share} for e, share in enumerate(found["load"])]
+    write(results / f"experts_{name}.csv", windows)
+    write(results / f"experts_{name}_loads.csv", loads)
+
+
+def clock(plan: compare.Plan, machine: Machine, options: argparse.Namespace) -> None:
+    """Seconds of a step of every family, timed in turn, one width after the other; on a CPU those of its thread.
 
     On a machine that others use, the wall time of a run says when it ran and not what it takes.
     """
     torch.set_num_threads(machine.threads)
-    now = time.process_time if machine.device == "cpu" else time.perf_counter
-    seen: dict[tuple[str, int], list[float]] = {}
-    for _ in range(repeats):
-        for trunk in plan.trunks(task, dict.fromkeys(plan.families, plan.rates[0])):
-            if trunk.seed != plan.seeds[0]:
-                continue
-            training = Training(trunk, task, machine)
-            begun = now()
-            steps = sum(training.advance(20))
-            seen.setdefault((trunk.family, trunk.width), []).append((now() - begun) / steps)
-    rows = (
-        {"family": family, "width": width, "seconds": statistics.median(found)}
-        for (family, width), found in seen.items()
-    )
-    write(file, rows)
+    steps: list[Timed] = []
+    for width in plan.widths:
+        one = replace(plan, widths=(width,))
+        steps += timed([Experiment(task=options.task, plan=one, paths=tuple(options.paths))], machine)
+        write_steps(steps, options.results / f"experts_{options.scale}_clock.csv")
 
 
 def write(file: Path, rows: Iterable[dict[str, object]]) -> None:
@@ -166,7 +163,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="how many; a later call with more of them adds to it")
     parser.add_argument("--widths", type=int, nargs="+", help="only these; a later call with more of them adds to it")
     parser.add_argument("--task", default="bytes")
-    parser.add_argument("--paths", nargs="*", type=Path, default=[])
+    parser.add_argument("--paths", nargs="*", default=[])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1, help="trunks trained at once, also on one GPU")
     parser.add_argument("--minutes", type=float, default=0.0, help="after which it stops and keeps what it is at")
@@ -174,7 +171,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, default=Path("runs/experts.html"))
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of CSVs")
     parser.add_argument("--plan", action="store_true", help="say what it takes, instead")
-    parser.add_argument("--clock", type=int, nargs="?", const=3, help="time a step of each, so often, instead")
+    parser.add_argument("--clock", action="store_true", help="time a step of each, instead")
     parser.add_argument("--health", type=int, nargs="?", const=1000, help="steps to watch routers for, instead")
     options = parser.parse_args()
     plan = PLANS[options.scale]
@@ -182,15 +179,15 @@ def main() -> None:
         plan = replace(plan, seeds=tuple(range(options.seeds)))
     if options.widths:
         plan = replace(plan, widths=tuple(options.widths))
+    machine = replace(Machine.here(options.device), workers=options.workers)
     if options.health:
         torch.set_num_threads(1)
-        health(options.health, plan.seeds, options.results)
+        health(options.health, plan.seeds, machine, options.results)
+        return
+    if options.clock:
+        clock(plan, machine, options)
         return
     task = plan.cut(load(options.task, paths=options.paths))
-    machine = replace(Machine.here(options.device), workers=options.workers)
-    if options.clock:
-        clock(plan, task, machine, options.clock, options.results / f"experts_{options.scale}_clock.csv")
-        return
     if options.plan:
         foretold = forecast(plan, task, machine)
         print(foretold, foretold.refusal() or "", sep="\n")

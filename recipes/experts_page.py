@@ -3,8 +3,12 @@
 import csv
 import json
 import re
-from dataclasses import fields, replace
+import statistics
+from collections.abc import Iterator
+from dataclasses import fields
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from einlinear.lab.report import save_figure
 from einlinear.lab.report.charts import INK, Specification, finished, plotted
 from einlinear.lab.report.page import quantity, save_picture
 from einlinear.lab.run import Run
+from einlinear.lab.studies import priced, read_steps
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "experts.md"
@@ -30,17 +35,14 @@ def read(file: Path) -> list[dict[str, str]]:
 
 
 def results(scale: str) -> list[Run]:
-    """The runs of a scale; their seconds are steps times what a step was timed to take (`experts.clock`)."""
+    """The runs of a scale; their seconds are steps times what a step takes (`experts.clock`)."""
     kinds: dict[str, Any] = {field.name: field.type for field in fields(Run)}
     runs = []
     for row in read(RESULTS / f"experts_{scale}.csv"):
         loss = float(row.pop("loss")) if row["loss"] else None
         runs.append(Run(loss=loss, **{name: kinds[name](value) for name, value in row.items()}))
     file = RESULTS / f"experts_{scale}_clock.csv"
-    if not file.exists():
-        return runs
-    timed = {(row["family"], int(row["width"])): float(row["seconds"]) for row in read(file)}
-    return [replace(run, seconds=timed[run.family, run.width] * run.tokens / _batch(run)) for run in runs]
+    return priced(runs, read_steps(file)) if file.exists() else runs
 
 
 def _batch(run: Run) -> int:
@@ -137,18 +139,64 @@ def health_table() -> str:
         "| | router | experts | least and most loaded | dead | entropy | windows with an idle expert |",
         "|---|---|---|---|---|---|---|",
     ]
-    windows, loads = read(RESULTS / "experts_health.csv"), read(RESULTS / "experts_loads.csv")
-    for family, seed, layer in dict.fromkeys((row["family"], row["seed"], row["layer"]) for row in loads):
-        own, seen = (
-            [row for row in rows if (row["family"], row["seed"], row["layer"]) == (family, seed, layer)]
-            for rows in (loads, windows)
-        )
-        shares = [float(row["load"]) for row in own]
+    for (family, _, _, layer), shares, seen in routers("health"):
         idle = sum(row["dead"] != "0" for row in seen)
         lines.append(
-            f"| {family.partition('(')[0]} | {layer.removeprefix('blocks.0.')} | {len(own)} | {min(shares):.1%} to "
+            f"| {family.partition('(')[0]} | {layer.removeprefix('blocks.0.')} | {len(shares)} | {min(shares):.1%} to "
             f"{max(shares):.1%} | {shares.count(0.0)} | {float(seen[-1]['entropy']):.2f} | {idle} of {len(seen)} |"
         )
+    return "\n".join(lines)
+
+
+def routers(name: str) -> Iterator[tuple[tuple[str, str, str, str], list[float], list[dict[str, str]]]]:
+    """Of each router (family, width, seed, layer): the loads of its experts at the end, and its windows of training."""
+    about = ("family", "width", "seed", "layer")
+    windows, loads = (
+        {key: list(rows) for key, rows in groupby(read(RESULTS / f"experts_{name}{part}.csv"), itemgetter(*about))}
+        for part in ("", "_loads")
+    )
+    for key, rows in loads.items():
+        yield key, [float(row["load"]) for row in rows], windows[key]
+
+
+def health_by_width(scale: str) -> str:
+    """All routers of each model of 16 experts, at the end of its longest run and in the windows before."""
+    lines = [
+        "| | width | steps | routers | least and most loaded expert | dead | windows with an idle expert |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    runs = results(scale)
+    for (family, width), own in groupby(routers(f"{scale}_routers"), lambda one: one[0][:2]):
+        found = list(own)
+        shares = [share * len(loads) for _, loads, _ in found for share in loads]
+        seen = [row for _, _, windows in found for row in windows]
+        idle = sum(row["dead"] != "0" for row in seen)
+        steps, name = int(found[0][2][-1]["tokens"]) // _batch(runs[0]), family.partition("(")[0]
+        lines.append(
+            f"| {name} | {width} | {steps} | {len(found)} | {min(shares):.2f} to {max(shares):.2f} of an even share | "
+            f"{shares.count(0.0)} | {idle} of {len(seen)} |"
+        )
+    return "\n".join(lines)
+
+
+def losses(scale: str) -> str:
+    """The loss of every family at each width's longest horizon, means over seeds, and its FLOPs in those of dense."""
+    runs = [run for run in results(scale) if run.purpose == "measure" and run.loss is not None]
+    widths = sorted({run.width for run in runs})
+    longest = {width: max(run.tokens for run in runs if run.width == width) for width in widths}
+    heads = (f"width {width}, {quantity(longest[width])} tokens: loss | FLOPs" for width in widths)
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|---|" * len(widths)]
+    for family in dict.fromkeys(run.family for run in runs):
+        cells = []
+        for width in widths:
+            at = [run for run in runs if (run.width, run.tokens) == (width, longest[width])]
+            own, dense = ([run for run in at if run.family == name] for name in (family, "dense"))
+            if own and dense:
+                mean = statistics.fmean(run.loss for run in own if run.loss is not None)
+                cells += [f"{mean:.4f}", f"{own[0].flops / dense[0].flops:.2f}"]
+            else:
+                cells += ["–", "–"]
+        lines.append(f"| {NAMES.get(family, family)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

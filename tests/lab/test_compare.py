@@ -77,8 +77,8 @@ def test_the_grid_is_what_the_plan_says(task: Sequences, store: Store, monkeypat
     assert {(run.family, run.width, run.tokens, run.rate) for run in measured} == {
         (family, width, tokens, 0.02) for family in PLAN.families for width in (16, 24) for tokens in (640, 1600)
     }
-    flops = [trunk.run(task, 1).flops for trunk in trainer.trunks[6:]]
-    assert flops == sorted(flops)  # so that a report of the first ones means something
+    widths = [trunk.width for trunk in trainer.trunks[6:]]
+    assert widths == sorted(widths)  # so that a report of the first ones means something
     assert len({run.setup for run in runs}) == 1
 
 
@@ -226,6 +226,24 @@ def test_a_mistake_in_the_plan_costs_no_training(task: Sequences, store: Store) 
     with pytest.raises(el.StructureError):
         compare(replace(PLAN, families=("btt(blocks=(7, 7))",)), task, store, machine=machine)
     assert store.runs() == []
+
+
+def test_wherever_it_ends_what_is_done_compares(task: Sequences) -> None:
+    """Every family at a width and seed comes before any at the next one."""
+    plan = replace(PLAN, families=("dense", "btt", "low_rank(rank=1)"), widths=(32, 16, 24), seeds=(0, 1))
+    trunks = plan.trunks(task, dict.fromkeys(plan.families, 0.01))
+    cells = [(trunk.width, trunk.seed) for trunk in trunks]
+    assert cells == sorted(cells) and len(trunks) == 18
+    costs = [trunk.run(task, 1).flops for trunk in trunks]
+    assert all(sorted(costs[first : first + 3], reverse=True) == costs[first : first + 3] for first in range(0, 18, 3))
+
+
+def test_horizons_may_grow_with_the_width(task: Sequences) -> None:
+    plan = replace(PLAN, widths=(8, 16, 32), growth=1.5)
+    steps = {trunk.width: trunk.horizons for trunk in plan.trunks(task, {"dense": 0.01})}
+    assert steps[16] == (640 // 16, 1600 // 16) == PLAN.trunks(task, {"dense": 0.01})[0].horizons
+    assert steps[32] == (round(2**1.5 * 40), round(2**1.5 * 100))
+    assert steps[8] == (round(0.5**1.5 * 40), round(0.5**1.5 * 100))
 
 
 def test_families_are_named_as_they_are_stored() -> None:

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def task() -> Sequences:
     return Sequences("s", "", "", VOCABULARY, CONTEXT, tokens, tokens, limit=100)
 
 
-def trunk(family: str, **options: str) -> Trunk:
+def trunk(family: str, **options: Any) -> Trunk:
     recipe = Recipe(batch=4, base_width=32, base_depth=1, warmup=2, **options)
     return Trunk(family=family, width=32, depth=1, rate=0.01, seed=0, horizons=(30,), recipe=recipe)
 
@@ -62,6 +63,21 @@ def test_steps_move_biases_and_evaluation_nothing(task: Sequences) -> None:
     assert any((bias != 0).any() for bias in biases)
     training.evaluate()
     assert all((a == b).all() for a, b in zip(before, biases, strict=True))
+
+
+def test_a_recipe_says_how_experts_are_evened_out(task: Sequences) -> None:
+    def curve(**options: float) -> list[tuple[int, float]]:
+        training = Training(trunk(EVERYWHERE, **options), task)
+        assert sum(training.advance(20)) == 20
+        biases = [module.bias for module in training.model.modules() if isinstance(module, el.Router)]
+        assert all((bias == 0).all() for bias in biases) == (options.get("rebalance") == 0)
+        return training.curve
+
+    curves = [curve(), curve(rebalance=0.0), curve(rebalance=0.0, balance=0.0)]
+    assert len({losses[-1][1] for losses in curves}) == 3
+    assert curve(rebalance=0.01, balance=0.1) == curves[0]
+    assert "balance" not in trunk(EVERYWHERE).recipe.setup  # as of runs that were stored before it could be chosen
+    assert trunk(EVERYWHERE, balance=0.01).recipe.setup["balance"] == 0.01
 
 
 def test_a_copy_in_16_bits_leaves_routers_alone(task: Sequences) -> None:

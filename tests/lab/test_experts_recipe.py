@@ -76,5 +76,5 @@ def test_the_page_is_that_of_the_results(page: ModuleType) -> None:
 
 def test_no_expert_is_dead_at_the_end(page: ModuleType) -> None:
     """The committed result of `python recipes/experts.py --health`."""
-    loads = page.read(page.RESULTS / "experts_loads.csv")
+    loads = page.read(page.RESULTS / "experts_health_loads.csv")
     assert len(loads) >= 64 and min(float(row["load"]) for row in loads) > 0

@@ -5,8 +5,8 @@ import json
 import math
 import re
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from einlinear.lab.studies import (
     Part,
     Question,
     Study,
+    collect,
     foretold,
     label,
     measure,
@@ -30,28 +31,35 @@ from einlinear.lab.studies import (
     priced,
     rate_transfer,
     read_runs,
+    read_steps,
+    timed,
     verdict,
     worth,
     write_page,
     write_runs,
+    write_steps,
 )
+from einlinear.lab.studies.landscape import _carried as carried
 from einlinear.lab.studies.landscape import best_rates
 from einlinear.lab.studies.ordering import rank_correlation, regression
+from einlinear.lab.studies.page import steps_of
+from einlinear.lab.studies.protocol import TUNED, measured, place_of
 from einlinear.lab.train import Recipe
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "docs" / "studies"
 
 
-def recipe() -> dict[str, Study]:
+def recipe() -> ModuleType:
     spec = importlib.util.spec_from_file_location("claims", ROOT / "recipes" / "claims.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.STUDIES
+    return module
 
 
-STUDIES = recipe()
+RECIPE = recipe()
+STUDIES: dict[str, Study] = RECIPE.STUDIES
 DONE = [
     (name, scale)
     for name, study in STUDIES.items()
@@ -80,6 +88,23 @@ def part(low: float, high: float, claimed: str = "above", bound: float = 1.0) ->
 def test_a_part_is_decided_by_an_interval_on_one_side_alone(claimed, holds, fails, opens) -> None:
     found = [part(*interval, claimed).outcome for interval in (holds, fails, opens, (math.nan, math.nan))]
     assert found == ["holds", "fails", "open", "open"]
+
+
+@pytest.mark.parametrize(
+    "found, more",
+    [
+        (part(1.1, 2.0), 1),  # decided
+        (part(1.1 - 0.4, 1.1 + 0.4), 16),  # 4 times too wide
+        (part(0.9 - 0.2, 0.9 + 0.2), 4),  # towards failing
+        (part(-0.4, 0.4, "within", 0.2), 4),
+        (part(-0.1, 0.5, "within", 0.25), 36),  # the nearer bound counts
+        (part(0.3 - 0.1, 0.3 + 0.1, "within", 0.25), 4),  # towards failing, outside
+        (Part(what="it", value=2.0, low=0.5, high=8.0, claimed="above", bound=1.0, ratio=True), 4),
+        (part(0.5, 1.5), math.inf),
+    ],
+)
+def test_runs_to_decide_go_by_the_root_of_their_number(found, more) -> None:
+    assert found.runs_to_decide == pytest.approx(more)
 
 
 def test_a_claim_holds_where_all_of_it_does() -> None:
@@ -113,6 +138,22 @@ def test_the_vertex_of_a_parabola_is_the_best_rate() -> None:
     rates = np.arange(-8.0, -2.0)
     losses = np.array([(rates + 5.3) ** 2, (rates + 8.5) ** 2, np.where(rates < -4, np.inf, rates)])
     assert best_rates(rates, losses) == pytest.approx([-5.3, -8.0, -4.0])  # outside the grid its edge
+
+
+@pytest.mark.parametrize("best", [-7.5, -7.3, -7.1])
+def test_the_best_rate_of_an_uneven_landscape_is_found_wherever_the_grid_lies(best) -> None:
+    rates = np.arange(-11.0, -3.0)
+    losses = 0.03 * (rates - best) ** 2 + 0.02 * np.maximum(rates - best, 0) ** 3
+    assert best_rates(rates, losses[None]) == pytest.approx([best], abs=0.11)  # by a parabola .25 to .33 too low
+
+
+def test_the_loss_at_a_carried_rate_is_between_those_of_its_neighbours() -> None:
+    rates = np.arange(-8.0, -3.0)
+    small, large = (rates + 5.75) ** 2, np.array([5.0, 4.0, 2.0, math.inf, math.inf])
+    drawn = {("x", 16): (rates, small[None]), ("x", 64): (rates, large[None])}
+    assert carried(drawn, "x", [16, 64]) == pytest.approx([0.75 * 2 + 0.25 * math.inf])
+    drawn["x", 64] = rates, np.array([[5.0, 4.0, 2.0, 1.0, math.inf]])
+    assert carried(drawn, "x", [16, 64]) == pytest.approx([1.75])
 
 
 @pytest.mark.parametrize(
@@ -255,18 +296,68 @@ def test_a_study_from_its_protocol_to_its_page(tiny, tmp_path) -> None:
         assert measure(experiments, store, machine) == runs  # nothing is trained twice
     assert len(runs) == 24
     assert {label(run) for run in runs} == {"dense", "monarch(blocks=4)", "monarch(blocks=4), last 20% dense"}
-    timed = priced(runs, experiments, machine)
-    per_step = {(label(run), run.width): run.seconds / run.tokens for run in timed}
+    steps = timed(experiments, machine)
+    write_steps(steps, tmp_path / "tiny-small-steps.csv")
+    assert read_steps(tmp_path / "tiny-small-steps.csv") == steps
+    with pytest.raises(ValueError, match="no step of Timed"):
+        priced(runs, steps[1:])
+    runs = priced(runs, steps)
+    per_step = {(label(run), run.width): run.seconds / run.tokens for run in runs}
     for width in (16, 32):
         dense, monarch = per_step["dense", width], per_step["monarch(blocks=4)", width]
         assert per_step["monarch(blocks=4), last 20% dense", width] == pytest.approx(0.8 * monarch + 0.2 * dense)
-    write_runs(timed, tmp_path / "tiny-small.csv")
+    write_runs(runs, tmp_path / "tiny-small.csv")
     written = write_page(tiny, tmp_path)
     text = written.read_text()
     assert "**Verdict at the small scale (cpu" in text and "tiny-small.svg" in text
+    assert "* A step, timed in turns ([tiny-small-steps.csv]" in text and "`monarch(blocks=4)` " in text
     assert (tmp_path / "tiny-small.svg").read_text().startswith("<svg")
     assert written == write_page(tiny, tmp_path) and written.read_text() == text
     assert "in all about" in foretold(experiments, machine)
+
+
+def test_a_study_cut_short_is_read_from_its_store_and_says_so(tiny, tmp_path) -> None:
+    """Narrow models first, one seed after the other."""
+    experiments, order = tiny.experiments("small"), []
+
+    def stop(run: Run, done: int, wanted: int) -> None:
+        order.append((run.seed, run.width))
+        if done == 14:
+            raise KeyboardInterrupt
+
+    with Store(tmp_path / "tiny.sqlite") as store:
+        with pytest.raises(KeyboardInterrupt):
+            measure(experiments, store, Machine(workers=0), tell=stop)
+        runs = collect(experiments, store)
+        store.add(replace(runs[0], width=48))  # of no protocol
+        assert collect(experiments, store) == runs
+    assert order == sorted(order) and len(runs) == 14
+    text = page(tiny, {"small": runs}, {"small": tiny.judge(runs)})
+    assert "**Not run** of these: 10 of 24 measurements" in text
+    assert "4 of dense with seed 1" not in text and "4 of monarch(blocks=4), last 20% dense with seed 1" in text
+
+
+def test_tuned_runs_have_their_places_whatever_their_rate(tmp_path) -> None:
+    plan = Plan(
+        families=("dense",), widths=(16,), depth=1, horizons=(40,), rates=(2.0**-9, 2.0**-8), tuning=20,
+        recipe=Recipe(batch=4, base_width=16, base_depth=1, warmup=2),
+    )  # fmt: skip
+    (one,) = experiments = (Experiment(task="teacher", plan=plan),)
+    with Store(tmp_path / "tuned.sqlite") as store:
+        runs = measure(experiments, store, Machine(workers=0))
+        assert collect(experiments, store) == runs
+    assert [run.purpose for run in runs].count("measure") == 1 < len(runs)
+    assert [place_of(run) for run in measured(one)] == [place_of(replace(runs[-1], rate=TUNED))]
+
+
+@pytest.mark.parametrize("study", ["rates", "reverse"])
+def test_a_study_of_a_text_without_its_files_is_one_sentence(study, tmp_path, monkeypatch, capsys) -> None:
+    arguments = ["claims.py", study, "--scale", "full", "--device", "cpu", "--store", str(tmp_path / "a.sqlite")]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit) as ended:
+        RECIPE.main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "Loading the task 'text': no paths were given. Name the files or directories.\n"
 
 
 def test_runs_survive_their_table(tmp_path) -> None:
@@ -299,7 +390,7 @@ def test_pages_are_those_of_the_committed_runs(name) -> None:
     """Words as they stand, numbers within what another platform's rounding may move."""
     study = STUDIES[name]
     runs = {scale: read_runs(PAGES / f"{name}-{scale}.csv") for scale in study.scales if (name, scale) in DONE}
-    made = page(study, runs, {scale: study.judge(found) for scale, found in runs.items()})
+    made = page(study, runs, {scale: study.judge(found) for scale, found in runs.items()}, steps_of(study, PAGES))
     text = (PAGES / f"{name}.md").read_text()
     assert NUMBER.sub("#", made) == NUMBER.sub("#", text)
     numbers = [[float(number) for number in NUMBER.findall(one)] for one in (made, text)]
@@ -308,24 +399,10 @@ def test_pages_are_those_of_the_committed_runs(name) -> None:
 
 @pytest.mark.parametrize("name, scale", DONE)
 def test_committed_runs_are_those_that_the_protocol_asks_for(name, scale) -> None:
-    wanted = set()
-    found = {
-        (run.task, label(run), run.width, run.tokens, run.seed)
-        for run in read_runs(PAGES / f"{name}-{scale}.csv")
-        if run.purpose == "measure"
-    }
-    for one in STUDIES[name].scales[scale]:
-        plan, of_step = one.plan, one.plan.recipe.tokens(one.data)
-        blank = Run(task=one.task, fingerprint="", family="", width=0, depth=0, tokens=0, rate=0, seed=0)
-        setup = json.dumps(plan.recipe.setup)
-        wanted |= {
-            (
-                one.task,
-                label(replace(blank, family=family, setup=setup)),
-                width,
-                round(tokens / of_step) * of_step,
-                seed,
-            )
-            for family, width, tokens, seed in product(plan.families, plan.widths, plan.horizons, plan.seeds)
-        }
-    assert found == wanted
+    """Every run has a place in it, and what has no run is named on the page."""
+    found = [run for run in read_runs(PAGES / f"{name}-{scale}.csv") if run.purpose == "measure"]
+    wanted = {place_of(run) for one in STUDIES[name].scales[scale] for run in measured(one)}
+    places = {place if (place := place_of(run)) in wanted else place_of(replace(run, rate=TUNED)) for run in found}
+    assert places <= wanted
+    lacking = f"{len(wanted - places)} of {len(wanted)} measurements"
+    assert (lacking in (PAGES / f"{name}.md").read_text()) == (places < wanted)

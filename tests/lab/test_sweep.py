@@ -105,6 +105,20 @@ def test_a_sweep_killed_again_and_again_loses_and_repeats_nothing(
     assert not list(tmp_path.glob("kept/*"))
 
 
+def test_the_state_of_a_finished_trunk_does_not_stay(task: Sequences, tmp_path: Path) -> None:
+    """Killed between storing its last run and removing its state, a sweep removes that the next time."""
+    kept = tmp_path / "kept"
+    with Store(tmp_path / "runs.sqlite") as store, Sweep(task, store, Machine(workers=0), kept) as sweep:
+        runs = sweep.train(trunks()[:1])
+        left = kept / f"{runs[0].trunk}.safetensors"
+        left.parent.mkdir(exist_ok=True)
+        left.touch()
+        assert sweep.train(trunks()[:1]) == runs and not left.exists()
+        left.touch()
+        sweep.train([replace(trunks()[0], continued=True)])
+        assert left.exists()  # it is to be gone on from
+
+
 def test_an_interrupt_keeps_the_state_of_what_this_process_trains(
     whole: list[tuple[object, ...]], task: Sequences, tmp_path: Path
 ) -> None:

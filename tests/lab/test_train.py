@@ -171,7 +171,13 @@ def test_a_branch_that_fails_leaves_the_others(
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("[enforce fail] can't allocate memory: 8 GB")]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("[enforce fail] can't allocate memory: 8 GB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
 )
 def test_lack_of_memory_is_a_result(task: Sequences, monkeypatch: pytest.MonkeyPatch, error: RuntimeError) -> None:
     def fails(self: Step, *batch: object) -> None:
@@ -179,6 +185,20 @@ def test_lack_of_memory_is_a_result(task: Sequences, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Step, "__call__", fails)
     assert [(run.status, run.reason) for run in train(TRUNK, task)] == [("out of memory", str(error))] * 2
+
+
+def test_lack_of_memory_behind_another_error_is_a_result(task: Sequences, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a CUDA graph is being recorded: what is raised last is that the recording could not be ended."""
+
+    def fails(self: Step, *batch: object) -> None:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(Step, "prepare", fails)
+    runs = train(TRUNK, task)
+    assert [(run.status, run.reason) for run in runs] == [("out of memory", "CUDA out of memory.")] * 2
 
 
 def test_other_errors_are_errors(task: Sequences, monkeypatch: pytest.MonkeyPatch) -> None:

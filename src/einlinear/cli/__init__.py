@@ -32,7 +32,7 @@ def main() -> None:
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"einlinear: {error}")
     except RuntimeError as error:
-        from einlinear.lab.machine import out_of_memory
+        from einlinear.lab.failure import out_of_memory
 
         if not out_of_memory(error):
             raise

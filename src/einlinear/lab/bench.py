@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from einlinear.cost import flops
 from einlinear.family import Family
-from einlinear.lab.machine import out_of_memory
-from einlinear.lab.train import checked_out
+from einlinear.lab.failure import out_of_memory
+from einlinear.lab.provenance import checked_out
 from einlinear.layer import Linear
 from einlinear.structure import Structure
 

@@ -27,8 +27,10 @@ class Plan:
     muP takes the best rate to every other width, but nothing takes it to other lengths: after a much shorter
     training the best rate is too high. Then each family is measured at each width, seed and horizon.
 
-    Horizons and `tuning` are in tokens (or examples), and are rounded to whole steps. `context` is the length of
-    sequences, None for the task's own.
+    Horizons and `tuning` are in tokens (or examples), and are rounded to whole steps. Horizons are those of the
+    recipe's base width: a model of r times the width is trained r ** `growth` times as long, since with one set of
+    horizons for all widths the narrow ones are trained far beyond, and the wide ones far below, what is best for
+    their compute. `context` is the length of sequences, None for the task's own.
 
     Raises:
         ValueError: for a family that does not exist, and for numbers that make no comparison.
@@ -44,6 +46,7 @@ class Plan:
     context: int | None = None
     seeds: tuple[int, ...] = (0,)
     extensions: int = 3
+    growth: float = 0.0
 
     def __post_init__(self) -> None:
         """Checks the numbers, and writes each family as the store does."""
@@ -76,17 +79,25 @@ class Plan:
         )  # fmt: skip
 
     def trunks(self, task: Task, rates: Mapping[str, float]) -> list[Trunk]:
-        """What to measure for the families that have a rate, cheapest first."""
-        horizons = tuple(sorted({self.steps(task, tokens) for tokens in self.horizons}))
+        """What to measure for the families that have a rate.
+
+        Narrow models first, all families of a width and seed together: wherever it ends early, what is done compares.
+        Of these the costliest come first, so that processes that share them end at about the same time.
+        """
         trunks = [
             Trunk(
-                family=family, width=width, depth=self.depth, rate=rates[family], seed=seed, horizons=horizons,
-                recipe=self.recipe,
+                family=family, width=width, depth=self.depth, rate=rates[family], seed=seed,
+                horizons=self.lengths(task, width), recipe=self.recipe,
             )
             for family, width, seed in product(self.families, self.widths, self.seeds)
             if family in rates
         ]  # fmt: skip
-        return sorted(trunks, key=lambda trunk: trunk.run(task, 1).flops)
+        return sorted(trunks, key=lambda trunk: (trunk.width, trunk.seed, -trunk.run(task, 1).flops))
+
+    def lengths(self, task: Task, width: int) -> tuple[int, ...]:
+        """The horizons of models of a width, in steps, ascending."""
+        factor = (width / self.recipe.base_width) ** self.growth
+        return tuple(sorted({self.steps(task, round(factor * tokens)) for tokens in self.horizons}))
 
 
 @dataclass(frozen=True)
@@ -130,26 +141,47 @@ def compare(
     # It counts the costs of every model, and so refuses a family at a width where it cannot be had.
     meter = _Meter(plan, task, machine, progress)
     with Sweep(task, store, machine, folder, meter.observe) as sweep:
-        tuning, rates = _tune(plan, task, sweep, meter)
-        trunks = plan.trunks(task, rates)
-        meter.foresee(trunks, sweep)
-        return tuning + sweep.train(trunks)
+
+        def train(trunks: Sequence[Trunk]) -> list[Run]:
+            meter.foresee(trunks, sweep)
+            return sweep.train(trunks)
+
+        tuning, (rates,) = tune([plan], task, train)
+        return tuning + train(plan.trunks(task, rates))
 
 
-def _tune(plan: Plan, task: Task, sweep: Sweep, meter: "_Meter") -> tuple[list[Run], dict[str, float]]:
-    """The trials, and the best rate of each family that has one at which it does not diverge."""
-    if not plan.trials(task):
-        return [], dict.fromkeys(plan.families, plan.rates[0])
-    grids = dict.fromkeys(plan.families, plan.rates)
-    for _ in range(plan.extensions + 1):
-        trials = [plan.trial(task, family, rate) for family, rates in grids.items() for rate in rates]
-        meter.foresee(trials, sweep)
-        runs = sweep.train(trials)
-        best = {family: _best([run for run in runs if run.family == family]) for family in grids}
-        grids = {family: _grown(rates, best[family]) for family, rates in grids.items()}
-        if sum(map(len, grids.values())) == len(trials):
-            break
-    return runs, {family: rate for family, rate in best.items() if rate is not None}
+def tune(
+    plans: Sequence[Plan], task: Task, train: Callable[[Sequence[Trunk]], list[Run]]
+) -> tuple[list[Run], list[dict[str, float]]]:
+    """The trials of plans on one task, and for each plan the best rate of every family that does not always diverge.
+
+    Those of all plans and families are trained together, by `train`, which gives the runs of trunks; then what their
+    grids grow by.
+    """
+    grids = {(number, family): plan.rates for number, plan in enumerate(plans) for family in plan.families}
+    best: dict[tuple[int, str], float | None] = {slot: rates[0] for slot, rates in grids.items()}
+    runs: dict[object, Run] = {}
+    before: object = None
+    while grids != before:
+        trials = {
+            slot: [plans[slot[0]].trial(task, slot[1], rate) for rate in rates]
+            for slot, rates in grids.items()
+            if len(rates) > 1
+        }
+        found = train(list(dict.fromkeys(trial for of_slot in trials.values() for trial in of_slot)))
+        runs |= {run.key: run for run in found}
+        for slot, of_slot in trials.items():
+            best[slot] = _best([runs[trial.run(task, *trial.horizons).key] for trial in of_slot])
+        before, grids = grids, {
+            slot: _grown(rates, best[slot]) if 1 < len(rates) < len(plan.rates) + plan.extensions else rates
+            for slot, rates in grids.items()
+            for plan in [plans[slot[0]]]
+        }  # fmt: skip
+    rates_of = [
+        {family: rate for family in plan.families if (rate := best[number, family]) is not None}
+        for number, plan in enumerate(plans)
+    ]
+    return list(runs.values()), rates_of
 
 
 def _best(trials: Sequence[Run]) -> float | None:

@@ -30,8 +30,3 @@ class Machine(Execution):
             return cls(device=device, graphed=torch.device(device).type == "cuda")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         return cls(workers=cores or 1)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether a tensor found no room; torch has a type of its own for this on accelerators only."""
-    return isinstance(error, torch.OutOfMemoryError) or ("memory" in str(error) and "alloc" in str(error))

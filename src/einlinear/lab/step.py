@@ -15,8 +15,6 @@ from torch.nn.utils import clip_grad_norm_
 from einlinear.lab.parallel import World, replicated
 from einlinear.routing import Router, balance_loss, rebalance
 
-BALANCE = 0.1  # weight of `balance_loss` in what a model with experts is trained by
-REBALANCE = 0.01  # by how much the bias of a router moves at a step
 WARMING = 3  # steps before a graph is recorded, as torch.cuda.graph asks for
 
 
@@ -62,6 +60,8 @@ class Step:
         optimizer: AdamW(fused=True) over them, whose groups have the rates that a factor of 1 stands for.
         loss: the mean loss of outputs, given targets.
         clip: the largest norm of all gradients together.
+        balance: weight of `balance_loss` in what a model with experts is trained by.
+        rebalance: by how much the bias of a router moves at a step at the full rate.
         half: whether losses and gradients are those of a copy of the parameters in bfloat16, renewed after
             every step; gradients are added up, clipped and applied in float32.
         execution: how to run.
@@ -77,6 +77,8 @@ class Step:
         loss: Callable[[Tensor, Tensor], Tensor],
         *,
         clip: float,
+        balance: float,
+        rebalance: float,
         half: bool,
         execution: Execution,
         world: World,
@@ -84,6 +86,7 @@ class Step:
         if world.size > 1 and execution.graphed:
             raise ValueError("Training by several processes by CUDA graphs is not supported; leave graphed out.")
         self.optimizer, self._loss, self._clip, self._execution = optimizer, loss, clip, execution
+        self._balance, self._rebalance = balance, rebalance
         self._parameters: list[Tensor] = list(model.parameters())
         self.working = _halved(model) if half else model
         self._copies: list[Tensor] = list(self.working.parameters()) if half else []
@@ -155,13 +158,13 @@ class Step:
         parts, total = self._execution.accumulate, torch.zeros((), device=inputs.device)
         for x, y in zip(inputs.chunk(parts), targets.chunk(parts), strict=True):
             loss = self.loss(x, y) / parts
-            (loss + BALANCE / parts * balance_loss(self.working) if self._routed else loss).backward()
+            (loss + self._balance / parts * balance_loss(self.working) if self._routed else loss).backward()
             total = total + loss.detach()
             self._gather()
         clip_grad_norm_(self._parameters, self._clip)
         self.optimizer.step()
         if self._routed:
-            rebalance(self.working, REBALANCE * self._factor)
+            rebalance(self.working, self._rebalance * self._factor)
         self.renew()
         return total
 

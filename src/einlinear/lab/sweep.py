@@ -58,7 +58,12 @@ class Sweep:
         Raises what `train` and the store raise, KeyboardInterrupt among it. By then the workers have stopped,
         kept what they were at, and what they had finished is in the store.
         """
-        unfinished = [trunk for trunk in map(self._unfinished, trunks) if trunk.horizons]
+        unfinished = []
+        for trunk in map(self._unfinished, trunks):
+            if trunk.horizons:
+                unfinished.append(trunk)
+            else:
+                self._forget(trunk)  # killed between storing the last run and this
         if self._crew is None:
             for trunk in unfinished:
                 self._world.agreed(trunk)  # `follow` waits for it

@@ -14,6 +14,8 @@ from einlinear.lab.data.images import cifar10, digits, pixels
 from einlinear.lab.data.task import Examples as Examples
 from einlinear.lab.data.task import Sequences as Sequences
 from einlinear.lab.data.task import Task as Task
+from einlinear.lab.data.task import placed as placed
+from einlinear.lab.data.task import sent as sent
 from einlinear.lab.data.teacher import random_teacher
 from einlinear.lab.data.text import open_web_text, python_source, user_text
 

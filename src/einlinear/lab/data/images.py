@@ -2,15 +2,16 @@
 
 import io
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from einlinear.lab.data.rows import read_rows
-from einlinear.lab.data.task import Examples, Sequences, fingerprint, held_out
+from einlinear.lab.data.task import Examples, Sequences, fingerprint, held_out, sent
 from einlinear.lab.extras import extra
 
 HELD_OUT = 0.2  # share of the images kept for validation: the digits are only 1797
@@ -91,7 +92,7 @@ def _classification(
         d_in=train[0].numel(),
         d_out=int(classes.max()) + 1,
         loss="cross-entropy",
-        sample=partial(_augmented, train, train_classes, mean, std, shift, flip),
+        sample=Augmented(train, train_classes, mean, std, shift, flip),
         validation=(_standardised(validation, mean, std)[:limit], validation_classes[:limit]),
     )
 
@@ -100,20 +101,39 @@ def _standardised(images: Tensor, mean: float, std: float) -> Tensor:
     return ((images.float() - mean) / std).flatten(1)
 
 
-def _augmented(
-    images: Tensor, classes: Tensor, mean: float, std: float, shift: int, flip: bool,
-    random: np.random.Generator, size: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Random images moved by up to `shift` pixels, half of them mirrored if `flip`, with noise of 0.1 std."""
-    chosen = torch.from_numpy(random.integers(0, len(images), size))
-    _, height, width, _ = images.shape
-    padded = torch.nn.functional.pad(images[chosen], [0, 0, shift, shift, shift, shift])
-    down, right = torch.from_numpy(random.integers(0, 2 * shift + 1, (2, size, 1)))
-    rows, columns = down + torch.arange(height), right + torch.arange(width)
-    if flip:
-        mirrored = torch.from_numpy(random.random((size, 1)) < 0.5)
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    moved = padded[torch.arange(size)[:, None, None], rows[:, :, None], columns[:, None, :]]
-    inputs = _standardised(moved, mean, std)
-    noise = torch.from_numpy(random.standard_normal(inputs.shape, dtype=np.float32))
-    return inputs + 0.1 * noise, classes[chosen]
+@dataclass(frozen=True)
+class Augmented:
+    """Random ones of some images, moved by up to `shift` pixels, half mirrored if `flip`, with noise of 0.1 std.
+
+    Images are uint8 [count, height, width, channels], with levels of this mean and standard deviation; classes [count].
+    """
+
+    images: Tensor
+    classes: Tensor
+    mean: float
+    std: float
+    shift: int
+    flip: bool
+
+    def __call__(self, random: np.random.Generator, size: int) -> tuple[Tensor, Tensor]:
+        _, height, width, channels = self.images.shape
+        chosen = self._drawn(random.integers(0, len(self.images), size))
+        padded = torch.nn.functional.pad(self.images[chosen], [0, 0, *[self.shift] * 4])
+        down, right = self._drawn(random.integers(0, 2 * self.shift + 1, (2, size, 1)))
+        rows, columns = down + self._range(height), right + self._range(width)
+        if self.flip:
+            mirrored = self._drawn(random.random((size, 1)) < 0.5)
+            columns = torch.where(mirrored, columns.flip(1), columns)
+        moved = padded[self._range(size)[:, None, None], rows[:, :, None], columns[:, None, :]]
+        noise = self._drawn(random.standard_normal((size, height * width * channels), dtype=np.float32))
+        return _standardised(moved, self.mean, self.std) + 0.1 * noise, self.classes[chosen]
+
+    def on(self, device: torch.device) -> Self:
+        """With the images on a device."""
+        return replace(self, images=self.images.to(device), classes=self.classes.to(device))
+
+    def _drawn(self, numbers: np.ndarray) -> Tensor:
+        return sent(torch.from_numpy(numbers), self.images.device)
+
+    def _range(self, count: int) -> Tensor:
+        return torch.arange(count, device=self.images.device)

@@ -1,9 +1,10 @@
 """What a task is: data handed out as pure functions of (step, size, seed), with a fingerprint."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal, Protocol, Self
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 # Part of every fingerprint: change it whenever the same files would give other tokens, splits or examples.
 RULES = "1"
+
+RESIDENT = 2**32  # bytes of tokens up to which an accelerator keeps them
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +51,16 @@ class Sequences:
         stride = self.record or 1
         count = (len(self.train) - self.context - 1) // stride + 1
         starts = random_stream("batch", seed, step).integers(0, count, size)
-        return self._windows(self.train, torch.from_numpy(starts) * stride)
+        return self._windows(self.train, sent(torch.from_numpy(starts) * stride, self.train.device))
+
+    def on(self, device: torch.device) -> Self:
+        """The same task with its tokens on a device, so that a step sends no more than where its windows start.
+
+        Tokens that are too many (4 GB) stay where they are, and windows are sent as they are asked for.
+        """
+        if self.train.nbytes > RESIDENT:
+            return self
+        return replace(self, train=self.train.to(device), validation=self.validation.to(device))
 
     def validation_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The fixed validation set in batches as from `batch`, the last one possibly smaller.
@@ -59,13 +71,23 @@ class Sequences:
         stride = self.record or self.context
         available = (len(self.validation) - self.context - 1) // stride + 1
         count = min(available, max(1, self.limit // self.context))
-        starts = torch.arange(count) * available // count * stride
+        starts = torch.arange(count, device=self.validation.device) * available // count * stride
         for part in torch.split(starts, size):
             yield self._windows(self.validation, part)
 
     def _windows(self, tokens: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-        windows = tokens[starts[:, None] + torch.arange(self.context + 1)].long()
+        windows = tokens[starts[:, None] + torch.arange(self.context + 1, device=starts.device)].long()
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+
+class Sampler(Protocol):
+    """How training examples are drawn."""
+
+    def __call__(self, random: np.random.Generator, size: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of so many examples, augmentation included."""
+
+    def on(self, device: torch.device) -> Self:
+        """The same examples, made on a device: the numbers are drawn where they always are, and sent."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +95,7 @@ class Examples:
     """Vectors in; a class ("cross-entropy") or a vector ("mean squared error") out.
 
     Inputs are float32 [size, d_in], standardised. Targets are int64 [size] with values below `d_out`, or
-    float32 [size, d_out]. `sample(random, size)` draws a training batch, augmentation included.
+    float32 [size, d_out]. `sample(random, size)` draws a training batch.
     """
 
     name: str
@@ -82,12 +104,17 @@ class Examples:
     d_in: int
     d_out: int
     loss: Literal["cross-entropy", "mean squared error"]
-    sample: Callable[[np.random.Generator, int], tuple[Tensor, Tensor]]
+    sample: Sampler
     validation: tuple[Tensor, Tensor]
 
     def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of one step."""
         return self.sample(random_stream("batch", seed, step), size)
+
+    def on(self, device: torch.device) -> Self:
+        """The same task with its examples made on a device."""
+        inputs, targets = self.validation
+        return replace(self, sample=self.sample.on(device), validation=(inputs.to(device), targets.to(device)))
 
     def validation_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The fixed validation set, never augmented, in batches; the last one may be smaller."""
@@ -96,6 +123,19 @@ class Examples:
 
 
 Task = Sequences | Examples
+
+
+@lru_cache(maxsize=1)  # the trunks of a sweep share a task
+def placed(task: Task, device: torch.device) -> Task:
+    """The task with its data on a device, kept there for the next one who asks."""
+    return task.on(device)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device, without waiting for it to arrive."""
+    if tensor.is_cuda or device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def random_stream(*words: str | int) -> np.random.Generator:

@@ -2,14 +2,14 @@
 
 import itertools
 import math
-from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from einlinear.lab.data.task import Examples, fingerprint, random_stream
+from einlinear.lab.data.task import Examples, fingerprint, random_stream, sent
 
 SIZES = (8, 256, 256, 256, 256, 256, 256, 1)
 
@@ -23,12 +23,12 @@ def random_teacher(*, data_seed: int = 0, limit: int = 2**13) -> Examples:
     stays cheaper than training on it.
     """
     random = random_stream("teacher", data_seed)
-    weights = [
+    weights = tuple(
         torch.from_numpy(random.standard_normal((fan_out, fan_in), dtype=np.float32)) / math.sqrt(fan_in)
         for fan_in, fan_out in itertools.pairwise(SIZES)
-    ]
-    _, raw = _taught(weights, 0.0, 1.0, random_stream("teacher scale", data_seed), 2**14)
-    sample = partial(_taught, weights, float(raw.mean()), float(raw.std()))
+    )
+    _, raw = Teacher(weights, 0.0, 1.0)(random_stream("teacher scale", data_seed), 2**14)
+    sample = Teacher(weights, float(raw.mean()), float(raw.std()))
     return Examples(
         name="teacher",
         description=f"regression onto a random ReLU network of sizes {SIZES}, standardised output",
@@ -42,12 +42,22 @@ def random_teacher(*, data_seed: int = 0, limit: int = 2**13) -> Examples:
     )
 
 
-def _taught(
-    weights: Sequence[Tensor], mean: float, std: float, random: np.random.Generator, size: int
-) -> tuple[Tensor, Tensor]:
-    """Standard normal inputs [size, d_in] and what the teacher makes of them [size, d_out]."""
-    inputs = torch.from_numpy(random.standard_normal((size, weights[0].shape[1]), dtype=np.float32))
-    hidden = inputs
-    for weight in weights[:-1]:
-        hidden = torch.relu(hidden @ weight.T) * math.sqrt(2)  # keeps the second moment at 1 through ReLU
-    return inputs, (hidden @ weights[-1].T - mean) / std
+@dataclass(frozen=True)
+class Teacher:
+    """Standard normal inputs [size, d_in] and what a network makes of them, less `mean`, over `std`: [size, d_out]."""
+
+    weights: tuple[Tensor, ...]
+    mean: float
+    std: float
+
+    def __call__(self, random: np.random.Generator, size: int) -> tuple[Tensor, Tensor]:
+        first, *_, last = self.weights
+        drawn = random.standard_normal((size, first.shape[1]), dtype=np.float32)
+        inputs = hidden = sent(torch.from_numpy(drawn), first.device)
+        for weight in self.weights[:-1]:
+            hidden = torch.relu(hidden @ weight.T) * math.sqrt(2)  # keeps the second moment at 1 through ReLU
+        return inputs, (hidden @ last.T - self.mean) / self.std
+
+    def on(self, device: torch.device) -> Self:
+        """With the network on a device."""
+        return replace(self, weights=tuple(weight.to(device) for weight in self.weights))

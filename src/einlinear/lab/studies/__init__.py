@@ -17,8 +17,12 @@ from einlinear.lab.studies.page import page as page
 from einlinear.lab.studies.page import write_page as write_page
 from einlinear.lab.studies.pricing import foretold as foretold
 from einlinear.lab.studies.pricing import priced as priced
+from einlinear.lab.studies.pricing import read_steps as read_steps
+from einlinear.lab.studies.pricing import timed as timed
+from einlinear.lab.studies.pricing import write_steps as write_steps
 from einlinear.lab.studies.protocol import Experiment as Experiment
 from einlinear.lab.studies.protocol import Study as Study
+from einlinear.lab.studies.protocol import collect as collect
 from einlinear.lab.studies.protocol import label as label
 from einlinear.lab.studies.protocol import measure as measure
 from einlinear.lab.studies.protocol import read_runs as read_runs

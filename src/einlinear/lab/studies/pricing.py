@@ -1,24 +1,23 @@
 """What a study takes before it is run, and what its runs would have taken on a quiet machine."""
 
+import csv
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, fields, replace
+from pathlib import Path
 
 import torch
 
-from einlinear.lab.data import Task
 from einlinear.lab.forecast import forecast
 from einlinear.lab.machine import Machine
+from einlinear.lab.provenance import provenance
 from einlinear.lab.run import Run
 from einlinear.lab.studies.protocol import Experiment
-from einlinear.lab.train import CHUNK, Training, Trunk
+from einlinear.lab.train import CHUNK, Recipe, Training, Trunk
 
 ROUNDS = 7  # in which all models are timed in turns
-
-H200_RATE = 0.25 * 728e12  # FLOPs a second: a quarter of what large matmuls reach in bfloat16
-H200_STEP = 3e-3  # seconds that a step takes at least, as a CUDA graph
 
 
 def foretold(experiments: Sequence[Experiment], machine: Machine) -> str:
@@ -42,74 +41,112 @@ def foretold(experiments: Sequence[Experiment], machine: Machine) -> str:
 
 
 def expected(experiments: Sequence[Experiment]) -> str:
-    """Runs, steps and FLOPs, tuning that has to grow aside, and a guess of the minutes on an H200.
-
-    Texts are not read: their models are those of the bytes of any other.
-    """
+    """Runs, steps and FLOPs, tuning that has to grow aside."""
     runs = steps = flops = 0
-    seconds = 0.0
     for one in experiments:
-        plan = one.plan
-        task = one.data if one.task != "text" else replace(one, task="bytes").data
+        plan, task = one.plan, one.sample
         trunks = [*plan.trials(task), *plan.trunks(task, dict.fromkeys(plan.families, 1.0))]
         runs += sum(len(trunk.horizons) for trunk in trunks)
-        for trunk in trunks:
-            of_step = trunk.run(task, 1000).flops / 1000
-            steps += trunk.steps
-            flops += round(of_step * trunk.steps)
-            seconds += trunk.steps * max(H200_STEP, of_step / H200_RATE)
-    return (
-        f"{runs} runs, {steps:,} steps, {flops:.2g} training FLOPs; on an H200 a guess of {seconds / 60:.0f} minutes."
-    )
+        steps += sum(trunk.steps for trunk in trunks)
+        flops += sum(trunk.run(task, trunk.steps).flops for trunk in trunks)
+    return f"{runs} runs, {steps:,} steps, {flops:.2g} training FLOPs."
 
 
-def priced(runs: Sequence[Run], experiments: Sequence[Experiment], machine: Machine) -> list[Run]:
-    """The runs, their seconds replaced by steps times the median seconds of a step.
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """What a step of a model takes on a machine where nothing else runs."""
+
+    task: str
+    family: str
+    width: int
+    depth: int
+    batch: int
+    seconds: float = 0.0  # the median of rounds in which all models were timed in turns
+    device: str = ""
+
+
+def timed(
+    experiments: Sequence[Experiment], machine: Machine, tell: Callable[[Timed], object] = lambda timed: None
+) -> list[Timed]:
+    """Seconds of a step of every model of a study, dense finishes included.
 
     All models are timed in turns, so that whatever else the machine does meets them alike; on one thread of a CPU the
-    thread's own time counts, which others do not slow down much. The experiments are of one task.
+    thread's own time counts, which others do not slow down much.
     """
-    placed = [_placed(run, experiments) for run in runs]
-    models = {_model(part): (part, task) for trunk, task in placed for part in (trunk, trunk.finish)}
-    seconds = _timed(models, machine)
     found = []
-    for run, (trunk, _) in zip(runs, placed, strict=True):
-        (horizon,) = trunk.horizons
-        first = trunk.branch(horizon)
-        own, after = seconds[_model(trunk)], seconds[_model(trunk.finish)]
-        found.append(replace(run, seconds=first * own + (horizon - first) * after))
-    return found
-
-
-def _placed(run: Run, experiments: Sequence[Experiment]) -> tuple[Trunk, Task]:
-    """The trunk and the task of a run, by its setup."""
-    setup = {name: value for name, value in json.loads(run.setup).items() if name != "context"}
-    one = next(one for one in experiments if one.data.name == run.task and one.plan.recipe.setup == setup)
-    recipe = one.plan.recipe
-    trunk = Trunk(
-        family=run.family, width=run.width, depth=run.depth, rate=run.rate, seed=run.seed,
-        horizons=(run.tokens // recipe.tokens(one.data),), recipe=recipe,
-    )  # fmt: skip
-    return trunk, one.data
-
-
-Model = tuple[str, int, int, int]
-"""What the time of a step depends on, within one task."""
-
-
-def _model(trunk: Trunk) -> Model:
-    return trunk.family, trunk.width, trunk.depth, trunk.recipe.batch
-
-
-def _timed(models: Mapping[Model, tuple[Trunk, Task]], machine: Machine) -> dict[Model, float]:
-    """Median seconds of a step of each model."""
+    for one in dict.fromkeys(replace(one, plan=replace(one.plan, seeds=one.plan.seeds[:1])) for one in experiments):
+        for trunk in one.plan.trunks(one.data, dict.fromkeys(one.plan.families, one.plan.rates[0])):
+            found += [(_model(one.task, part), part, one.data) for part in (trunk, trunk.finish)]
+    trainings = {}
+    for model, trunk, task in found:
+        if model not in trainings:
+            trainings[model] = Training(trunk, task, machine)
     own_time = machine.device == "cpu" and torch.get_num_threads() == 1
     clock = time.thread_time if own_time else time.perf_counter
-    trainings = {model: Training(*placed, machine) for model, placed in models.items()}
-    taken: dict[Model, list[float]] = {model: [] for model in trainings}
+    taken: dict[Timed, list[float]] = {model: [] for model in trainings}
     for _ in range(ROUNDS):
         for model, training in trainings.items():
             started = clock()
             steps = sum(training.advance(training.step + CHUNK))
             taken[model].append((clock() - started) / steps)
-    return {model: statistics.median(times) for model, times in taken.items()}
+    device = provenance(machine.device, 1)["device"]
+    results = [replace(model, seconds=statistics.median(times), device=device) for model, times in taken.items()]
+    for result in results:
+        tell(result)
+    return results
+
+
+def priced(runs: Sequence[Run], steps: Sequence[Timed]) -> list[Run]:
+    """The runs, their seconds replaced by steps times the seconds of a step.
+
+    Raises ValueError for a run of a model that was not timed.
+    """
+    seconds = {replace(one, seconds=0.0, device=""): one.seconds for one in steps}
+    found = []
+    for run in runs:
+        trunk = _trunk(run)
+        models = [_model(run.task, part) for part in (trunk, trunk.finish)]
+        if missing := [model for model in models if model not in seconds]:
+            raise ValueError(
+                f"Pricing the run of {run.family} at width {run.width}: no step of {missing[0]} was timed."
+            )
+        (horizon,) = trunk.horizons
+        first, (own, after) = trunk.branch(horizon), (seconds[model] for model in models)
+        found.append(replace(run, seconds=first * own + (horizon - first) * after))
+    return found
+
+
+def write_steps(steps: Sequence[Timed], path: Path) -> None:
+    """Times of steps as CSV. Raises OSError where the file cannot be written."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(one.name for one in fields(Timed))
+        writer.writerows(astuple(one) for one in steps)
+
+
+def read_steps(path: Path) -> list[Timed]:
+    """The times of such a file."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            Timed(
+                task=row["task"], family=row["family"], width=int(row["width"]), depth=int(row["depth"]),
+                batch=int(row["batch"]), seconds=float(row["seconds"]), device=row["device"],
+            )
+            for row in csv.DictReader(file)
+        ]  # fmt: skip
+
+
+def _trunk(run: Run) -> Trunk:
+    """The trunk of a run, by its setup."""
+    setup = json.loads(run.setup)
+    context = setup.pop("context", 1)
+    recipe = Recipe(**setup)
+    return Trunk(
+        family=run.family, width=run.width, depth=run.depth, rate=run.rate, seed=run.seed,
+        horizons=(run.tokens // (recipe.batch * context),), recipe=recipe,
+    )  # fmt: skip
+
+
+def _model(task: str, trunk: Trunk) -> Timed:
+    """What the time of a step depends on, as a time that was not measured."""
+    return Timed(task=task, family=trunk.family, width=trunk.width, depth=trunk.depth, batch=trunk.recipe.batch)

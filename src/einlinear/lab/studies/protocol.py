@@ -8,11 +8,14 @@ from functools import cache
 from pathlib import Path
 
 from einlinear.lab import compare
+from einlinear.lab.crew import Event
 from einlinear.lab.data import Sequences, Task, load
 from einlinear.lab.machine import Machine
 from einlinear.lab.run import Run
 from einlinear.lab.store import Store
 from einlinear.lab.studies.evidence import Finding
+from einlinear.lab.sweep import Sweep
+from einlinear.lab.train import Trunk
 
 LEFT_OUT = {"curve", "spec", "created", "routers"}
 """Of a run, in the table: long, or derived from the rest. Of the curve its last value stays."""
@@ -35,6 +38,11 @@ class Experiment:
     def data(self) -> Task:
         """The task, in sequences of the plan's length."""
         return _data(self.task, self.paths, self.plan.context)
+
+    @property
+    def sample(self) -> Task:
+        """A task whose models and costs are the same, without files: texts are sequences of bytes like any other."""
+        return _data("bytes" if self.task == "text" else self.task, (), self.plan.context)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,19 +91,93 @@ def labelled(runs: Sequence[Run]) -> list[Run]:
     return [replace(run, family=label(run)) for run in runs]
 
 
+Tell = Callable[[Run, int, int], object]
+"""Called with a finished run, how many are by now, and how many are wanted as far as it is known."""
+
+
 def measure(
     experiments: Sequence[Experiment],
     store: Store,
     machine: Machine,
     folder: Path | None = None,
-    progress: Callable[[compare.Progress], object] = lambda progress: None,
+    tell: Tell = lambda run, done, wanted: None,
 ) -> list[Run]:
-    """Every run of a study, from the store or trained now; interrupted, the same call goes on where it stopped."""
+    """Every run of a study, from the store or trained now; interrupted, the same call goes on where it stopped.
+
+    All experiments on a task are trained together: first every trial of a rate, then what is measured, one seed after
+    the other and from narrow to wide, so that what a study has that is cut short compares.
+    """
     runs: dict[object, Run] = {}
-    for one in experiments:
-        found = compare.compare(one.plan, one.data, store, machine=machine, folder=folder, progress=progress)
-        runs |= {run.key: run for run in found}
+    for task, plans in _by_task(experiments).items():
+        runs |= {run.key: run for run in _measured(plans, task, store, machine, folder, tell)}
     return list(runs.values())
+
+
+def _measured(
+    plans: Sequence[compare.Plan], task: Task, store: Store, machine: Machine, folder: Path | None, tell: Tell
+) -> list[Run]:
+    """The runs of plans on one task."""
+    wanted = done = 0
+
+    def observe(trunk: Trunk, event: Event) -> None:
+        nonlocal done
+        if isinstance(event, Run):
+            done += 1
+            tell(event, done, wanted)
+
+    with Sweep(task, store, machine, folder, observe) as sweep:
+
+        def train(trunks: Sequence[Trunk]) -> list[Run]:
+            nonlocal wanted
+            wanted += sum(len(trunk.horizons) - len(sweep.stored(trunk)) for trunk in trunks)
+            return sweep.train(trunks)
+
+        tuning, rates = compare.tune(plans, task, train)
+        trunks = [trunk for plan, own in zip(plans, rates, strict=True) for trunk in plan.trunks(task, own)]
+        return tuning + train(sorted(trunks, key=lambda trunk: (trunk.seed, trunk.width, -trunk.run(task, 1).flops)))
+
+
+def collect(experiments: Sequence[Experiment], store: Store) -> list[Run]:
+    """Those runs of a study that a store has, whatever is missing; the study's data are not needed.
+
+    Trials of a rate that a grid grew by are among them.
+    """
+    wanted = {place_of(run) for experiment in experiments for run in (*trials(experiment), *measured(experiment))}
+    return [run for run in store.runs() if place_of(run) in wanted or place_of(replace(run, rate=TUNED)) in wanted]
+
+
+TUNED = 0.0
+"""Stands for a rate that tuning finds."""
+
+
+def place_of(run: Run) -> tuple[object, ...]:
+    """Where a run stands in a protocol: its key, but for the fingerprint of the data."""
+    return run.task, run.setup, run.purpose, run.family, run.width, run.depth, run.tokens, run.seed, run.rate
+
+
+def measured(experiment: Experiment) -> list[Run]:
+    """The measurements that an experiment asks for, with nothing measured yet; rates that it tunes are `TUNED`."""
+    rates = experiment.plan.rates
+    rate = rates[0] if len(rates) == 1 else TUNED
+    return _blank(experiment, experiment.plan.trunks(experiment.sample, dict.fromkeys(experiment.plan.families, rate)))
+
+
+def trials(experiment: Experiment) -> list[Run]:
+    """The trials by which an experiment tunes, one for all rates."""
+    found = _blank(experiment, experiment.plan.trials(experiment.sample))
+    return list(dict.fromkeys(replace(run, rate=TUNED, trunk="") for run in found))
+
+
+def _blank(experiment: Experiment, trunks: Sequence[Trunk]) -> list[Run]:
+    runs = [trunk.run(experiment.sample, horizon) for trunk in trunks for horizon in trunk.horizons]
+    return [replace(run, task=experiment.task) for run in runs]
+
+
+def _by_task(experiments: Sequence[Experiment]) -> dict[Task, list[compare.Plan]]:
+    found: dict[Task, list[compare.Plan]] = {}
+    for one in experiments:
+        found.setdefault(one.data, []).append(one.plan)
+    return found
 
 
 def write_runs(runs: Sequence[Run], path: Path) -> None:
