@@ -47,7 +47,8 @@ FAMILIES = (
     STANDARD,
     *(everywhere(experts, 2) for experts in (4, 8, 16)),
 )
-THOUSAND, MILLION = 1_000, 1_000_000
+THOUSAND = 1_000
+BATCH = 64 * 128  # tokens of a step at the larger scale
 PLANS = {
     # Four budgets over 1.6 decades for every family.
     "small": compare.Plan(
@@ -61,17 +62,21 @@ PLANS = {
         context=64,
         seeds=(0, 1),
     ),
-    # Four budgets over 2 decades and more; width 1024 is where experts begin to pay by the clock.
+    # Budgets over two decades and more. A window of minutes on a shared GPU: models of two blocks, wide ones first.
+    # Blocks of a BTT at these widths are multiples of eight, as its kernels want them.
     "h200": compare.Plan(
-        families=(*FAMILIES, everywhere(8, 1), everywhere(8, 4)),
-        widths=(128, 256, 512, 1024),
-        depth=4,
-        horizons=(4 * MILLION, 8 * MILLION, 16 * MILLION, 32 * MILLION),
-        rates=(2**-9, 2**-8, 2**-7),
-        tuning=16 * MILLION,
-        recipe=Recipe(batch=64, base_width=256, base_depth=4, head=64, warmup=50, precision="bfloat16"),
-        context=256,
-        seeds=(0, 1, 2),
+        families=(*FAMILIES[:1], *FAMILIES[2:], everywhere(16, 1)),
+        widths=(64, 128, 256, 384, 512),
+        depth=2,
+        horizons=tuple(BATCH * steps for steps in (200, 400, 800, 1600)),
+        rates=(2**-8, 2**-7, 2**-6),
+        tuning=BATCH * 800,
+        recipe=Recipe(batch=64, base_width=128, base_depth=2, head=32, warmup=50, precision="bfloat16"),
+        context=128,
+        seeds=(0, 1),
+        extensions=2,
+        growth=0.75,
+        wide_first=True,
     ),
 }
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -97,6 +102,9 @@ def run(plan: compare.Plan, task: Task, machine: Machine, options: argparse.Name
     write(
         options.results / f"experts_{options.scale}.csv", ({name: getattr(run, name) for name in names} for run in runs)
     )
+    routed = [run for run in runs if run.family in HEALTHY and run.purpose == "measure" and run.status == "done"]
+    longest = {run.width: max(other.tokens for other in routed if other.width == run.width) for run in routed}
+    watched((run for run in routed if run.tokens == longest[run.width]), options.results, f"{options.scale}_routers")
 
 
 def told(progress: compare.Progress) -> None:

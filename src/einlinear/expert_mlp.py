@@ -103,7 +103,7 @@ class MixtureMLP(nn.Module):
         for e in range(routing.experts):
             first, second = ([factor.chunk(routing.experts)[e] for factor in factors] for factors in (up, down))
             hidden = ACTIVATIONS[self.activation](self._plans[0](first, tokens))
-            total = total + gate[:, [e]] * self._plans[1](second, hidden)
+            total = total + gate[:, e, None] * self._plans[1](second, hidden)
         return total
 
     def extra_repr(self) -> str:

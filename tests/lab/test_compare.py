@@ -234,6 +234,10 @@ def test_wherever_it_ends_what_is_done_compares(task: Sequences) -> None:
     trunks = plan.trunks(task, dict.fromkeys(plan.families, 0.01))
     cells = [(trunk.width, trunk.seed) for trunk in trunks]
     assert cells == sorted(cells) and len(trunks) == 18
+    other_way = [
+        trunk.width for trunk in replace(plan, wide_first=True).trunks(task, dict.fromkeys(plan.families, 0.01))
+    ]
+    assert other_way == sorted(other_way, reverse=True)
     costs = [trunk.run(task, 1).flops for trunk in trunks]
     assert all(sorted(costs[first : first + 3], reverse=True) == costs[first : first + 3] for first in range(0, 18, 3))
 

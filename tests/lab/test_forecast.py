@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ from scipy import stats
 
 from einlinear.lab.compare import Plan, default_plan
 from einlinear.lab.data import Sequences, load
-from einlinear.lab.forecast import NOISE, RESOLVED, SLOPE, Expected, Forecast, expected, forecast
-from einlinear.lab.machine import Machine
+from einlinear.lab.forecast import NOISE, RESOLVED, SLOPE, Expected, Forecast, Part, expected, forecast
+from einlinear.lab.machine import TURNS, Machine
 from einlinear.lab.models import counted
 from einlinear.lab.run import Run
 from einlinear.lab.train import Recipe
@@ -125,3 +126,16 @@ def test_plans_that_cannot_answer_are_refused_with_a_remedy() -> None:
 def test_default_plans_can_answer(device: str) -> None:
     plan = default_plan(load("teacher"), device)
     assert Forecast(plan, HERE, ()).refusal(RESOLVED) is None
+
+
+def test_processes_on_one_gpu_are_no_machines_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take turns, or with MPS share its multiprocessors; on cores and in a cluster each has its own."""
+    gpu = Machine(device="cuda", graphed=True)
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    assert [replace(gpu, workers=n).at_once for n in (0, 1, 2, 8)] == [1.0, 1.0, TURNS, TURNS]
+    (tmp_path / "control").touch()
+    shared = [replace(gpu, workers=n).at_once for n in (1, 2, 3, 4, 8, 16)]
+    assert shared == sorted(shared) and shared[0] == 1 and shared[1] > TURNS and shared[-1] < 2
+    assert Machine(workers=8).at_once == replace(gpu, workers=8, engine="ray").at_once == 8
+    part = Part("dense", 0, 1, 1, 600.0)
+    assert Forecast(PLAN, replace(gpu, workers=4), (part,)).minutes == pytest.approx(10 / shared[3])

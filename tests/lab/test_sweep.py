@@ -119,6 +119,16 @@ def test_the_state_of_a_finished_trunk_does_not_stay(task: Sequences, tmp_path: 
         assert left.exists()  # it is to be gone on from
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_processes_that_share_a_gpu_train_what_one_trains(task: Sequences, tmp_path: Path) -> None:
+    found = []
+    for workers in (0, 3):
+        machine = Machine(device="cuda", graphed=True, workers=workers)
+        with Store(tmp_path / f"{workers}.sqlite") as store, Sweep(task, store, machine, tmp_path / "kept") as sweep:
+            found.append(outcome(sweep.train(trunks())))
+    assert found[0] == found[1]
+
+
 def test_an_interrupt_keeps_the_state_of_what_this_process_trains(
     whole: list[tuple[object, ...]], task: Sequences, tmp_path: Path
 ) -> None:

@@ -37,7 +37,7 @@ def compare(
     depth: Annotated[int | None, typer.Option(min=1, help="Blocks of the models.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the accelerator if there is one.")] = None,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Training processes; by default one for each core.")
+        int | None, typer.Option(min=0, help="Training processes; by default one for each core, or one on a GPU.")
     ] = None,
     store: Store = "runs/compare.sqlite",
     report: Report = Path("runs/compare.html"),

@@ -32,6 +32,10 @@ class Plan:
     horizons for all widths the narrow ones are trained far beyond, and the wide ones far below, what is best for
     their compute. `context` is the length of sequences, None for the task's own.
 
+    Narrow models are trained first, all families of a width together, so that a comparison that ends early compares.
+    With `wide_first` it is the other way round: for many processes in a short time, which then all end with small
+    models, and lose little of what they are at.
+
     Raises:
         ValueError: for a family that does not exist, and for numbers that make no comparison.
     """
@@ -47,6 +51,7 @@ class Plan:
     seeds: tuple[int, ...] = (0,)
     extensions: int = 3
     growth: float = 0.0
+    wide_first: bool = False
 
     def __post_init__(self) -> None:
         """Checks the numbers, and writes each family as the store does."""
@@ -79,11 +84,7 @@ class Plan:
         )  # fmt: skip
 
     def trunks(self, task: Task, rates: Mapping[str, float]) -> list[Trunk]:
-        """What to measure for the families that have a rate.
-
-        Narrow models first, all families of a width and seed together: wherever it ends early, what is done compares.
-        Of these the costliest come first, so that processes that share them end at about the same time.
-        """
+        """What to measure for the families that have a rate: width by width, and there the costliest first."""
         trunks = [
             Trunk(
                 family=family, width=width, depth=self.depth, rate=rates[family], seed=seed,
@@ -92,7 +93,8 @@ class Plan:
             for family, width, seed in product(self.families, self.widths, self.seeds)
             if family in rates
         ]  # fmt: skip
-        return sorted(trunks, key=lambda trunk: (trunk.width, trunk.seed, -trunk.run(task, 1).flops))
+        sign = -1 if self.wide_first else 1
+        return sorted(trunks, key=lambda trunk: (sign * trunk.width, trunk.seed, -trunk.run(task, 1).flops))
 
     def lengths(self, task: Task, width: int) -> tuple[int, ...]:
         """The horizons of models of a width, in steps, ascending."""

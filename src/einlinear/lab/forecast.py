@@ -121,7 +121,7 @@ class Forecast:
     @property
     def minutes(self) -> float:
         """On this machine, by all its processes."""
-        return sum(part.seconds for part in self.parts) / max(1, self.machine.workers) / 60
+        return sum(part.seconds for part in self.parts) / self.machine.at_once / 60
 
     @property
     def factor(self) -> float:

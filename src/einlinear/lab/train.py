@@ -1,9 +1,12 @@
 """Training a trunk to its end, interrupted or not: its branches, its runs, and what is kept in between."""
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from einlinear.lab import checkpoint
 from einlinear.lab.data import Task
@@ -50,6 +53,8 @@ def train(
         KeyboardInterrupt: if told to stop.
         OSError, ValueError: if the state cannot be kept, the file is damaged, or a batch cannot be cut as asked.
     """
+    if execution.graphed:
+        _give_back()
     runs: list[Run] = []
     waiting = sorted(trunk.horizons)
     world = World.here()
@@ -108,3 +113,12 @@ def train(
         for horizon in waiting:
             record(training, horizon, **failed(error))
     return runs
+
+
+def _give_back() -> None:
+    """Frees what earlier trainings of this process left on the device, for other processes that train on it.
+
+    Memory of CUDA graphs is not used again by later ones, and another process that lacks it cannot ask for it.
+    """
+    gc.collect()  # models and their optimizers refer to each other
+    torch.cuda.empty_cache()

@@ -29,8 +29,8 @@ class SearchForecast:
     @property
     def minutes(self) -> float:
         """On this machine, by all its processes."""
-        workers = max(1, self.confirmation.machine.workers)
-        return self.confirmation.minutes + (self.seconds + self.evaluation) / workers / 60
+        at_once = self.confirmation.machine.at_once
+        return self.confirmation.minutes + (self.seconds + self.evaluation) / at_once / 60
 
     def __str__(self) -> str:
         plan, confirmed = self.plan, self.confirmation
