@@ -1,6 +1,9 @@
 """What a search promises: equal maps once, a budget kept, winners confirmed by runs that did not choose them."""
 
+import html
+import json
 import math
+import re
 import runpy
 import signal
 import subprocess
@@ -19,13 +22,16 @@ from einlinear.lab import sweep as sweeping
 from einlinear.lab.compare import Plan, Progress
 from einlinear.lab.data import Sequences, Task, load
 from einlinear.lab.machine import Machine
+from einlinear.lab.report import write_report
 from einlinear.lab.run import Run
 from einlinear.lab.search import SearchPlan, default_search, explain, recalled, search, told
 from einlinear.lab.search.forecast import forecast
+from einlinear.lab.search.looked import exploration
 from einlinear.lab.search.strategy import HALVING, Outcome, guided_search, random_search
 from einlinear.lab.search.surrogate import Surrogate, features
 from einlinear.lab.search.worth import Reference
 from einlinear.lab.store import Store
+from einlinear.lab.summary import summary
 from einlinear.lab.train import Recipe, Trunk, train
 
 ROOT = Path(__file__).parents[2]
@@ -404,3 +410,65 @@ def test_recorded_searches_are_replayed_at_equal_cost_and_judged_by_the_seed_not
         best = runs.values[:, -1, 1].max()
         assert runs.regret(found, sees=0) == pytest.approx(best - runs.values[found.ranking[0], -1, 1])
     assert runs.values.shape[0] > 40 and np.isfinite(runs.values).all()
+
+
+# What is told of it afterwards.
+
+
+def test_the_report_reads_what_was_looked_at_from_the_store_alone(
+    task: Sequences, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert exploration(store.runs()) is None
+    monkeypatch.setattr(sweeping, "train", Trainer())
+    explored = search(PLAN, task, store, machine=HERE).explored
+    found = exploration(store.runs())
+    assert found and (found.width, found.seed, found.others) == (16, 0, 0)
+    assert found.counts == explored.counts and sum(found.counts) == len(found.runs) == len(explored.runs)
+    assert found.spent["flops"] == pytest.approx(explored.found.cost)
+    assert {one.family for one in found.looked if one.confirmed} == {*explored.winners, *explored.controls} & {
+        one.family for one in found.looked
+    }
+    worths = {
+        (explored.pool[trial.candidate].family, trial.rung): trial.outcome.value for trial in explored.found.trials
+    }
+    for one in found.looked:
+        for rung, worth in enumerate(one.worths):
+            assert worth == pytest.approx(worths[one.family, rung])
+    assert [len(one.runs) for one in found.looked] == sorted((len(one.runs) for one in found.looked), reverse=True)
+
+
+def test_the_page_of_a_search(task: Sequences, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeping, "train", Trainer())
+    searched = search(PLAN, task, store, machine=HERE)
+    runs = store.runs()
+    # Explored families are no part of the comparison.
+    assert {family.family for family in summary(runs).families} == {run.family for run in searched.runs}
+    write_report(runs, path := tmp_path / "r.html")
+    page = path.read_text()
+    charts = json.loads(re.search(r'<script type="application/json" id="charts">(.*?)</script>', page, re.S)[1])
+    drawn = [row for rows in charts["halving"]["datasets"].values() for row in rows if "tokens" in row]
+    assert len(drawn) == sum(searched.explored.counts)
+    dots = {row["family"] for rows in charts["space"]["datasets"].values() for row in rows}
+    assert dots == {searched.explored.pool[number].family for number, _ in searched.explored.runs}
+    assert all(f'id="{name}"' in page for name in charts)
+    text = html.unescape(re.sub(r"<[^>]+>", "", page))
+    for line in explain(searched).splitlines():
+        if "at equal width and tokens" in line:
+            assert line.strip() in text
+    assert all(f">{family}</span>" in page.replace("&#39;", "'") for family in searched.explored.winners)
+    write_report(searched.runs, path)
+    assert "What the search looked at" not in path.read_text()
+
+
+def test_an_exploration_under_way_is_shown_too(
+    task: Sequences, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where dense holds no law yet there are losses to come, and a reason instead of figures."""
+    monkeypatch.setattr(sweeping, "train", Trainer())
+    search(PLAN, task, store, machine=HERE)
+    runs = [run for run in store.runs() if run.purpose == "search"]
+    found = exploration(runs)
+    assert found and "finished runs of one family" in found.reason
+    assert all(worth is None for one in found.looked for worth in one.worths)
+    write_report(runs, tmp_path / "r.html", refresh=5)
+    assert "finished runs of one family" in (tmp_path / "r.html").read_text()

@@ -1,6 +1,7 @@
 """What a search looked at: halving along its horizons, its candidates in the space of structures, why the best won."""
 
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ with extra("lab"):
 
 STEP = 0.017  # between candidates of equal exponents, which would hide each other
 TURN = math.pi * (3 - math.sqrt(5))  # so that they fill a disc (Vogel 1979)
-SHARING = {0.0: "circle", 0.3333: "square", 0.5: "triangle-up", 0.6667: "triangle-down", 1.0: "diamond"}
+SHARING = {"0": "circle", "0.33": "square", "0.5": "triangle-up", "0.67": "triangle-down", "1": "diamond"}
+REACH = 3.0  # doublings from the median at which colour saturates
+DECADES = 3  # below its best that the figure of halving shows
 AXES_SHOWN: tuple[Axis, Axis] = ("flops", "seconds")
 
 
@@ -134,23 +137,29 @@ def halving_chart(summary: Summary, found: Exploration) -> Specification:
         "tokens:Q", scale=alt.Scale(type="log", nice=False, padding=14),
         axis=alt.Axis(title="training tokens", values=list(found.horizons), format=".3~s"),
     )  # fmt: skip
-    y = logarithmic(alt.Y, "multiplier", "multiplier as explored", [row["multiplier"] for row in rows], "~g")
+    best = max((row["multiplier"] for row in rows), default=1.0)
+    heights = [max(row["multiplier"], best / 10**DECADES) for row in rows]
+    y = logarithmic(alt.Y, "multiplier", "multiplier as explored", [*heights, 1.0], "~g")
     tip = ["family:N", alt.Tooltip("tokens:Q", format=","), alt.Tooltip("multiplier:Q", format=".3f")]
     others = plotted([row for row in rows if not row["confirmed"]]).encode(x=x, y=y, detail="family:N")
     chosen = plotted([row for row in rows if row["confirmed"]]).encode(x=x, y=y, color=_confirmed(summary, found))
     one = plotted([{"multiplier": 1}]).mark_rule(color=INK, strokeDash=[2, 3], opacity=0.7).encode(y=y)
     layers = [
         one,
-        others.mark_line(color=INK, strokeWidth=1, opacity=0.25),
-        others.mark_point(color=INK, size=22, filled=True, opacity=0.35).encode(tooltip=tip),
-        chosen.mark_line(strokeWidth=2.2),
-        chosen.mark_point(size=60, filled=True, opacity=1).encode(tooltip=tip),
+        others.mark_line(color=INK, strokeWidth=1, opacity=0.25, clip=True),
+        others.mark_point(color=INK, size=22, filled=True, opacity=0.35, clip=True).encode(tooltip=tip),
+        chosen.mark_line(strokeWidth=2.2, clip=True),
+        chosen.mark_point(size=60, filled=True, opacity=1, clip=True).encode(tooltip=tip),
     ]
     return finished(alt.layer(*layers), 340, "What candidates were worth along the horizons")
 
 
 def space_chart(found: Exploration) -> Specification:
-    """ψ over ν, ω as shape, the multiplier as colour, size by how far it was trained; confirmed ones are ringed."""
+    """ψ over ν, ω as shape, size by how far it was trained; confirmed ones are ringed.
+
+    Colour is the multiplier against the median candidate's at the same horizon.
+    """
+    medians = _medians(found)
     cells: dict[object, list[Looked]] = defaultdict(list)
     for one in sorted(found.looked, key=lambda one: -(one.last or -math.inf)):
         if one.exponents and one.last is not None:
@@ -163,14 +172,14 @@ def space_chart(found: Exploration) -> Specification:
             rows.append({
                 "family": one.family, "psi": psi, "nu": nu, "omega": f"{omega:.2g}",
                 "x": nu + far * math.cos(angle), "y": psi + 1.6 * far * math.sin(angle),
-                "multiplier": math.exp(one.last or 0.0), "value": (one.last or 0.0) / math.log(2),
+                "multiplier": math.exp(one.last or 0.0),
+                "value": ((one.last or 0.0) - medians[one.runs[-1].tokens]) / math.log(2),
                 "horizon": len(one.runs), "tokens": one.runs[-1].tokens, "confirmed": one.confirmed,
             })  # fmt: skip
     rows.sort(key=lambda row: row["horizon"])
-    reach = max([0.5, *(abs(row["value"]) for row in rows)])
     axis: dict[str, Any] = {"grid": True, "tickCount": 5, "format": ".2~f"}
     domain = sorted({row["omega"] for row in rows}, key=float)
-    shapes = [SHARING.get(round(float(value), 4), "cross") for value in domain]
+    shapes = [SHARING.get(value, "cross") for value in domain]
     base = plotted(rows).encode(
         x=alt.X("x:Q", scale=alt.Scale(domain=_around([row["x"] for row in rows])),
                 axis=alt.Axis(title="ν: FLOPs grow as width^(1+ν)", **axis)),
@@ -181,9 +190,10 @@ def space_chart(found: Exploration) -> Specification:
         size=alt.Size("horizon:O", scale=alt.Scale(range=[45, 190]), legend=None),
     )  # fmt: skip
     dots = base.mark_point(filled=True, opacity=1, stroke=INK, strokeWidth=0.6).encode(
-        color=alt.Color("value:Q", scale=alt.Scale(range=["#d55e00", "#f4f4f4", "#0072b2"], domain=[-reach, 0, reach]),
-                        legend=alt.Legend(title="multiplier", labelExpr="format(pow(2, datum.value), '.2~f') + '×'",
-                                          tickCount=5, gradientLength=130)),
+        color=alt.Color("value:Q", scale=alt.Scale(range=["#d55e00", "#f4f4f4", "#0072b2"], domain=[-REACH, 0, REACH],
+                                                        clamp=True),
+                        legend=alt.Legend(title="against the median", gradientLength=130, values=[-REACH, 0, REACH],
+                                          labelExpr="format(pow(2, datum.value), '.2~g') + '×'")),
         tooltip=["family:N", "psi:Q", "nu:Q", "omega:N", alt.Tooltip("tokens:Q", format=","),
                  alt.Tooltip("multiplier:Q", format=".3f")],
     )  # fmt: skip
@@ -192,6 +202,22 @@ def space_chart(found: Exploration) -> Specification:
     )
     rings = rings.encode(shape=alt.ShapeValue("circle"), size=alt.SizeValue(420))
     return finished(alt.layer(dots, rings), 360, "What was looked at in the space of structures")
+
+
+def _medians(found: Exploration) -> dict[int, float]:
+    """ln multiplier of the median candidate at each horizon: that of the first, moved as those moved that went on."""
+    level, before, medians = 0.0, dict[str, float](), dict[int, float]()
+    for tokens in found.horizons:
+        here = {
+            one.family: worth
+            for one in found.looked
+            for run, worth in zip(one.runs, one.worths, strict=True)
+            if run.tokens == tokens and worth is not None
+        }
+        moved = [worth - before[family] for family, worth in here.items() if family in before]
+        level += statistics.median(moved or here.values() or [0.0])
+        before, medians[tokens] = here, level
+    return medians
 
 
 def _thought(one: Looked, found: Exploration) -> str:
