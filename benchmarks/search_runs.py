@@ -27,7 +27,6 @@ from einlinear.lab.sweep import Sweep
 from einlinear.lab.train import Recipe, Trunk
 
 WIDTH = 64
-RUNGS = (100, 200, 400, 800, 1600)  # steps
 DENSE = (32, 48, 64, 96)  # widths that give dense's law
 COLUMNS = (
     "task", "family", "width", "depth", "steps", "tokens", "rate", "seed", "status", "loss", "parameters", "flops",
@@ -37,9 +36,10 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Record:
-    """What is trained on one task. The rate is dense's best of five, at this width and half the last rung."""
+    """What is trained on one task. The rate is dense's best of five, at this width and some 800 steps."""
 
     task: Callable[[], Task]
+    rungs: tuple[int, ...]  # steps
     batch: int
     depth: int
     rate: float
@@ -47,21 +47,21 @@ class Record:
     def trunk(self, family: str, width: int, seed: int) -> Trunk:
         recipe = Recipe(batch=self.batch, base_width=WIDTH, base_depth=self.depth)
         return Trunk(
-            family=family, width=width, depth=self.depth, rate=self.rate, seed=seed, horizons=RUNGS, recipe=recipe,
+            family=family, width=width, depth=self.depth, rate=self.rate, seed=seed, horizons=self.rungs, recipe=recipe,
             purpose="search",
         )  # fmt: skip
 
 
 def short_text() -> Task:
-    """Source text in sequences of 32 bytes."""
+    """Source text in sequences of 32 bytes, and less of it to validate on, which took a third of the time."""
     task = load("bytes")
     assert isinstance(task, Sequences)
-    return replace(task, context=32)
+    return replace(task, context=32, limit=2**14)
 
 
 RECORDS = {
-    "teacher": Record(lambda: load("teacher"), batch=128, depth=2, rate=2**-10),
-    "bytes": Record(short_text, batch=16, depth=1, rate=2**-8),
+    "teacher": Record(lambda: load("teacher"), (100, 200, 400, 800, 1600), batch=128, depth=2, rate=2**-10),
+    "bytes": Record(short_text, (50, 100, 200, 400, 800), batch=16, depth=1, rate=2**-8),
 }
 
 
@@ -93,7 +93,7 @@ def main() -> None:
 
     def observe(trunk: Trunk, event: int | Run) -> None:
         nonlocal done
-        if isinstance(event, Run) and event.tokens == RUNGS[-1] * trunk.recipe.tokens(task):
+        if isinstance(event, Run) and event.tokens == record.rungs[-1] * trunk.recipe.tokens(task):
             done += 1
             print(f"{done}: {event.family} seed {event.seed} {event.loss} in {event.seconds:.1f} s", flush=True)
 
