@@ -24,6 +24,7 @@ from einlinear.lab.laws import (
     Surface,
     bootstrap,
     compare_cells,
+    fit_frontier,
     fit_surface,
     from_frame,
     isoflop,
@@ -119,6 +120,28 @@ def multiplier_case(points: tuple[np.ndarray, np.ndarray], noise: float) -> Call
     return draw
 
 
+def grid_case(points: tuple[np.ndarray, np.ndarray], noise: float) -> Callable[[int], Hits]:
+    """Two families on a full grid, most of whose sizes are far from the best for their compute."""
+    import pandas as pd
+
+    def draw(seed: int) -> Hits:
+        generator = np.random.default_rng(seed)
+        N, D = points
+        frames = []
+        for family, ratio in (("dense", 1.0), ("other", RHO)):
+            loss = TRUTH.loss(N * ratio**0.5, D * ratio**0.5) * np.exp(noise * generator.normal(size=len(N)))
+            frames.append(pd.DataFrame({"family": family, "params": N, "tokens": D, "loss": loss}))
+        cells = cells_of(rows_of(from_frame(pd.concat(frames))))
+        found = compare_cells(cells["other"], cells["dense"], names=("other", "dense"))
+        law = fit_frontier(cells["dense"])
+        return {
+            "multiplier, shared law": within((found.low, found.high), RHO),
+            "c of the frontier": within((law.c_low, law.c_high), TRUTH.gamma),
+        }
+
+    return draw
+
+
 def trunk_case(noise: float, shared: float, widths: int = 4, horizons: int = 2) -> Callable[[int], Hits]:
     """Two families on their frontiers; `shared` is the share of the noise's variance that a trunk's horizons share."""
     import pandas as pd
@@ -146,6 +169,8 @@ def trunk_case(noise: float, shared: float, widths: int = 4, horizons: int = 2) 
 
 
 CASES: dict[str, Callable[[int], Hits]] = {
+    "surface, 5 × 4 grid, noise .005": surface_case(rectangle(5, 4), 0.005, 1e-3),
+    "surface, 6 × 6 grid, noise .005": surface_case(rectangle(6, 6), 0.005, 1e-3),
     "surface, 8 × 8 grid, noise .005": surface_case(rectangle(8, 8), 0.005, 1e-3),
     "surface, 15 × 16 grid, noise .005": surface_case(rectangle(15, 16), 0.005, 1e-3),
     "surface, 6 budgets × 7 sizes, noise .003": surface_case(equal_compute(6, 7), 0.003, 1e-3),
@@ -153,6 +178,8 @@ CASES: dict[str, Callable[[int], Hits]] = {
     "least squares, 8 × 8 grid, noise .01 nats": least_squares_case(rectangle(8, 8), 0.01),
     "allocation, 6 budgets × 7 sizes, noise .003": allocation_case(equal_compute(6, 7), 0.003),
     "optima, 6 budgets × 7 sizes, noise .003": multiplier_case(equal_compute(6, 7), 0.003),
+    "frontier, 7 × 5 grid, noise .005": grid_case(rectangle(7, 5), 0.005),
+    "frontier, 15 × 16 grid, noise .005": grid_case(rectangle(15, 16), 0.005),
     "frontier, 4 widths × 2 horizons, noise .005": trunk_case(0.005, 0.0),
     "frontier, 4 widths × 2 horizons, noise .005, trunks share .8": trunk_case(0.005, 0.8),
     "frontier, 6 widths × 3 horizons, noise .01, trunks share .5": trunk_case(0.01, 0.5, 6, 3),
