@@ -52,7 +52,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return _declared(ctypes.CDLL(str(_built(found, _threads()))))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or error
         warnings.warn(
             f"compiled code cannot be had, slower ways run instead: {found} on {SOURCE} said: {str(said)[-500:]}; "

@@ -153,7 +153,7 @@ _KEPT = threading.local()
 
 
 def _memory(mode: str, maps: bytes, count: int, tokens: int, threads: int) -> int:
-    """The address of memory that this thread keeps for its next call: asking for new pages takes as long as all else."""
+    """The address of memory that this thread keeps for its next call: new pages take as long as all else."""
     size = _size(mode, maps, count, min(tokens, MANY), threads)
     kept: Tensor | None = vars(_KEPT).get("memory")
     if kept is None or kept.numel() < size:
