@@ -149,7 +149,7 @@ static int64_t inputs(const Map &m) { return m.slices * m.summed; }
 static int64_t outputs(const Map &m) { return m.slices * m.made; }
 static int64_t panels(int64_t width) { return (width + PANEL - 1) / PANEL; }
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t padded(int64_t width) { return (width + V - 1) / V * V + PANEL; }  // rows do not alias, panels may overrun
+static int64_t padded(int64_t width) { return ((width + V - 1) / V | 1) * V; }  // in lines odd, or rows would share a cache's sets
 
 // Where the panels lie that a map is multiplied by: one of each slice and PANEL columns.
 struct Panels { const float *start; int64_t slice, panel, row; };
@@ -492,13 +492,13 @@ template <class T> static void backward(const Call<T> &call, const T *grad, int6
 // How many numbers `memory` must hold.
 extern "C" int64_t einlinear_forward_memory(int64_t count, const Map *maps, int64_t tokens, int64_t threads) {
   if (tokens < FEW) return 3 * (FEW * widest(maps, count) + V);
-  int64_t found = threads * 2 * ROWS * widest(maps, count) + V;
+  int64_t found = threads * 2 * ROWS * widest(maps, count) + PANEL;
   for (int64_t k = 0; k < count; k++) found += maps[k].slices * panels(maps[k].made) * maps[k].summed * PANEL + V;
   return found;
 }
 
 extern "C" int64_t einlinear_backward_memory(int64_t count, const Map *maps, int64_t, int64_t threads) {
-  int64_t found = threads * (count + 3) * group(maps, count) * widest(maps, count) + V;
+  int64_t found = threads * (count + 3) * group(maps, count) * widest(maps, count) + PANEL;  // panels may overrun
   for (int64_t k = 0; k < count; k++) {
     const Map &m = maps[k];
     found += m.slices * (panels(m.made) * m.summed + panels(m.summed) * m.made) * PANEL + 2 * V;
