@@ -7,18 +7,22 @@ must be within twice that of stock matmuls in the same type (`einlinear.apply` i
 """
 
 import argparse
+import copy
+import math
 import multiprocessing
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 import einlinear as el
-from einlinear.kernels import KERNELS
+from einlinear.kernels import KERNELS, Routing
 from einlinear.kernels.kernel import Target
 from einlinear.kernels.reference import Reference
+from einlinear.kernels.routed import ROUTED_KERNELS, everyone
 from einlinear.mlp import GATED
 
 FAMILIES = (
@@ -33,6 +37,13 @@ FAMILIES = (
 Named = dict[str, Tensor]
 Errors = tuple[str, dict[str, float], dict[str, float]]
 """The name of a case, and its relative errors beside those of stock matmuls."""
+
+ROUTED = tuple(
+    (family, width, tokens)
+    for family in (el.BTT(), el.BTT(rank=2), el.LowRank(rank=16), el.Kronecker(), el.Monarch(blocks=16), el.Dense())
+    for width, tokens in ((512, 1), (512, 333), (1024, 2047))
+)
+DEVICE = "cuda"
 
 SHAPES = ((256, 33), (512, 1), (512, 1000), (768, 77), (1024, 2047), (1024, 16), (2048, 515))
 
@@ -114,6 +125,51 @@ def shared(dtype: torch.dtype, *shapes: tuple[int, int]) -> Iterator[Errors]:
         yield f"shared {width} x {tokens}", errors(found, exact), errors(stock, exact)
 
 
+EXPERTS = ((8, 2), (16, 2), (5, 1), (1, 1), (3, 3))
+"""How many, and how many are active."""
+
+
+def experts(dtype: torch.dtype, *cases: tuple[el.Family, int, int]) -> Iterator[Errors]:
+    """Layers with routers of their own, by every kernel; losses are of the result and of the logits."""
+    for (family, width, tokens), (count, active) in ((case, sizes) for case in cases for sizes in EXPERTS):
+        layer = el.Linear(width, width, family, experts=count, active=active, device=DEVICE, dtype=dtype)
+        torch.nn.init.normal_(layer.router.weight)
+        x = torch.randn(tokens, width, device=DEVICE, dtype=dtype)
+        directions = torch.randn(tokens, width, device=DEVICE), torch.randn(tokens, count, device=DEVICE)
+        target = Target.of(DEVICE, dtype)
+        for kernel in ROUTED_KERNELS:
+            if kernel.refuses(layer.structure, target) is not None or kernel.name == "all experts":
+                continue
+            mine = copy.deepcopy(layer)
+            runner = ((math.inf, kernel.prepare(layer.structure)),)
+            mine._routed_plan = replace(mine._routed_plan, cpu=runner, cuda=runner, cuda_half=runner)
+            found = _routed(mine, x, directions, None)
+            chosen = mine.router.latest.chosen
+            stock = _routed(layer, x, directions, chosen)
+            exact = _routed(copy.deepcopy(layer).double(), x.double(), directions, chosen)
+            yield (
+                f"{kernel.name} {family} {width} x {tokens}, {active} of {count}",
+                errors(found, exact),
+                errors(stock, exact),
+            )
+
+
+def _routed(layer: el.Linear, x: Tensor, directions: tuple[Tensor, Tensor], chosen: Tensor | None) -> Named:
+    """The result, logits and all gradients; by all experts and given choices, or by the layer itself where None."""
+    x, named = x.detach().requires_grad_(), dict(layer.named_parameters())
+    if chosen is None:
+        y = layer(x)
+        logits = layer.router.latest.logits
+    else:
+        logits = layer.router._logits(x)
+        routing = Routing(chosen, logits.gather(1, chosen).softmax(-1), logits.shape[1])
+        y = everyone(layer.structure)(list(layer.factors), x, routing, layer.bias)
+    made = torch.autograd.grad(
+        [y, logits], [x, *named.values()], [d.to(v.dtype) for d, v in zip(directions, (y, logits), strict=True)]
+    )
+    return {"y": y, "logits": logits, **dict(zip(("x", *named), made, strict=True))}
+
+
 def _of(module: torch.nn.Module, x: Tensor, direction: Tensor) -> Named:
     named = dict(module.named_parameters())
     y = module(x)
@@ -148,6 +204,7 @@ def main(only: list[str], workers: int) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         tasks += [(layers, dtype, (shape,)) for shape in SHAPES]
         tasks += [(mlps, dtype, (activation,)) for activation in ("relu2", "gelu", "gelu_tanh", "silu", *GATED)]
+        tasks += [(experts, dtype, (case,)) for case in ROUTED]
         tasks += [(shared, dtype, ((1024, 1), (2048, 8), (1024, 1001), (2048, 4097), (512, 300)))]
     tasks = [(make, dtype, at) for make, dtype, at in tasks if any(t in f"{make.__name__} {dtype} {at}" for t in only)]
     with multiprocessing.get_context("spawn").Pool(workers) as pool:  # compiling takes the time
