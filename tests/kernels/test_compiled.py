@@ -91,12 +91,12 @@ cases = {
                                   PIECE=128), 1, 8, 3),
     "sort's slots": (
         tiles_route.fill_in, dict(EXPERTS=16, ACTIVE=2, SETS=256, CHUNK=128, RUN=256, ALIGN=64), 1, 4, 3),
-    "into_forward of experts": (tiles_sets.into_forward, sets(**ins, BLOCK=128), 1, 4, 1),
-    "out_forward of experts": (tiles_sets.out_forward, sets(**state, BLOCK=64, HAS_BIAS=False), 1, 4, 2),
-    "out_backward of experts": (tiles_sets.out_backward, sets(**state, TILE=64, SPLITS=1), 1, 4, 3),
+    "into_forward of experts": (tiles_sets.into_forward, sets(**ins, BLOCK=128, PARTS=1), 1, 4, 1),
+    "out_forward of experts": (tiles_sets.out_forward, sets(**state, BLOCK=64, HAS_BIAS=False), 1, 8, 3),
+    "out_backward of experts": (tiles_sets.out_backward, sets(**state, TILE=128, SPLITS=1), 1, 4, 4),
     "into_backward_input of experts": (
-        tiles_sets.into_backward_input, sets(**ins, BLOCK=128, BLOCK_EXPERTS=16, HAS_ROUTER=True), 1, 4, 1),
-    "into_backward_weight of experts": (tiles_sets.into_backward_weight, sets(**ins, TILE=64, SPLITS=1), 1, 4, 3),
+        tiles_sets.into_backward_input, sets(**ins, BLOCK=64, BLOCK_EXPERTS=16, HAS_ROUTER=True), 1, 4, 2),
+    "into_backward_weight of experts": (tiles_sets.into_backward_weight, sets(**ins, TILE=128, SPLITS=1), 1, 4, 2),
 }
 tuples = {"weights", "ys", "grads", "dweights", "y_slices", "y_features", "y_tokens_apart", "zs", "ups", "dzs", "dups",
           "firsts", "seconds"}

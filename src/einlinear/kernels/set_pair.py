@@ -17,6 +17,19 @@ from einlinear.kernels.select import logits_gradient, route
 from einlinear.kernels.sets import PIECE, RUN, Sizes, set_layout
 from einlinear.kernels.stage import add_partials, multiprocessors, tile
 
+LAUNCHES = {
+    "into_forward": ((128, 4, 1), (64, 8, 1)),
+    "out_forward": ((64, 8, 3), (64, 8, 1)),
+    "out_backward": ((128, 4, 4), (64, 8, 3)),
+    "into_backward_input": ((64, 4, 2), (64, 8, 1)),
+    "into_backward_weight": ((128, 4, 2), (64, 8, 3)),
+}
+"""Tokens at once, warps and pipeline stages: the fastest of those measured, for weights of up to 64 x 128 and for
+larger ones, which need more registers."""
+
+PARTS = (1, 1)
+"""Programs that share the features of one slice of the first stage; for the same two kinds of blocks."""
+
 
 @torch.library.custom_op("einlinear::set_pair", mutates_args=())
 def set_pair(
@@ -223,13 +236,14 @@ def _forward(
     y, z = _empty(x, first, second, sizes)
     _, *tables = sizes.split(layout)
     with torch.cuda.device_of(x):
-        tiles_sets.into_forward[(first.shape[1], sizes.runs)](
+        parts = PARTS[_large(first)]
+        tiles_sets.into_forward[(first.shape[1] * parts, sizes.runs)](
             x, first.contiguous(), z, *tables, sizes.runs, x.shape[1],
-            **_first(first, sizes), **_run_launch(first, 128),
+            **_first(first, sizes, parts), PARTS=parts, **_launch("into_forward", first),
         )  # fmt: skip
         tiles_sets.out_forward[(second.shape[1], sizes.runs)](
             z, second.contiguous(), bias, y, gates, *tables, sizes.runs, y.shape[1],
-            **_second(second, sizes), HAS_BIAS=bias is not None, **_run_launch(second, 64),
+            **_second(second, sizes), HAS_BIAS=bias is not None, **_launch("out_forward", second),
         )  # fmt: skip
     return y, z
 
@@ -247,7 +261,7 @@ def _backward_out(grad: Tensor, saved: _Saved) -> tuple[Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(grad):
         tiles_sets.out_backward[(second.shape[1], sizes.experts, splits)](
             grad, saved.z, second, saved.gates, dz, dgate, dsecond, starts, rooms, token_of, sizes.slots, grad.shape[1],
-            **_second(second, sizes), SPLITS=splits, **_tile_launch(second, 3),
+            **_second(second, sizes), SPLITS=splits, **_launch("out_backward", second),
         )  # fmt: skip
         tiles_sets.add_gates[(sizes.runs,)](
             dgate, index, dweight, rooms, run_set, runs, token_of, sizes.runs, sizes.slots,
@@ -271,11 +285,11 @@ def _backward_into(
         tiles_sets.into_backward_input[(first.shape[1], sizes.runs)](
             dz, first, router, dlogits, dx, *tables, sizes.runs, x.shape[1],
             **_first(first, sizes), BLOCK_EXPERTS=tile(sizes.experts), HAS_ROUTER=router is not None,
-            **_run_launch(first, 64),
+            **_launch("into_backward_input", first),
         )  # fmt: skip
         tiles_sets.into_backward_weight[(first.shape[1], sizes.experts, splits)](
             dz, x, dfirst, starts, tables[0], tables[-1], x.shape[1],
-            **_first(first, sizes), SPLITS=splits, **_tile_launch(first, 2),
+            **_first(first, sizes), SPLITS=splits, **_launch("into_backward_weight", first),
         )  # fmt: skip
     return dx, add_partials(dfirst, first).view(first.shape)
 
@@ -287,9 +301,10 @@ def _splits(factor: Tensor, sizes: Sizes) -> int:
     return max(1, min(tiles, -(-4 * multiprocessors(factor.device) // programs)))
 
 
-def _first(first: Tensor, sizes: Sizes) -> dict[str, int]:
+def _first(first: Tensor, sizes: Sizes, parts: int = 1) -> dict[str, int]:
     _, slices, out, width = first.shape
-    return {"SLICES": slices, "OUT": out, "IN": width, "BLOCK_OUT": tile(out), "BLOCK_IN": tile(width), **_whole(sizes)}
+    blocks = {"BLOCK_OUT": tile(out) // parts, "BLOCK_IN": tile(width)}
+    return {"SLICES": slices, "OUT": out, "IN": width, **blocks, **_whole(sizes)}
 
 
 def _second(second: Tensor, sizes: Sizes) -> dict[str, int]:
@@ -302,17 +317,11 @@ def _whole(sizes: Sizes) -> dict[str, int]:
     return {"EXPERTS": sizes.experts, "ACTIVE": sizes.active, "PIECE": PIECE}
 
 
-def _run_launch(factor: Tensor, block: int) -> dict[str, int]:
-    """Tokens at once, warps and stages: the fastest of those measured; larger blocks of weights need more registers."""
-    if _large(factor):
-        return {"BLOCK": 64, "num_warps": 8, "num_stages": 1}
-    return {"BLOCK": block, "num_warps": 4, "num_stages": 1}
-
-
-def _tile_launch(factor: Tensor, stages: int) -> dict[str, int]:
-    if _large(factor):
-        return {"TILE": 64, "num_warps": 8, "num_stages": 3}
-    return {"TILE": 128, "num_warps": 4, "num_stages": stages}
+def _launch(kernel: str, factor: Tensor) -> dict[str, int]:
+    """Tokens at once, warps and pipeline stages."""
+    tokens, warps, stages = LAUNCHES[kernel][_large(factor)]
+    across = "TILE" if kernel in ("out_backward", "into_backward_weight") else "BLOCK"
+    return {across: tokens, "num_warps": warps, "num_stages": stages}
 
 
 def _large(factor: Tensor) -> bool:

@@ -17,8 +17,8 @@ RUN = 256
 PIECE = 128
 """Slots whose numbers lie side by side in the state; the slots of an expert start at a multiple of it."""
 
-ALIGN = 64
-"""The slots of a set start at a multiple of it, so that loads and stores are wide."""
+ALIGN = 16
+"""The slots of a set start at a multiple of it, so that loads and stores are wide; the first stage fills the gaps."""
 
 MOST_SLOTS = 1 << 25
 """What the tables have room for."""

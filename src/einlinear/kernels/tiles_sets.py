@@ -89,33 +89,21 @@ def kept_places(features, here, room, FEATURES: tl.constexpr):
 
 
 @triton.jit
-def load_states(
-    base, features, apart, slots, here, room,
-    FEATURES: tl.constexpr, WHOLE: tl.constexpr, PIECE: tl.constexpr, ACTIVE: tl.constexpr,
-):  # fmt: skip
-    """`[features, slots]` of the state of every expert of a run."""
-    found, kept = (), kept_places(features, here, room, FEATURES)
-    for j in tl.static_range(ACTIVE):
-        found += (tl.load(base + places(features, apart, slots[j] + here, WHOLE, PIECE), mask=kept, other=0.0),)
-    return found
-
-
-@triton.jit
 def into_forward(
     x, first, z, rooms, run_set, runs, token_of, most, x_token,
     SLICES: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
-    EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr,
+    EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """z[s] = first[e, s] x[s] at every expert of a run, from one read of its rows of x.
 
-    Here and below what the next block needs is loaded before this one is worked on, and what the first needs before
-    the weights: programs are few and short, and what they wait for is memory.
+    What the next block needs is loaded before this one is worked on, and what the first one needs before the weights.
+    Of `PARTS` programs that lie side by side each makes some of the features.
     """
-    s, t = tl.program_id(0), tl.program_id(1)
+    s, part, t = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1)
     real, set_, slots, count = find_run(t, rooms, run_set, runs, most, EXPERTS, ACTIVE)
     if real:
         room, here = room_for(count), tl.arange(0, BLOCK)
-        outs, ins = tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_IN)
+        outs, ins = part * BLOCK_OUT + tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_IN)
         token = tl.load(token_of + slots[0] + here, mask=here < count, other=0)
         next_token = tl.load(token_of + slots[0] + BLOCK + here, mask=BLOCK + here < count, other=0)
         v = load_rows(x + s * IN, token, x_token, here < count, ins, IN)
@@ -144,24 +132,22 @@ def out_forward(
     s, t = tl.program_id(0), most - 1 - tl.program_id(1)
     real, set_, slots, count = find_run(t, rooms, run_set, runs, most, EXPERTS, ACTIVE)
     if real:
-        room, here = room_for(count), tl.arange(0, BLOCK)
+        room = room_for(count)
         outs, states = tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_STATE)
-        vs = load_states(z + s * PIECE, states, SLICES, slots, here, room, STATE, SLICES * STATE, PIECE, ACTIVE)
         ws = matrices(second, set_, s, outs, states, OUT, STATE, SLICES, EXPERTS, ACTIVE)
         for block in range(0, count, BLOCK):
-            mine, ahead = block + here, block + BLOCK + here
-            token = tl.load(token_of + slots[0] + mine, mask=mine < count, other=0)
-            next_vs = load_states(
-                z + s * PIECE, states, SLICES, slots, ahead, room, STATE, SLICES * STATE, PIECE, ACTIVE
-            )
+            here = block + tl.arange(0, BLOCK)
+            inside, kept = here < count, kept_places(states, here, room, STATE)
+            token = tl.load(token_of + slots[0] + here, mask=inside, other=0)
             total = tl.zeros((BLOCK_OUT, BLOCK), tl.float32)
             if HAS_BIAS:
                 total += tl.load(bias + s * OUT + outs, mask=outs < OUT, other=0.0).to(tl.float32)[:, None]
             for j in tl.static_range(ACTIVE):
-                gate = tl.load(gates + slots[j] + mine, mask=mine < count, other=0.0)
-                total += multiply(ws[j], vs[j]) * gate[None, :]
-            store_rows(total, y + s * OUT, token, y_token, mine < count, outs, OUT)
-            vs = next_vs
+                at = z + s * PIECE + places(states, SLICES, slots[j] + here, SLICES * STATE, PIECE)
+                v = tl.load(at, mask=kept, other=0.0)
+                gate = tl.load(gates + slots[j] + here, mask=inside, other=0.0)
+                total += multiply(ws[j], v) * gate[None, :]
+            store_rows(total, y + s * OUT, token, y_token, inside, outs, OUT)
 
 
 @triton.jit
@@ -187,8 +173,7 @@ def out_backward(
         gate = tl.load(gates + slot, mask=here < room, other=0.0)[None, :]
         at = s * PIECE + places(states, SLICES, slot, SLICES * STATE, PIECE)
         kept = kept_places(states, here, room, STATE)
-        # What lies in gaps was never written, and not all of it is a number.
-        v = tl.where(inside[None, :], tl.load(z + at, mask=kept, other=0.0), 0.0)
+        v = tl.load(z + at, mask=kept, other=0.0)
         g = tl.trans(load_rows(grad + s * OUT, token, y_token, inside, outs, OUT))
         u = multiply(tl.trans(w), g)
         tl.store(dgate + s.to(tl.int64) * slots + slot, tl.sum(u * v.to(tl.float32), axis=0), mask=here < room)
@@ -209,26 +194,24 @@ def into_backward_input(
     s, t = tl.program_id(0), tl.program_id(1)
     real, set_, slots, count = find_run(t, rooms, run_set, runs, most, EXPERTS, ACTIVE)
     if real:
-        room, here = room_for(count), tl.arange(0, BLOCK)
+        room = room_for(count)
         outs, ins, experts = tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_IN), tl.arange(0, BLOCK_EXPERTS)
-        base = dz + s * (OUT * PIECE)
-        ds = load_states(base, outs, 1, slots, here, room, OUT, SLICES * OUT, PIECE, ACTIVE)
         ws = matrices(first, set_, s, outs, ins, OUT, IN, SLICES, EXPERTS, ACTIVE)
         if HAS_ROUTER:
             rows = router + experts[:, None] * x_token + s * IN
             r = tl.load(rows + ins[None, :], mask=(experts < EXPERTS)[:, None] & (ins < IN)[None, :], other=0.0)
         for block in range(0, count, BLOCK):
-            mine, ahead = block + here, block + BLOCK + here
-            token = tl.load(token_of + slots[0] + mine, mask=mine < count, other=0)
-            next_ds = load_states(base, outs, 1, slots, ahead, room, OUT, SLICES * OUT, PIECE, ACTIVE)
+            here = block + tl.arange(0, BLOCK)
+            inside, kept = here < count, kept_places(outs, here, room, OUT)
+            token = tl.load(token_of + slots[0] + here, mask=inside, other=0)
             total = tl.zeros((BLOCK_IN, BLOCK), tl.float32)
             for j in tl.static_range(ACTIVE):
-                total += multiply(tl.trans(ws[j]), ds[j])
+                at = dz + s * (OUT * PIECE) + places(outs, 1, slots[j] + here, SLICES * OUT, PIECE)
+                total += multiply(tl.trans(ws[j]), tl.load(at, mask=kept, other=0.0))
             if HAS_ROUTER:
-                g = load_rows(dlogits, token, EXPERTS, mine < count, experts, EXPERTS)
+                g = load_rows(dlogits, token, EXPERTS, inside, experts, EXPERTS)
                 total += multiply(tl.trans(r), tl.trans(g))
-            store_rows(total, dx + s * IN, token, x_token, mine < count, ins, IN)
-            ds = next_ds
+            store_rows(total, dx + s * IN, token, x_token, inside, ins, IN)
 
 
 @triton.jit
