@@ -96,13 +96,15 @@ cases = {
     "out_backward of experts": (tiles_sets.out_backward, sets(**state, TILE=128, SPLITS=1), 1, 4, 4),
     "into_backward_input of experts": (
         tiles_sets.into_backward_input, sets(**ins, BLOCK=64, BLOCK_EXPERTS=16, HAS_ROUTER=True), 1, 4, 2),
-    "into_backward_weight of experts": (tiles_sets.into_backward_weight, sets(**ins, TILE=128, SPLITS=1), 1, 4, 2),
+    "into_backward_weight of experts": (
+        tiles_sets.into_backward_weight,
+        sets(**ins, TILE=128, SPLITS=1, BLOCK_EXPERTS=16, HAS_ROUTER=True), 1, 4, 2),
 }
 tuples = {"weights", "ys", "grads", "dweights", "y_slices", "y_features", "y_tokens_apart", "zs", "ups", "dzs", "dups",
           "firsts", "seconds"}
 none = {"biases", "dbiases"}
 accumulated = {"dweight", "dweights", "dups", "ddown", "dbias"}
-accumulated |= {"dfirst", "dsecond", "dgate", "gates", "logits", "chosen"}
+accumulated |= {"drouter", "dfirst", "dsecond", "dgate", "gates", "logits", "chosen"}
 integers = {"index", "starts", "rooms", "run_set", "runs", "token_of"}
 integers |= {"counts", "before", "size", "place", "first_run"}
 tensors = {"x", "router", "dlogits", "z", "dz", "weight", "bias", "y", "grad", "dx", "down", "first", "second"} | tuples

@@ -69,7 +69,7 @@ def set_pair_backward(
     """The gradients of `x`, `first`, `second` and `weight`."""
     saved = _Saved(x.contiguous(), first.contiguous(), second.contiguous(), index, weight, layout, gates, z)
     dz, dsecond, dweight = _backward_out(grad.contiguous(), saved)
-    dx, dfirst = _backward_into(dz, saved)
+    dx, dfirst, _ = _backward_into(dz, saved)
     return dx, dfirst, dsecond, dweight
 
 
@@ -140,8 +140,8 @@ def routed_pair_backward(
     grad = x.new_zeros(len(x), second.shape[1] * second.shape[2]) if grad is None else grad.contiguous()
     dz, dsecond, dweight = _backward_out(grad, saved)
     total = logits_gradient(dlogits, dweight, x, len(router), index, weight)
-    dx, dfirst = _backward_into(dz, saved, router.to(x.dtype).contiguous(), total)
-    return dx, (total.mT @ x).to(router.dtype), dfirst, dsecond
+    dx, dfirst, drouter = _backward_into(dz, saved, router.to(x.dtype).contiguous(), total)
+    return dx, (drouter.mT / saved.sizes.active).to(router.dtype), dfirst, dsecond
 
 
 @routed_pair_backward.register_fake
@@ -272,8 +272,11 @@ def _backward_out(grad: Tensor, saved: _Saved) -> tuple[Tensor, Tensor, Tensor]:
 
 def _backward_into(
     dz: Tensor, saved: _Saved, router: Tensor | None = None, dlogits: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The gradients of `x`, its router's included where that is given, and of `first`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `x`, its router's included where that is given, and of `first`.
+
+    And that of the router times `active`, `[d_in, experts]`, float32.
+    """
     from einlinear.kernels import tiles_sets
 
     x, first, sizes = saved.x, saved.first, saved.sizes
@@ -281,17 +284,18 @@ def _backward_into(
     starts, *tables = sizes.split(saved.layout)
     splits = _splits(first, sizes)
     dfirst = saved.gates.new_empty(splits, first.numel())
+    drouter = saved.gates.new_empty(splits * sizes.experts, 0 if router is None else router.numel())
+    own = {"BLOCK_EXPERTS": tile(sizes.experts), "HAS_ROUTER": router is not None}
     with torch.cuda.device_of(x):
         tiles_sets.into_backward_input[(first.shape[1], sizes.runs)](
             dz, first, router, dlogits, dx, *tables, sizes.runs, x.shape[1],
-            **_first(first, sizes), BLOCK_EXPERTS=tile(sizes.experts), HAS_ROUTER=router is not None,
-            **_launch("into_backward_input", first),
+            **_first(first, sizes), **own, **_launch("into_backward_input", first),
         )  # fmt: skip
         tiles_sets.into_backward_weight[(first.shape[1], sizes.experts, splits)](
-            dz, x, dfirst, starts, tables[0], tables[-1], x.shape[1],
-            **_first(first, sizes), SPLITS=splits, **_launch("into_backward_weight", first),
+            dz, x, dlogits, dfirst, drouter, starts, tables[0], tables[-1], x.shape[1],
+            **_first(first, sizes), **own, SPLITS=splits, **_launch("into_backward_weight", first),
         )  # fmt: skip
-    return dx, add_partials(dfirst, first).view(first.shape)
+    return dx, add_partials(dfirst, first).view(first.shape), add_partials(drouter, drouter).view(x.shape[1], -1)
 
 
 def _splits(factor: Tensor, sizes: Sizes) -> int:

@@ -216,15 +216,21 @@ def into_backward_input(
 
 @triton.jit
 def into_backward_weight(
-    dz, x, dfirst, starts, rooms, token_of, x_token,
+    dz, x, dlogits, dfirst, drouter, starts, rooms, token_of, x_token,
     SLICES: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
     EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_EXPERTS: tl.constexpr, HAS_ROUTER: tl.constexpr,
 ):  # fmt: skip
-    """dfirst[e, s] = sum over the expert's slots of dz xᵀ."""
+    """dfirst[e, s] = sum over the expert's slots of dz xᵀ.
+
+    And of x dlogitsᵀ: of all experts together that is the router's gradient, in which a token counts `ACTIVE` times.
+    """
     s, e, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     lanes, outs, ins = tl.arange(0, TILE), tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_IN)
+    experts = tl.arange(0, BLOCK_EXPERTS)
     start, room = tl.multiple_of(tl.load(starts + e), PIECE), tl.multiple_of(tl.load(rooms + e), 16)
     dw = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
+    dr = tl.zeros((BLOCK_IN, BLOCK_EXPERTS), tl.float32)
     for first in range(split * TILE, room, SPLITS * TILE):
         here = first + lanes
         token = tl.load(token_of + start + here, mask=here < room, other=-1)
@@ -232,8 +238,13 @@ def into_backward_weight(
         d = tl.load(at, mask=kept_places(outs, here, room, OUT), other=0.0)
         v = load_rows(x + s * IN, token, x_token, token >= 0, ins, IN)
         dw = tl.dot(d, v, dw, input_precision="ieee")
+        if HAS_ROUTER:
+            g = load_rows(dlogits, token, EXPERTS, token >= 0, experts, EXPERTS)
+            dr = tl.dot(tl.trans(v), g, dr, input_precision="ieee")
     at = (split * EXPERTS + e).to(tl.int64) * SLICES + s
     store_matrix(dw, dfirst + at * OUT * IN, outs, ins, OUT, IN)
+    if HAS_ROUTER:
+        store_matrix(dr, drouter + at * IN * EXPERTS, ins, experts, IN, EXPERTS)
 
 
 @triton.jit
