@@ -295,7 +295,7 @@ class RoutedPlan:
         if self.pad_in or x.ndim == 0 or x.shape[-1] != self.d_in:
             return None
         tokens = x.reshape(-1, self.d_in)
-        run = self._runner(factors, x, tokens.shape[0])
+        run = self._runner([*factors, router], x, tokens.shape[0])
         if not isinstance(run, SetsRunner):
             return None
         padded = None if bias is None else pad_last(bias, self.pad_out)
