@@ -41,6 +41,7 @@ def sets(**more):
 backward = dict(BLOCK_TOKENS=128, BY_DOT=True)
 low = dict(IN=1024, RANK=64, OUT=1024, BLOCK_RANK=64)
 ins, state = dict(IN=64, BLOCK_IN=64), dict(STATE=64, BLOCK_STATE=64)
+wide = dict(OUT=128, BLOCK_OUT=128, IN=128, BLOCK_IN=128)  # as at d = 8192
 into = dict(X_MINOR=False, Y_MINOR=True, x_feature=1)
 out = dict(X_MINOR=True, Y_MINOR=False, x_token=1)
 # Kernel, constants, how many tensors in each tuple of them, warps, pipeline stages.
@@ -92,6 +93,10 @@ cases = {
     "sort's slots": (
         tiles_route.fill_in, dict(EXPERTS=16, ACTIVE=2, SETS=256, CHUNK=128, RUN=256, ALIGN=64), 1, 4, 3),
     "into_forward of experts": (tiles_sets.into_forward, sets(**ins, BLOCK=128, PARTS=1), 1, 4, 1),
+    "into_forward of wide experts": (tiles_sets.into_forward, sets(**wide, BLOCK=64, PARTS=1), 1, 8, 1),
+    "into_backward_weight of wide experts": (
+        tiles_sets.into_backward_weight,
+        sets(**wide, TILE=64, SPLITS=1, BLOCK_EXPERTS=16, HAS_ROUTER=True), 1, 8, 3),
     "out_forward of experts": (tiles_sets.out_forward, sets(**state, BLOCK=64, HAS_BIAS=False), 1, 8, 3),
     "out_backward of experts": (tiles_sets.out_backward, sets(**state, TILE=128, SPLITS=1), 1, 4, 4),
     "into_backward_input of experts": (
@@ -145,7 +150,7 @@ def test_kernels_use_the_matrix_units_and_fit() -> None:
     ran = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
     kernels = {kernel["name"]: kernel for kernel in map(json.loads, ran.stdout.splitlines())}
-    assert len(kernels) == 28
+    assert len(kernels) == 30
     for name, kernel in kernels.items():
         # For one token, for W and to sort, there is nothing to multiply by tiles.
         assert (kernel["wgmma"] > 0) == (not name.startswith(("pair", "product", "sort"))), kernel
