@@ -42,6 +42,7 @@ COUNTERS = {  # what the profiler counts, in which unit, and what a table calls 
     "lts__t_bytes.sum": ("cache_mb", 1e6),
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": ("dram_percent", 1),
     "lts__throughput.avg.pct_of_peak_sustained_elapsed": ("cache_percent", 1),
+    "lts__ltcfabric2ltc_cycles_active.avg.pct_of_peak_sustained_elapsed": ("between_cache_halves_percent", 1),
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": ("multiprocessor_percent", 1),
     "sm__warps_active.avg.pct_of_peak_sustained_active": ("warps_percent", 1),
 }
@@ -213,7 +214,7 @@ def counted(file: Path, where: Row) -> Iterator[Row]:
     lines = file.read_text().splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith('"ID"'))
     for kernel in list(csv.DictReader(lines[first:]))[1:]:  # the first has units
-        numbers = {name: round(float(kernel[of]) / unit, 1) for of, (name, unit) in COUNTERS.items()}
+        numbers = {name: round(float(kernel[of].replace(",", "")) / unit, 1) for of, (name, unit) in COUNTERS.items()}
         if numbers["us"] >= 5:
             yield {"kernel": kernel["Kernel Name"].split("(")[0][:60], **numbers, **provenance(**where)}
 

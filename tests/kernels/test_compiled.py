@@ -92,8 +92,8 @@ cases = {
                                   PIECE=128), 1, 8, 3),
     "sort's slots": (
         tiles_route.fill_in, dict(EXPERTS=16, ACTIVE=2, SETS=256, CHUNK=128, RUN=256, ALIGN=64), 1, 4, 3),
-    "into_forward of experts": (tiles_sets.into_forward, sets(**ins, BLOCK=128, PARTS=1), 1, 4, 1),
-    "into_forward of wide experts": (tiles_sets.into_forward, sets(**wide, BLOCK=64, PARTS=1), 1, 8, 1),
+    "into_forward of experts": (tiles_sets.into_forward, sets(**ins, BLOCK=64), 1, 4, 1),
+    "into_forward of wide experts": (tiles_sets.into_forward, sets(**wide, BLOCK=64), 1, 8, 1),
     "into_backward_weight of wide experts": (
         tiles_sets.into_backward_weight,
         sets(**wide, TILE=64, SPLITS=1, BLOCK_EXPERTS=16, HAS_ROUTER=True), 1, 8, 3),

@@ -102,6 +102,9 @@ def test_a_layer_joins_its_router_and_says_what_was_chosen(monkeypatch) -> None:
     ours = torch.autograd.grad(loss, [x, *layer.parameters()])
     for (name, _), mine, their in zip([("x", x), *layer.named_parameters()], ours, theirs, strict=True):
         _close(f"the gradient of {name}", mine, their)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    _close("compiled", compiled, expected)
+    (el.balance_loss(layer) + compiled.sum()).backward()  # its logits are outputs of the graph
     layer.eval()(x)
     assert layer.router.latest is None
     # What a user hangs on a router, and what is not a choice alone, goes the long way.

@@ -18,7 +18,7 @@ from einlinear.kernels.sets import PIECE, RUN, Sizes, set_layout
 from einlinear.kernels.stage import add_partials, multiprocessors, tile
 
 LAUNCHES = {
-    "into_forward": ((128, 4, 1), (64, 8, 1)),
+    "into_forward": ((64, 4, 1), (64, 8, 1)),
     "out_forward": ((64, 8, 3), (64, 8, 1)),
     "out_backward": ((128, 4, 4), (64, 8, 3)),
     "into_backward_input": ((64, 4, 2), (64, 8, 1)),
@@ -26,9 +26,6 @@ LAUNCHES = {
 }
 """Tokens at once, warps and pipeline stages: the fastest of those measured, for weights of up to 64 x 128 and for
 larger ones, which need more registers."""
-
-PARTS = (1, 1)
-"""Programs that share the features of one slice of the first stage; for the same two kinds of blocks."""
 
 
 @torch.library.custom_op("einlinear::set_pair", mutates_args=())
@@ -236,10 +233,9 @@ def _forward(
     y, z = _empty(x, first, second, sizes)
     _, *tables = sizes.split(layout)
     with torch.cuda.device_of(x):
-        parts = PARTS[_large(first)]
-        tiles_sets.into_forward[(first.shape[1] * parts, sizes.runs)](
+        tiles_sets.into_forward[(first.shape[1], sizes.runs)](
             x, first.contiguous(), z, *tables, sizes.runs, x.shape[1],
-            **_first(first, sizes, parts), PARTS=parts, **_launch("into_forward", first),
+            **_first(first, sizes), **_launch("into_forward", first),
         )  # fmt: skip
         tiles_sets.out_forward[(second.shape[1], sizes.runs)](
             z, second.contiguous(), bias, y, gates, *tables, sizes.runs, y.shape[1],
@@ -305,9 +301,9 @@ def _splits(factor: Tensor, sizes: Sizes) -> int:
     return max(1, min(tiles, -(-4 * multiprocessors(factor.device) // programs)))
 
 
-def _first(first: Tensor, sizes: Sizes, parts: int = 1) -> dict[str, int]:
+def _first(first: Tensor, sizes: Sizes) -> dict[str, int]:
     _, slices, out, width = first.shape
-    blocks = {"BLOCK_OUT": tile(out) // parts, "BLOCK_IN": tile(width)}
+    blocks = {"BLOCK_OUT": tile(out), "BLOCK_IN": tile(width)}
     return {"SLICES": slices, "OUT": out, "IN": width, **blocks, **_whole(sizes)}
 
 

@@ -92,18 +92,17 @@ def kept_places(features, here, room, FEATURES: tl.constexpr):
 def into_forward(
     x, first, z, rooms, run_set, runs, token_of, most, x_token,
     SLICES: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
-    EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """z[s] = first[e, s] x[s] at every expert of a run, from one read of its rows of x.
 
     What the next block needs is loaded before this one is worked on, and what the first one needs before the weights.
-    Of `PARTS` programs that lie side by side each makes some of the features.
     """
-    s, part, t = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1)
+    s, t = tl.program_id(0), tl.program_id(1)
     real, set_, slots, count = find_run(t, rooms, run_set, runs, most, EXPERTS, ACTIVE)
     if real:
         room, here = room_for(count), tl.arange(0, BLOCK)
-        outs, ins = part * BLOCK_OUT + tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_IN)
+        outs, ins = tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_IN)
         token = tl.load(token_of + slots[0] + here, mask=here < count, other=0)
         next_token = tl.load(token_of + slots[0] + BLOCK + here, mask=BLOCK + here < count, other=0)
         v = load_rows(x + s * IN, token, x_token, here < count, ins, IN)
