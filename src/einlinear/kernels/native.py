@@ -124,6 +124,8 @@ def _backward(grad: Tensor, x: Tensor, weights: Sequence[Tensor], maps: bytes, n
         torch.empty_like(like, memory_format=torch.contiguous_format) if needed else like.new_empty(0)
         for like, needed in zip((x, *weights), needs, strict=True)
     ]
+    if not len(x):
+        return [gradient.zero_() for gradient in made]
     grad, x, weights = _rows(grad), _rows(x), [weight.contiguous() for weight in weights]
     threads = _threads(len(x), weights)
     getattr(compiled, f"einlinear_backward_{KINDS[x.dtype]}")(
