@@ -117,7 +117,7 @@ def processor(request, monkeypatch) -> str:
 
 def cpu_cases(processor: str) -> list[tuple[dict[str, str], dict[str, float]]]:
     """Each measured case of benchmarks/cpu_ways.py that was held back, with the seconds of each way."""
-    name = "cpu_ways.csv" if processor == "avx512" else f"cpu_ways_{processor}.csv"
+    name = "cpu_ways.csv" if processor == "avx512" else f"cpu_{processor}_ways.csv"
     with (RESULTS.parent / name).open() as file:
         held = [row for row in csv.DictReader(file) if row["held"] == "1"]
     return [(row, {way: 1e-3 * float(row[way]) for way in clock_cpu.MEASURED if row[way]}) for row in held]
@@ -140,12 +140,13 @@ def test_cpu_layers_of_widths_held_back_are_foretold(processor: str) -> None:
         losses.append(times[chosen] / min(times[way] for way in foretold))
         dense.append(clock.dense_seconds(d_in, d_out, tokens, here, training) / times["dense"] - 1)
     assert len(errors) == 720
-    least = {"avx512": (0.85, 0.8, 0.11), "amx": (0.5, 0.5, 0.25)}[processor]  # the second machine was not quiet
+    # On the second machine, shared with heavier work, two runs agree within a quarter in half of all cases.
+    least = {"avx512": (0.84, 0.85, 0.1), "amx": (0.5, 0.65, 0.26)}[processor]
     assert within(errors) >= least[0]
     assert within(dense) >= least[1]
     assert statistics.median(map(abs, errors)) < least[2]
-    assert statistics.quantiles(losses, n=20)[-1] < (1.15 if processor == "avx512" else 1.3)
-    assert statistics.mean(losses) < 1.05
+    assert statistics.quantiles(losses, n=20)[-1] < (1.15 if processor == "avx512" else 1.45)
+    assert statistics.mean(losses) < (1.02 if processor == "avx512" else 1.07)
 
 
 def test_every_measured_way_has_its_costs(processor: str) -> None:
@@ -155,6 +156,14 @@ def test_every_measured_way_has_its_costs(processor: str) -> None:
     assert clock_cpu.costs()[processor].keys() == cases
     for each in clock_cpu.costs()[processor].values():
         assert len(each) == len(clock_cpu.TERMS) and min(each) >= 0 and max(each) > 0
+
+
+def test_states_that_the_system_is_asked_for_are_dear() -> None:
+    """64 MB of state are made by every way that does not go in blocks."""
+    structure = el.BTT(rank=4)(4096, 4096).canonical
+    assert clock_cpu.fresh("columns", structure, 1024 * 4) == 4 * 4096 * 1024 * 4
+    assert clock_cpu.fresh("native", structure, 1024 * 4) == clock_cpu.fresh("columns", structure, 64 * 4) == 0
+    assert clock_cpu.fresh("native", structure, 4096 * 4) == 4096 * 4096 * 4
 
 
 def test_the_processor_is_known_by_its_flags(monkeypatch) -> None:

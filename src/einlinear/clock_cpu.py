@@ -55,6 +55,9 @@ MEASURED = ("dense", "rows", "columns", "blocked", "turned", "native")
 FEW, FAR = 5, 2**18
 """Tokens up to which weights are used as they lie; weights that the second-level cache holds."""
 
+FRESH, PIECE = 3.4e-10, 2**25
+"""Seconds for each byte of memory that comes from the system; glibc keeps no pieces from this size on."""
+
 AGAIN = 1.15
 """By how much an operator of our own is slower than torch's matmuls on a CPU; for few tokens it is more."""
 
@@ -76,7 +79,8 @@ def seconds(way: str, structure: Structure, tokens: int, size: int, training: bo
     """The modelled time of a canonical structure run by `way`, one of those measured, on numbers of `size` bytes."""
     mode = "training" if training else "forward"
     each = costs()[kind()][f"{way} {size} {mode}"]
-    return sum(cost * count for cost, count in zip(each, terms(way, structure, tokens), strict=True))
+    known = sum(cost * count for cost, count in zip(each, terms(way, structure, tokens), strict=True))
+    return known + FRESH * (2 if training else 1) * fresh(way, structure, tokens * size)
 
 
 def terms(way: str, structure: Structure, tokens: int) -> Cost:
@@ -103,6 +107,14 @@ def terms(way: str, structure: Structure, tokens: int) -> Cost:
         found["wide"] += tokens * result if step is not last and result > ends else 0
     found["far"] = max(0.0, found["weight"] - FAR)
     return tuple(found.values())
+
+
+def fresh(way: str, structure: Structure, bytes_of_one: int) -> int:
+    """Bytes of pieces of memory so large that the system is asked for them in every call."""
+    kept = way in ("blocked", "turned", "native")  # their states are small, or in memory of their own
+    made = structure.steps[-1:] if kept else structure.steps
+    pieces = [bytes_of_one * structure.size(step.result) for step in made]
+    return sum(piece for piece in pieces if piece >= PIECE)
 
 
 def block(structure: Structure) -> int:
