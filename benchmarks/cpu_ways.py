@@ -1,13 +1,14 @@
 """Every way to run a layer on one CPU thread, and dense, interleaved: what `einlinear.clock` is read off and held to.
 
     python benchmarks/cpu_ways.py [results.csv [dtype]]
-    python benchmarks/cpu_ways.py --fit [results.csv]
+    python benchmarks/cpu_ways.py --fit [results.csv [processor]]
 
 Milliseconds: medians of the thread's own CPU time over rounds in which all ways of a case take turns. Goes on
 where a file that is there already ends. `held` marks widths that no constant was read off.
 """
 
 import csv
+import json
 import statistics
 import sys
 import time
@@ -112,9 +113,9 @@ def read(path: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def fit(path: str = str(RESULTS)) -> None:
-    """Prints `einlinear.clock_cpu.COSTS`: non-negative factors, least in the sum of roots of relative errors."""
-    samples: dict[tuple[str, int, bool], list[tuple[clock_cpu.Cost, float]]] = {}
+def fit(path: str = str(RESULTS), processor: str = "") -> None:
+    """Writes `einlinear.clock_cpu.COSTS`: non-negative factors, least in the sum of roots of relative errors."""
+    samples: dict[str, list[tuple[clock_cpu.Cost, float]]] = {}
     for row in read(path):
         if row["held"] == "1":
             continue
@@ -123,16 +124,24 @@ def fit(path: str = str(RESULTS)) -> None:
             if row[way]:
                 family = el.Dense() if way == "dense" else el.structure(row["family"])
                 counted = clock_cpu.terms(way, family(*widths).canonical, tokens)
-                kind = way, getattr(torch, row["dtype"]).itemsize, row["mode"] == "training"
-                samples.setdefault(kind, []).append((counted, 1e-3 * float(row[way])))
-    for kind, found in samples.items():
+                case = f"{way} {getattr(torch, row['dtype']).itemsize} {row['mode']}"
+                samples.setdefault(case, []).append((counted, 1e-3 * float(row[way])))
+    costs = {}
+    for case, found in samples.items():
         counts = numpy.array([counted for counted, _ in found]) / numpy.array([[time] for _, time in found])
         scale = counts.max(0) + (counts.max(0) == 0)
         weights = numpy.ones(len(found))
         for _ in range(30):  # reweighted towards the sum of absolute logarithms
-            costs, _ = nnls(counts / scale * weights[:, None], weights)
-            weights = numpy.maximum(abs(numpy.log(numpy.maximum(counts / scale @ costs, 1e-9))), 0.05) ** -0.5
-        print(f"    {kind}: ({', '.join(f'{cost:.3g}' for cost in costs / scale)}),")
+            each, _ = nnls(counts / scale * weights[:, None], weights)
+            weights = numpy.maximum(abs(numpy.log(numpy.maximum(counts / scale @ each, 1e-9))), 0.05) ** -0.5
+        costs[case] = [float(f"{cost:.3g}") for cost in each / scale]
+    known = json.loads(clock_cpu.COSTS.read_text()) if clock_cpu.COSTS.exists() else {}
+    known[processor or clock_cpu.kind()] = costs
+    lines = ",\n".join(
+        f'  "{name}": {{\n' + ",\n".join(f'    "{case}": {json.dumps(each)}' for case, each in table.items()) + "\n  }"
+        for name, table in sorted(known.items())
+    )
+    clock_cpu.COSTS.write_text(f"{{\n{lines}\n}}\n")
 
 
 if __name__ == "__main__":

@@ -108,17 +108,25 @@ def test_every_kernel_is_modelled() -> None:
 # On a CPU
 
 
-def cpu_cases() -> list[tuple[dict[str, str], dict[str, float]]]:
+@pytest.fixture(params=["avx512", "amx"])
+def processor(request, monkeypatch) -> str:
+    """One of those that were measured."""
+    monkeypatch.setattr(clock_cpu, "kind", lambda: request.param)
+    return request.param
+
+
+def cpu_cases(processor: str) -> list[tuple[dict[str, str], dict[str, float]]]:
     """Each measured case of benchmarks/cpu_ways.py that was held back, with the seconds of each way."""
-    with (RESULTS.parent / "cpu_ways.csv").open() as file:
+    name = "cpu_ways.csv" if processor == "avx512" else f"cpu_{processor}_ways.csv"
+    with (RESULTS.parent / name).open() as file:
         held = [row for row in csv.DictReader(file) if row["held"] == "1"]
     return [(row, {way: 1e-3 * float(row[way]) for way in clock_cpu.MEASURED if row[way]}) for row in held]
 
 
-def test_cpu_layers_of_widths_held_back_are_foretold() -> None:
+def test_cpu_layers_of_widths_held_back_are_foretold(processor: str) -> None:
     """What is chosen: how long it takes beside what was foretold, and beside the fastest way; and dense."""
     errors, dense, losses = [], [], []
-    for row, times in cpu_cases():
+    for row, times in cpu_cases(processor):
         d_in, d_out, tokens, training = (
             int(row["d_in"]),
             int(row["d_out"]),
@@ -131,9 +139,35 @@ def test_cpu_layers_of_widths_held_back_are_foretold() -> None:
         errors.append(foretold[chosen] / times[chosen] - 1)
         losses.append(times[chosen] / min(times[way] for way in foretold))
         dense.append(clock.dense_seconds(d_in, d_out, tokens, here, training) / times["dense"] - 1)
-    assert len(errors) > 400
-    assert within(dense) >= 0.8
-    assert within(errors) >= 0.75
-    assert statistics.median(map(abs, errors)) < 0.15
-    assert statistics.quantiles(losses, n=20)[-1] < 1.3
-    assert max(losses) < 2.2
+    assert len(errors) == 720
+    # On the second machine, shared with heavier work, two runs agree within a quarter in half of all cases.
+    least = {"avx512": (0.84, 0.85, 0.1), "amx": (0.5, 0.65, 0.26)}[processor]
+    assert within(errors) >= least[0]
+    assert within(dense) >= least[1]
+    assert statistics.median(map(abs, errors)) < least[2]
+    assert statistics.quantiles(losses, n=20)[-1] < (1.15 if processor == "avx512" else 1.45)
+    assert statistics.mean(losses) < (1.02 if processor == "avx512" else 1.07)
+
+
+def test_every_measured_way_has_its_costs(processor: str) -> None:
+    cases = {
+        f"{way} {size} {mode}" for way in clock_cpu.MEASURED for size in (2, 4) for mode in ("forward", "training")
+    }
+    assert clock_cpu.costs()[processor].keys() == cases
+    for each in clock_cpu.costs()[processor].values():
+        assert len(each) == len(clock_cpu.TERMS) and min(each) >= 0 and max(each) > 0
+
+
+def test_states_that_the_system_is_asked_for_are_dear() -> None:
+    """64 MB of state are made by every way that does not go in blocks."""
+    structure = el.BTT(rank=4)(4096, 4096).canonical
+    assert clock_cpu.fresh("columns", structure, 1024 * 4) == 4 * 4096 * 1024 * 4
+    assert clock_cpu.fresh("native", structure, 1024 * 4) == clock_cpu.fresh("columns", structure, 64 * 4) == 0
+    assert clock_cpu.fresh("native", structure, 4096 * 4) == 4096 * 4096 * 4
+
+
+def test_the_processor_is_known_by_its_flags(monkeypatch) -> None:
+    monkeypatch.setattr(clock_cpu, "processor", lambda: "flags : fma avx512f avx512_bf16 amx_bf16 amx_tile")
+    assert clock_cpu.kind.__wrapped__() == "amx"
+    monkeypatch.setattr(clock_cpu, "processor", lambda: "arm64")
+    assert clock_cpu.kind.__wrapped__() == "avx512"

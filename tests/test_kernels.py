@@ -9,11 +9,13 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import einlinear as el
+from einlinear import clock_cpu, toolchain
 from einlinear.kernels import KERNELS, Choice, _choice, plan
 from einlinear.kernels import pairwise as pairwise_module
 from einlinear.kernels.blocked import Blocked, BlockedRunner, Turned, transposed
 from einlinear.kernels.chain import Chain, Columns
 from einlinear.kernels.kernel import CPU, CPU_HALF, CUDA, CUDA_HALF, Kernel
+from einlinear.kernels.native import Native
 from einlinear.kernels.pairwise import pairwise
 from einlinear.kernels.reference import Materialised, Reference, Rows
 
@@ -34,7 +36,7 @@ CHAINED = [
 """What runs as a chain of matmuls without a copy."""
 
 
-EVERYWHERE = [Rows(), Columns(), Chain(), Blocked(), Turned(), Reference(), Materialised()]
+EVERYWHERE = [Rows(), Columns(), Chain(), Blocked(), Turned(), Native(), Reference(), Materialised()]
 
 
 @pytest.fixture(params=EVERYWHERE, ids=lambda kernel: kernel.name)
@@ -212,14 +214,37 @@ def test_layers_that_run_in_blocks_can_be_mapped_and_differentiated_by_torch_fun
     assert_close(slopes, torch.autograd.grad(layer(x).sum(), x)[0].flatten(0, 1), **tolerance)
 
 
-def test_on_a_cpu_tokens_are_columns_and_wide_states_go_in_blocks():
+@pytest.fixture
+def zen(monkeypatch):
+    """Chooses as on that processor, with a compiler and without one."""
+    monkeypatch.setattr(clock_cpu, "kind", lambda: "avx512")
+
+    def choose(structure, compiled):
+        monkeypatch.setattr(toolchain, "refusal", lambda: None if compiled else "there is no compiler here")
+        return plan.__wrapped__(structure)
+
+    return choose
+
+
+def test_on_a_cpu_compiled_code_runs_chains_where_there_is_a_compiler(zen):
+    for family in (el.BTT(rank=1), el.BTT(rank=4), el.Monarch(blocks=16)):
+        found = zen(structure := family(1024, 1024), compiled=True)
+        for tokens in (1, 16, 1024):
+            assert found.cpu(tokens, False) == Native().prepare(structure)
+        assert found.cpu_half(1, False) == Native().prepare(structure)
+    assert zen(el.BTT(rank=1)(1024, 1024), compiled=True).cpu(1024, True) == Native().prepare(
+        el.BTT(rank=1)(1024, 1024)
+    )
+    assert zen(shared := el.Kronecker()(1024, 1024), compiled=True).cpu(16, False) == Columns().prepare(shared)
+
+
+def test_on_a_cpu_without_a_compiler_tokens_are_columns_and_wide_states_go_in_blocks(zen):
     slim, wide, lone = el.BTT(rank=1)(1024, 1024), el.BTT(rank=4)(1024, 1024), el.LowRank()(1024, 1024)
-    assert plan(slim).cpu(16, False) == plan(slim).cpu(1024, True) == Columns().prepare(slim)
-    assert plan(slim).cpu_half(1024, False) == Rows().prepare(slim)
-    assert plan(wide).cpu(1, True) == plan(wide).cpu_half(4, False) == Rows().prepare(wide)
-    assert plan(wide).cpu(1024, False) == Blocked().prepare(wide)
-    assert plan(wide).cpu_half(1024, False) == Turned().prepare(wide)
-    assert plan(lone).cpu(1024, False) == Columns().prepare(lone)
+    assert zen(slim, False).cpu(16, False) == zen(slim, False).cpu(1024, True) == Columns().prepare(slim)
+    assert zen(slim, False).cpu_half(1024, False) == Rows().prepare(slim)
+    assert zen(wide, False).cpu(1024, False) == Blocked().prepare(wide)
+    assert zen(wide, False).cpu_half(1024, False) == Turned().prepare(wide)
+    assert zen(lone, False).cpu(1024, False) == Columns().prepare(lone)
     assert "a CPU's cache" in Blocked().refuses(wide, CUDA)
     assert "CPUs alone" in Rows().refuses(wide, CUDA)
 
@@ -353,17 +378,17 @@ def test_a_plan_asks_for_training_where_gradients_are_recorded(records):
     assert ran == ["training" if records else "forward", "forward"]
 
 
-def test_the_matrix_is_made_for_many_tokens_of_a_structure_dearer_than_dense():
+def test_the_matrix_is_made_for_many_tokens_of_a_structure_dearer_than_dense(zen):
     dear = el.BTT(rank=16)(64, 64)
     assert el.flops(dear) > 2 * 64 * 64
-    found = plan(dear).cpu
-    assert found(1, False) == Columns().prepare(dear)
+    found = zen(dear, compiled=True).cpu
+    assert found(1, False) == Native().prepare(dear)
     assert found(10**6, False) == Materialised().prepare(dear)
 
 
 def test_the_matrix_is_never_made_for_a_structure_cheaper_than_dense():
     structure = el.BTT(rank=1)(1024, 1024)
-    cheap = {kernel.prepare(structure) for kernel in (Rows(), Columns(), Chain(), Blocked(), Turned())}
+    cheap = {kernel.prepare(structure) for kernel in (Rows(), Columns(), Chain(), Blocked(), Turned(), Native())}
     assert {run for _, run in plan(structure).cpu.forward} <= cheap
 
 
@@ -377,16 +402,19 @@ def test_all_choices_compute_the_same(draw):
     assert_close(few, el.apply(structure, factors, x))
 
 
-def test_explain_says_what_runs_and_why():
+def test_explain_says_what_runs_and_why(zen):
+    zen(el.BTT()(16, 16), compiled=True)
     cheap = el.explain(el.BTT(rank=1)(1024, 1024))
     assert cheap == el.explain(el.BTT(rank=1)(1024, 1024), "cpu", torch.float32, 1024)
-    assert "runs 1024 tokens by 'columns' on cpu in torch.float32, forward" in cheap
+    assert "runs 1024 tokens by 'native' on cpu in torch.float32, forward" in cheap
     assert "chain         fits, modelled" in cheap
-    assert "by 'rows'" in el.explain(el.BTT(rank=1)(1024, 1024), dtype=torch.bfloat16)
     dear = el.BTT(rank=16)(64, 64)
-    assert "by 'columns'" in el.explain(dear, tokens=1)
+    assert "by 'native'" in el.explain(dear, tokens=1)
     assert "by 'materialised'" in el.explain(dear, tokens=10**6)
     assert "forward and backward" in el.explain(dear, tokens=10**6, training=True)
+    zen(dear, compiled=False)
+    told = el.explain(el.BTT(rank=1)(1024, 1024), dtype=torch.bfloat16)
+    assert "by 'rows'" in told and "native        there is no compiler here" in told
 
 
 @pytest.mark.parametrize("family", el.families(), ids=str)

@@ -81,7 +81,8 @@ def seconds(
     Args:
         structure: unrouted.
         tokens: how many vectors.
-        device: "cuda", modelled after one H200, or "cpu", after one core.
+        device: "cuda", modelled after one H200, or "cpu", after one core of a Zen 4 or, where this machine has AMX,
+            of a Sapphire Rapids.
         dtype: "bfloat16", "float16" or "float32", or torch's; by default bfloat16 on a GPU.
         mode: "forward", or "training": also the gradients of the input and of all factors.
 

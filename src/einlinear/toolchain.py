@@ -80,7 +80,7 @@ def _threads() -> bool:
     """Whether the threads that torch has can be used: those of GNU's OpenMP, made known to what is loaded after it."""
     try:
         with open("/proc/self/maps") as maps:
-            loaded = {line.split()[-1] for line in maps if "libgomp" in line}
+            loaded = {line.split(maxsplit=5)[-1].strip() for line in maps if "libgomp" in line}
     except OSError:
         return False
     for path in loaded:
@@ -90,9 +90,9 @@ def _threads() -> bool:
 
 def _built(compiler: str, threads: bool) -> Path:
     """The path of the compiled code, which is made where it is not there yet."""
-    options = (*OPTIONS, *(("-fopenmp",) if threads else ()))
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    made_of = (SOURCE.read_text(), *options, compiler, version, _processor())
+    options = (*OPTIONS, *(("-fopenmp",) if threads and "clang" not in version else ()))  # clang's threads are others
+    made_of = (SOURCE.read_text(), *options, compiler, version, processor())
     name = f"native-{hashlib.sha256('|'.join(made_of).encode()).hexdigest()[:32]}.so"
     home = _own(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "einlinear")
     if home is not None and _trusted(home / name):
@@ -128,8 +128,9 @@ def _trusted(path: Path) -> bool:
     return found.st_uid == os.getuid() and not found.st_mode & 0o022 and os.access(path, os.R_OK | os.W_OK)
 
 
-def _processor() -> str:
-    """What `-march=native` goes by."""
+@lru_cache
+def processor() -> str:
+    """What `-march=native` goes by, as the system tells it."""
     try:
         with open("/proc/cpuinfo") as lines:
             return "".join(

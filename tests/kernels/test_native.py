@@ -28,8 +28,8 @@ FAMILIES = [
     el.BlockDiagonal(blocks=3),
     el.LowRank(rank=7),
 ]
-ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-"""Of a result in the Euclidean norm."""
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
+"""Of a result in the Euclidean norm: that of its own type alone, rounded to nearest; the sums are float32."""
 
 
 def drawn(structure, tokens, dtype=torch.float32):
@@ -214,6 +214,26 @@ def test_a_layer_compiles_without_breaks_and_maps_and_differentiates(layer):
     slopes = torch.func.vmap(torch.func.grad(lambda row: layer(row).sum()))(x)
     (wanted,) = torch.autograd.grad(layer(x.requires_grad_()).sum(), x)
     assert_close(slopes, wanted)
+
+
+def test_a_layer_is_traced_and_takes_batches_of_gradients(layer):
+    x = torch.randn(5, 36)
+    traced = torch.jit.trace(layer, x)
+    assert_close(traced(torch.ones(7, 36)), layer(torch.ones(7, 36)))
+    y, grads = layer(x.requires_grad_()), torch.randn(3, 5, 48)
+    leaves = [x, *layer.parameters()]
+    batched = torch.autograd.grad(y, leaves, grads, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(y, leaves, grad, retain_graph=True) for grad in grads]
+    assert_close(batched, tuple(map(torch.stack, zip(*each, strict=True))))
+
+
+def test_a_tensor_of_another_kind_takes_another_way(layer):
+    class Own(torch.Tensor):
+        pass
+
+    y = layer(torch.ones(5, 36).as_subclass(Own))
+    assert type(y) is Own
+    assert_close(y.as_subclass(torch.Tensor), layer(torch.ones(5, 36)))
 
 
 def test_autocast_copies_and_pickles(layer):

@@ -88,7 +88,7 @@ class Plan:
         choice = halved if x.element_size() == 2 else single
         # Of torch.compile too, torch says that it is exporting.
         exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-        if exporting or transformed(x, *factors):
+        if exporting or torch._C._get_tracing_state() or transformed(x, *factors):
             run = self.plain
         else:
             records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *factors))

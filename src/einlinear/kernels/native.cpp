@@ -40,6 +40,11 @@ INLINE vec load(const float *p) { return *(const vec *)p; }
 INLINE vec load(const bfloat16 *p) { return (vec)(__builtin_convertvector(*(const halves *)p, words) << 16); }
 INLINE vec load(const _Float16 *p) { return __builtin_convertvector(*(const floats16 *)p, vec); }
 INLINE void store(float *p, vec v) { *(vec *)p = v; }
+INLINE void store(_Float16 *p, vec v) { *(floats16 *)p = __builtin_convertvector(v, floats16); }
+INLINE void store(bfloat16 *p, vec v) {
+  words bits = (words)v, nan = (words)(v != v), rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  *(halves *)p = __builtin_convertvector(((nan & (bits | 1 << 22)) | (~nan & rounded)) >> 16, halves);
+}
 INLINE float widened(float v) { return v; }
 INLINE float widened(_Float16 v) { return v; }
 INLINE float widened(bfloat16 v) {
@@ -57,13 +62,15 @@ INLINE void narrowed(float v, bfloat16 *p) {
   p->bits = nan ? (bits >> 16) | 64 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 template <class T> static void widen(const T *from, float *to, int64_t count) {
-  for (int64_t i = 0; i < count; i++) to[i] = widened(from[i]);
+  int64_t i = 0;
+  for (; i + V <= count; i += V) store(to + i, load(from + i));
+  for (; i < count; i++) to[i] = widened(from[i]);
 }
 template <class T> static void narrow(const float *from, T *to, int64_t count) {
-  for (int64_t i = 0; i < count; i++) narrowed(from[i], to + i);
+  int64_t i = 0;
+  for (; i + V <= count; i += V) store(to + i, load(from + i));
+  for (; i < count; i++) narrowed(from[i], to + i);
 }
-static void widen(const float *from, float *to, int64_t count) { memcpy(to, from, 4 * count); }
-static void narrow(const float *from, float *to, int64_t count) { memcpy(to, from, 4 * count); }
 
 // Transpositions.
 
@@ -286,7 +293,8 @@ static void back_few(const Map &m, const T *weight, int64_t rows, const float *d
 }
 
 // Their gradient of the weights, written in the order it lies in.
-static void outer_few(const Map &m, int64_t rows, const float *dout, int64_t ldo, const float *in, int64_t ldi, float *dw) {
+template <class T>
+static void outer_few(const Map &m, int64_t rows, const float *dout, int64_t ldo, const float *in, int64_t ldi, T *dw) {
   for (int64_t b = 0; b < m.slices; b++)
     for (int64_t n = 0; n < m.made; n++, dw += m.summed) {
       const float *scale = dout + b * m.made + n, *from = in + b * m.summed;
@@ -297,8 +305,9 @@ static void outer_few(const Map &m, int64_t rows, const float *dout, int64_t ldo
         store(dw + k, sum);
       }
       for (; k < m.summed; k++) {
-        dw[k] = 0;
-        for (int64_t i = 0; i < rows; i++) dw[k] += scale[i * ldo] * from[i * ldi + k];
+        float sum = 0;
+        for (int64_t i = 0; i < rows; i++) sum += scale[i * ldo] * from[i * ldi + k];
+        narrowed(sum, dw + k);
       }
     }
 }
@@ -354,8 +363,11 @@ template <class T> static float *direct(T *) { return nullptr; }
 
 template <class T> static void finish(const float *from, int64_t ldf, const T *bias, int64_t rows, int64_t width, T *to) {
   for (int64_t i = 0; i < rows; i++, from += ldf, to += width) {
-    if (bias) for (int64_t j = 0; j < width; j++) narrowed(from[j] + widened(bias[j]), to + j);
-    else if ((const void *)from != (const void *)to) narrow(from, to, width);
+    int64_t j = 0;
+    if (bias) {
+      for (; j + V <= width; j += V) store(to + j, load(from + j) + load(bias + j));
+      for (; j < width; j++) narrowed(from[j] + widened(bias[j]), to + j);
+    } else if ((const void *)from != (const void *)to) narrow(from, to, width);
   }
 }
 
@@ -420,7 +432,7 @@ template <class T> static void backward(const Call<T> &call, const T *grad, int6
     forth[k] = k == last || few ? nullptr : memory.take(m.slices * panels(m.made) * m.summed * PANEL);
     back[k] = (k || dx) && !few ? memory.take(m.slices * panels(m.summed) * m.made * PANEL) : nullptr;
     size[k] = outputs(m) * m.summed;
-    sums[k] = dweights[k] ? memory.take(call.threads * size[k]) : nullptr;
+    sums[k] = dweights[k] && !few ? memory.take(call.threads * size[k]) : nullptr;
   }
   float *states = memory.take(call.threads * (call.count + 3) * step * wide);
 #pragma omp parallel num_threads(call.threads) if (call.threads > 1)
@@ -462,8 +474,8 @@ template <class T> static void backward(const Call<T> &call, const T *grad, int6
       for (int64_t i = 0; i < rows; i++) widen(grad + (start + i) * ldg, two + i * wide, outputs(call.maps[last]));
       for (int64_t k = last; k >= 0; k--) {
         const Map &m = call.maps[k];
-        if (mine[k] && few) outer_few(m, rows, two, wide, ins[k], wide, mine[k]);
-        else if (mine[k])
+        if (few && dweights[k]) outer_few(m, rows, two, wide, ins[k], wide, dweights[k]);
+        if (mine[k])
           for (int64_t b = 0; b < m.slices; b++)
             for (int64_t q = 0; q * PANEL < m.summed; q++)
               product(two + b * m.made, 1, wide, m.made, rows, ins[k] + b * m.summed + q * PANEL, wide,
@@ -480,10 +492,15 @@ template <class T> static void backward(const Call<T> &call, const T *grad, int6
       if (!sums[k] || (direct(dweights[k]) && team == 1)) continue;
       const float *first = direct(dweights[k]) ? direct(dweights[k]) : sums[k];
 #pragma omp for schedule(static) nowait
-      for (int64_t i = 0; i < size[k]; i++) {
-        float sum = first[i];
-        for (int64_t t = 1; t < team; t++) sum += sums[k][t * size[k] + i];
-        narrowed(sum, dweights[k] + i);
+      for (int64_t i = 0; i < size[k]; i += V) {
+        int64_t valid = least(size[k] - i, V);
+        float sum[V] = {};
+        for (int64_t t = 0; t < team; t++) {
+          const float *part = (t ? sums[k] + t * size[k] : first) + i;
+          if (valid == V) store(sum, load(sum) + load(part));
+          else for (int64_t j = 0; j < valid; j++) sum[j] += part[j];
+        }
+        narrow(sum, dweights[k] + i, valid);
       }
     }
   }
@@ -518,7 +535,7 @@ extern "C" int64_t einlinear_backward_memory(int64_t count, const Map *maps, int
   extern "C" void einlinear_backward_##name(int64_t count, const Map *maps, const T *const *weights, const T *x,          \
                                             int64_t ldx, const T *grad, int64_t ldg, T *dx, T *const *dweights,           \
                                             int64_t tokens, int64_t threads, float *memory) {                             \
-    Call<T> call = {count, tokens, threads, maps, weights, x, nullptr, ldx, memory};                                      \
+    Call<T> call = {count, tokens, tokens < FEW ? 1 : threads, maps, weights, x, nullptr, ldx, memory};                   \
     backward(call, grad, ldg, dx, dweights);                                                                              \
   }
 

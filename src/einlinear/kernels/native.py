@@ -57,9 +57,10 @@ class NativeRunner:
 
     def __call__(self, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
         dtype, leaves = x.dtype, (x, *factors) if bias is None else (x, *factors, bias)
-        if dtype not in KINDS or any([leaf.dtype != dtype for leaf in leaves]):
+        if dtype not in KINDS or not all([_plain(leaf, dtype) for leaf in leaves]):
             return self.otherwise(factors, x, bias)
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not all([*map(_plain, leaves)]):
+        watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+        if watched or any([leaf.is_neg() for leaf in leaves]):
             weights = [factor.reshape(link.weight) for link, factor in zip(self.links, factors, strict=True)]
             y: Tensor = native(x, weights, bias, self.specs, self.views, self.width)
             return y
@@ -70,10 +71,10 @@ class NativeRunner:
         return _forward(x, factors, bias, self.maps, self.width)
 
 
-def _plain(tensor: Tensor) -> bool:
-    """Whether its numbers lie in this process's memory, with nothing between them and torch."""
+def _plain(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether its numbers lie in this process's memory, as torch's own tensors have them (not sharded, say)."""
     kind = type(tensor)
-    return (kind is Tensor or kind is Parameter) and tensor.is_cpu and not tensor.is_neg()
+    return (kind is Tensor or kind is Parameter) and tensor.is_cpu and tensor.dtype == dtype
 
 
 class _Recorded(torch.autograd.Function):
@@ -94,9 +95,22 @@ class _Recorded(torch.autograd.Function):
             weights = [factor.reshape(link.weight) for link, factor in zip(run.links, factors, strict=True)]
             dx, *made = differentiable(grad, x, weights, chained(run.specs, run.views))
             dfactors = [dweight.reshape(factor.shape) for dweight, factor in zip(made, factors, strict=True)]
+        elif _batched(grad):
+            with torch.enable_grad():
+                own = [tensor.detach().requires_grad_() for tensor in (x, *factors)]
+                dx, *dfactors = torch.autograd.grad(run.otherwise(own[1:], own[0]), own, grad)
         else:
             dx, *dfactors = _backward(grad, x, factors, run.maps, (needs_x, *needs))
         return dx if needs_x else None, dbias, None, *(g if n else None for g, n in zip(dfactors, needs, strict=True))
+
+
+def _batched(tensor: Tensor) -> bool:
+    """Whether it stands for many, in a `vmap` or in `torch.autograd.grad(..., is_grads_batched=True)`."""
+    try:
+        tensor.data_ptr()
+    except RuntimeError:  # the two kinds of vmap have no other sign in common
+        return True
+    return False
 
 
 def _forward(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, maps: bytes, width: int) -> Tensor:
@@ -124,6 +138,8 @@ def _backward(grad: Tensor, x: Tensor, weights: Sequence[Tensor], maps: bytes, n
         torch.empty_like(like, memory_format=torch.contiguous_format) if needed else like.new_empty(0)
         for like, needed in zip((x, *weights), needs, strict=True)
     ]
+    if not len(x):
+        return [gradient.zero_() for gradient in made]
     grad, x, weights = _rows(grad), _rows(x), [weight.contiguous() for weight in weights]
     threads = _threads(len(x), weights)
     getattr(compiled, f"einlinear_backward_{KINDS[x.dtype]}")(
