@@ -75,7 +75,7 @@ def recorded(path: Path, half: str = "all") -> Recorded:
     trained = others.groupby("family")["seed"].agg(list)
     seeds = sorted({seed for own in trained for seed in own})
     whole = {family for family, own in trained.items() if len(own) == len(seeds) * len(rungs)}
-    pool = [candidate for candidate in el.candidates(WIDTH) if candidate.family in whole][HALVES[half]]
+    pool = [candidate for candidate in el.candidates(WIDTH)[HALVES[half]] if candidate.family in whole]
     shape = (len(pool), len(rungs), len(seeds))
     values, variances, costs = np.empty(shape), np.empty(shape), np.empty(shape[:2])
     place = {candidate.family: number for number, candidate in enumerate(pool)}
@@ -101,7 +101,7 @@ def _rows(frame: pd.DataFrame) -> Iterator[Row]:
         )  # fmt: skip
 
 
-def replay(runs: Recorded, budget: float, repeats: int, searches: Sequence[str] = SEARCHES) -> dict[str, np.ndarray]:
+def replay(runs: Recorded, budget: float, repeats: int, searches: Sequence[str]) -> dict[str, np.ndarray]:
     """Regrets `[repeats]` of each search; the seed that is seen goes round."""
     seeds = runs.values.shape[2]
     return {
@@ -115,6 +115,7 @@ def replay(runs: Recorded, budget: float, repeats: int, searches: Sequence[str] 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--records", nargs="+", default=["teacher", "bytes"])
+    parser.add_argument("--searches", nargs="+", choices=SEARCHES, default=["guided", "random"])
     parser.add_argument("--half", choices=sorted(HALVES), default="all")
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS)
@@ -131,7 +132,7 @@ def main() -> None:
         for record in options.records:
             runs = recorded(options.folder / f"search_runs_{record}.csv", options.half)
             for budget in options.budgets:
-                regrets = replay(runs, budget, options.repeats)
+                regrets = replay(runs, budget, options.repeats, options.searches)
                 for name, regret in regrets.items():
                     less = regret - regrets["random"]
                     half = 1.96 * less.std(ddof=1) / np.sqrt(len(less))

@@ -10,7 +10,7 @@ from einlinear.lab.forecast import Forecast
 from einlinear.lab.forecast import forecast as forecast_comparison
 from einlinear.lab.machine import Machine
 from einlinear.lab.search.plan import SearchPlan
-from einlinear.lab.search.strategy import shares
+from einlinear.lab.search.strategy import foreseen
 from einlinear.lab.train import Training
 
 
@@ -71,8 +71,7 @@ def forecast(plan: SearchPlan, task: Task, machine: Machine | None = None) -> Se
         unit *= plain.seconds / plain.flops
     costs = plan.costs(task, pool, unit)
     spent = min(plan.budget * unit, costs.sum())
-    begun = spent * shares(costs, plan.budget * unit) / costs.mean(axis=0)
-    spread = tuple(min(float(len(pool)), count) for count in begun)
+    spread = tuple(foreseen(costs, plan.budget * unit))
     seconds = spent if plan.objective == "seconds" else spent * pace
     flops = seconds / pace
     runs = sum(spread) + sum(part.trials + part.runs for part in confirmation.parts)

@@ -155,6 +155,7 @@ def default_search(task: Task, device: str = "cpu") -> SearchPlan:
             plan, families=("dense",), widths=(32, 64, 128), depth=1, horizons=(80_000, 160_000, 320_000),
             tuning=160_000, seeds=(1, 2), recipe=recipe, extensions=2,
         )  # fmt: skip
-        return SearchPlan(confirmation=confirmation, width=64, horizons=(40_000, 80_000, 160_000), budget=20)
+        horizons = tuple(20_000 * 2**k for k in range(5))
+        return SearchPlan(confirmation=confirmation, width=64, horizons=horizons, budget=8)
     confirmation = replace(plan, families=("dense",), seeds=(1, 2), widths=(256, 512, 1024))
-    return SearchPlan(confirmation=confirmation, width=256, horizons=(2**18, 2**19, 2**20), budget=40)
+    return SearchPlan(confirmation=confirmation, width=256, horizons=tuple(2**k for k in range(16, 21)), budget=16)

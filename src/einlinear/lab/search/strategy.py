@@ -61,9 +61,10 @@ def guided_search(
 
     Successive halving (Jamieson and Talwalkar 2016, "Non-stochastic best arm identification and hyperparameter
     optimization", https://arxiv.org/abs/1502.07943): as many candidates, drawn at random, are begun as the budget
-    allows if one of `HALVING` goes on at each horizon; where there are not so many, more of them go on. Who goes on is
-    who has the highest mean of the surrogate at the last horizon. (Beginning what the surrogate hopes for was measured
-    to gain nothing: what features tell of the first horizon does not hold at the last.)
+    allows if one of `HALVING` goes on at each horizon; where there are not so many, more of them go on, as each horizon
+    may spend its share of what is left. Who goes on is who has the highest mean of the surrogate at the last horizon.
+    (Beginning what the surrogate hopes for was measured to gain nothing: what features tell of the first horizon does
+    not hold at the last.)
 
     What to train is asked for in few large batches, which do not depend on how many are trained at a time. The same
     seed and outcomes give the same trials.
@@ -80,7 +81,7 @@ def guided_search(
     surrogate, trials = Surrogate(features, rungs), list[Trial]()
     drawn = np.random.default_rng(seed).permutation(count).tolist()
     at = np.full(count, -1)
-    weights = shares(costs, budget)
+    weights = _weights(costs)
 
     def left() -> float:
         return budget - sum(trial.outcome.cost for trial in trials)
@@ -120,14 +121,18 @@ def random_search(count: int, rungs: int, measure: Measure, budget: float, *, se
     return Found(tuple(trials), tuple(t.candidate for t in order), np.array([t.outcome.value for t in order]))
 
 
-def shares(costs: Floats, budget: float) -> Floats:
+def foreseen(costs: Floats, budget: float) -> list[float]:
+    """How many candidates of average cost a search trains to each horizon."""
+    weights, left, numbers = _weights(costs), budget, [float(len(costs))]
+    for rung, each in enumerate(costs.mean(axis=0).tolist()):
+        numbers.append(min(numbers[-1], left * weights[rung] / weights[rung:].sum() / each))
+        left -= numbers[-1] * each
+    return numbers[1:]
+
+
+def _weights(costs: Floats) -> Floats:
     """Of each horizon in the budget: what it costs on average, times the share of candidates that get there."""
-    each, rungs = costs.mean(axis=0), np.arange(costs.shape[1])
-    for halving in np.linspace(HALVING, 1.0, 41):
-        weights = np.asarray(each / halving**rungs)
-        if len(costs) * weights.sum() >= budget:
-            break
-    return np.asarray(weights / weights.sum())
+    return np.asarray(costs.mean(axis=0) / HALVING ** np.arange(costs.shape[1]))
 
 
 def _ordered(which: Integers, surrogate: Surrogate) -> list[int]:

@@ -13,7 +13,7 @@ NOISE = 0.006
 
 The scatter of dense about its law is several times as large, being mostly the law's misfit, the same for all
 candidates: searches replayed with it (benchmarks/search.py) did worse than chance. A round number of the order of what
-seeds 0 and 1 of benchmarks/results/search_runs.csv differ by once their common shift is taken off.
+seeds 0 and 1 of benchmarks/results/search_runs_short.csv differ by once their common shift is taken off.
 """
 
 CLOCK = 0.1  # standard deviation of ln seconds, of runs beside each other on one machine
