@@ -2,9 +2,9 @@
 
     python benchmarks/gpu.py [folder] [--only TEXT ...] [--again] [--seconds N]
 
-Writes `layers.csv`, `mlps.csv`, `decode.csv`, `few.csv`, `tokens.csv`, `shared.csv`, `compiled.csv` (beside torch.compile
-of the reference) and `kernels.csv` (each kernel that fits beside its modelled time) into the folder, by default
-`results/<device>`. Rows are written as they come, and those that are there are kept: `--only` names what to measure (every
+Writes into the folder, by default `results/<device>`: `layers.csv`, `mlps.csv`, `decode.csv`, `few.csv`, `tokens.csv`,
+`shared.csv`, `compiled.csv` (beside torch.compile of the reference) and `kernels.csv` (each kernel that fits beside its
+modelled time). Rows are written as they come, and those that are there are kept: `--only` names what to measure (every
 text, or one of its alternatives between bars, must be part of a row's name, as printed), `--again` measures it anew.
 """
 
