@@ -28,16 +28,11 @@ COUNTERS = {
     "dram_write_mb": "dram__bytes_write.sum",
     "dram_percent": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
     "l2_percent": "lts__throughput.avg.pct_of_peak_sustained_elapsed",
-    "l1_percent": "l1tex__throughput.avg.pct_of_peak_sustained_elapsed",
     "sm_percent": "sm__throughput.avg.pct_of_peak_sustained_elapsed",
-    "tensor_percent": "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active",
-    "special_percent": "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active",
-    "issue_percent": "sm__inst_issued.avg.pct_of_peak_sustained_active",
     "warps_percent": "sm__warps_active.avg.pct_of_peak_sustained_active",
     "programs": "launch__grid_size",
     "registers": "launch__registers_per_thread",
 }
-SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "Occupancy", "LaunchStats")
 UNITS = {"second": 1e6, "msecond": 1e3, "usecond": 1.0, "nsecond": 1e-3, "ms": 1e3, "us": 1.0, "ns": 1e-3, "s": 1e6}
 UNITS |= {"byte": 1e-6, "Kbyte": 1e-3, "Mbyte": 1.0, "Gbyte": 1e3}
 MARK = "spin_kernel"
@@ -121,14 +116,13 @@ def run(only: list[str]) -> None:
 
 def main(path: Path, only: list[str]) -> None:
     command = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw"]
-    command += [part for section in SECTIONS for part in ("--section", section)]
-    command += ["--metrics", "gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum"]
-    told = subprocess.run(
-        [*command, sys.executable, __file__, str(path), "--watched", "--only", *only], capture_output=True, text=True
-    )
-    table = told.stdout[told.stdout.find('"ID"') :]
-    path.with_suffix(".txt").write_text(told.stdout + told.stderr)
-    units, *kernels = csv.DictReader(io.StringIO(table))
+    command += ["--metrics", ",".join(COUNTERS.values()), sys.executable, __file__, str(path), "--watched"]
+    told = path.with_suffix(".txt")
+    with told.open("w") as file:
+        subprocess.run([*command, "--only", *only], stdout=file, stderr=subprocess.STDOUT)
+    table = told.read_text()
+    table = table[table.find('"ID"') :]
+    units, *kernels = (row for row in csv.DictReader(io.StringIO(table)) if row["Process ID"] is not None)
     names = iter(wanted(only))
     rows: list[dict[str, object]] = []
     case = ""

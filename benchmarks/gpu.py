@@ -2,10 +2,10 @@
 
     python benchmarks/gpu.py [folder] [--only TEXT ...] [--again] [--seconds N]
 
-Writes `layers.csv`, `mlps.csv`, `decode.csv`, `few.csv`, `tokens.csv`, `shared.csv` and `kernels.csv` (each kernel that
-fits beside its modelled time) into the folder, by default `results/<device>`. Rows are written as they come, and those
-that are there are kept: `--only` names what to measure (every text must be part of a row's name, as
-printed), `--again` measures it anew.
+Writes into the folder, by default `results/<device>`: `layers.csv`, `mlps.csv`, `decode.csv`, `few.csv`, `tokens.csv`,
+`shared.csv`, `compiled.csv` (beside torch.compile of the reference) and `kernels.csv` (each kernel that fits beside its
+modelled time). Rows are written as they come, and those that are there are kept: `--only` names what to measure (every
+text, or one of its alternatives between bars, must be part of a row's name, as printed), `--again` measures it anew.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from torch.nn import functional
 import einlinear as el
 from einlinear.kernels import KERNELS, Kernel
 from einlinear.kernels.kernel import Target
+from einlinear.kernels.reference import Reference
 from einlinear.lab.bench import MODES, bench, milliseconds, provenance
 
 Row = dict[str, Any]
@@ -115,6 +116,27 @@ class _Run(nn.Module):
         return self.run(list(self.factors), x)
 
 
+class _Compiled(nn.Module):
+    """A layer by torch.compile of the reference contraction, compiled once for all layers of a structure."""
+
+    def __init__(self, structure: el.Structure) -> None:
+        super().__init__()
+        self.structure = structure
+        self.factors = nn.ParameterList(
+            torch.randn(shape, **WHERE) / shape[-1] ** 0.5 for shape in structure.matrix_shapes
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _compiled(self.structure)(list(self.factors), x)
+        return y
+
+
+@cache
+def _compiled(structure: el.Structure) -> Callable[..., Tensor]:
+    compiled: Callable[..., Tensor] = torch.compile(Reference().prepare(structure).__call__)
+    return compiled
+
+
 @cache
 def dense(d_in: int, d_out: int, tokens: int, mode: str) -> float:
     return milliseconds(partial(nn.Linear, d_in, d_out, False, **WHERE), d_in, tokens, mode)
@@ -148,7 +170,7 @@ def decode() -> Iterator[Case]:
 def few() -> Iterator[Case]:
     """Layers of 10⁵ weights or more where dense itself takes a few microseconds: is one slower than that?"""
     families = (el.BTT(), el.BTT(rank=4), el.Monarch(blocks=4), el.Monarch(blocks=16), el.LowRank(rank=64))
-    for width, count, mode in product((512, 1024, 2048), (64, 256, 1024, 4096), MODES):
+    for width, count, mode in product((512, 1024, 2048), (64, 1024, 4096), MODES):
         large = [family for family in families if el.parameters(family(width, width)) >= 10**5]
         yield f"few {width} {count} {mode}", partial(bench, large, (width,), (count,), modes=(mode,), **WHERE)
 
@@ -220,6 +242,30 @@ def shared() -> Iterator[Case]:
         yield f"shared {width} {count} {mode}", partial(measure, width, count, mode)
 
 
+def compiled() -> Iterator[Case]:
+    """Layers as they run beside torch.compile of the reference."""
+    for family, mode in product((el.BTT(), el.Monarch(blocks=16), el.Kronecker(), el.BLAST(blocks=8, rank=64)), MODES):
+
+        def measure(family: el.Family, mode: str, width: int = 2048) -> list[Row]:
+            structure = family(width, width).canonical
+            made = {
+                "compiled reference": milliseconds(partial(_Compiled, structure), width, TOKENS, mode),
+                "layer": milliseconds(
+                    partial(el.Linear, width, width, family, bias=False, **WHERE), width, TOKENS, mode
+                ),
+            }
+            return [
+                {
+                    "way": way, "family": str(family), "d_in": width, "d_out": width, "tokens": TOKENS, "mode": mode,
+                    "ms": round(ms, 5), "ratio_to_compiled": round(made["compiled reference"] / ms, 2),
+                    **provenance(**WHERE),
+                }
+                for way, ms in made.items()
+            ]  # fmt: skip
+
+        yield f"compiled {family} {mode}", partial(measure, family, mode)
+
+
 def kernels() -> Iterator[Case]:
     """Every kernel that fits a layer beside its modelled time, and dense; the planner takes the least of these."""
     target = Target.of("cuda", torch.bfloat16)
@@ -247,7 +293,7 @@ def kernels() -> Iterator[Case]:
 
 TABLES: dict[str, Callable[[], Iterator[Case]]] = {
     "layers": layers, "mlps": mlps, "decode": decode, "few": few, "tokens": tokens, "shared": shared,
-    "kernels": kernels,
+    "compiled": compiled, "kernels": kernels,
 }  # fmt: skip
 
 
@@ -262,7 +308,7 @@ def main(folder: Path, only: list[str], again: bool, seconds: float) -> None:
             for row in csv.DictReader(path.open()):
                 done.setdefault(row.pop("case"), []).append(row)
         for name, measure in make():
-            wanted = all(text in name for text in only)
+            wanted = all(any(part in name for part in text.split("|")) for text in only)
             if not wanted or (name in done and not again) or time.perf_counter() - begin > seconds:
                 continue
             try:

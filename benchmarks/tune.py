@@ -20,7 +20,6 @@ import torch
 
 import einlinear as el
 from einlinear.kernels import bottleneck, junction
-from einlinear.kernels import product as product_module
 from einlinear.kernels.product import product_of
 from einlinear.kernels.stage import Launch, empty_state, launch_backward, launch_forward
 from einlinear.lab.bench import _graph_milliseconds
@@ -47,36 +46,18 @@ def products() -> Iterator[Case]:
         assert found is not None
         strides = [*found.strides[0], *found.strides[1]]
 
-        def forward(
-            structure: el.Structure, sizes: tuple[int, ...], strides: list[int], warps: int
-        ) -> Callable[[], object]:
+        def forward(structure: el.Structure, sizes: tuple[int, ...], strides: list[int]) -> Callable[[], object]:
             first, second = factors(structure)
-            return lambda: launched(warps, torch.ops.einlinear.product, first, second, sizes, strides)
+            return lambda: torch.ops.einlinear.product(first, second, sizes, strides)
 
-        def backward(structure: el.Structure, sizes: tuple[int, ...], width: int, warps: int) -> Callable[[], object]:
-            (first, second), grad = factors(structure), half(width, width)
-            return lambda: launched(warps, torch.ops.einlinear.product_backward, grad, first, second, sizes)
+        yield f"product {family} {width}", "", partial(forward, structure, found.sizes, strides)
+        if found.is_block:
 
-        if not found.is_block:
-            yield f"product {family} {width}", "", partial(forward, structure, found.sizes, strides, 0)
-            continue
-        for warps in (1, 2, 4):
-            variant = f"{warps} warps"
-            yield (
-                f"product {family} {width}",
-                variant,
-                partial(forward, structure, found.sizes, strides, warps),
-            )
-            yield (
-                f"product backward {family} {width}",
-                variant,
-                partial(backward, structure, found.sizes, width, warps),
-            )
+            def backward(structure: el.Structure, sizes: tuple[int, ...], width: int) -> Callable[[], object]:
+                (first, second), grad = factors(structure), half(width, width)
+                return lambda: torch.ops.einlinear.product_backward(grad, first, second, sizes)
 
-
-def launched(warps: int, call: Callable[..., object], *operands: object) -> object:
-    product_module.WARPS = warps
-    return call(*operands)
+            yield f"product backward {family} {width}", "", partial(backward, structure, found.sizes, width)
 
 
 def bottlenecks() -> Iterator[Case]:
@@ -172,21 +153,19 @@ def junctions() -> Iterator[Case]:
                 return lambda: junction.launch_forward(*operands, activation, launch, block)
 
             yield f"junction {name}", f"{launch} {block}", partial(forward, make, activation, launch, block)
-        for size, warps, stages, block, by_dot in product(
-            (128,), (8,), (2, 3) if hidden * (parts * width + out) <= 128 * 128 else (2,), (64,), (False, True)
-        ):
+        for size, warps, stages, block in ((128, 8, 2, 64), (128, 8, 3, 64), (128, 8, 2, 32), (64, 4, 3, 64)):
             launch = Launch(tokens=size, warps=warps, stages=stages, resident=1)
 
             def backward(
-                make: Callable, activation: str, launch: Launch, block: int, slices: int, out: int, by_dot: bool
+                make: Callable, activation: str, launch: Launch, block: int, slices: int, out: int
             ) -> Callable[[], object]:
                 operands, grad = make(), half(slices, out, TOKENS)
-                return lambda: junction.launch_backward(grad, *operands, activation, launch, block, by_dot)
+                return lambda: junction.launch_backward(grad, *operands, activation, launch, block)
 
             yield (
                 f"junction backward {name}",
-                f"{launch} {block} {by_dot}",
-                partial(backward, make, activation, launch, block, slices, out, by_dot),
+                f"{launch} {block}",
+                partial(backward, make, activation, launch, block, slices, out),
             )
 
 

@@ -252,7 +252,8 @@ def bottleneck(structure: Structure, tokens: int, here: Machine, training: bool)
         waves = math.ceil(math.ceil(tokens / size) * splits / 132)
         each = (rank + min(size, tokens)) * (read + made / splits)
         moved = rank * (read + made) + tokens * (read + made)
-        return here.kernel + 0.9e-6 + here.bytes * (waves * each / 1.35e11 + moved / (1.1 * here.memory))
+        waiting = 1e-9 * read  # for the first factor, step by step: it comes from memory, and all programs ask for it
+        return here.kernel + 0.9e-6 + waiting + here.bytes * (waves * each / 1.35e11 + moved / (1.1 * here.memory))
 
     forward = launch(d_in, d_out)
     if not training:
@@ -280,6 +281,8 @@ def materialised(structure: Structure, tokens: int, here: Machine, training: boo
         work, moving = 2 * bond * rows * columns / here.matmul, moved / here.memory
         # A GPU moves bytes while it works; one core of a CPU does one thing at a time.
         making = here.launch + (work + moving if on_cpu(here) else max(work, moving))
+        if not on_cpu(here) and not isinstance(found, str) and [link.spec for link in found] == [INTO, OUT_OF]:
+            making += 3 * here.launch  # its factors, and itself, are brought into another order
         making *= 3 if training else 1
     else:
         making = here.kernel + (1 + 0.2 * bond) * whole / here.memory

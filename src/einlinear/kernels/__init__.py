@@ -118,7 +118,7 @@ def plan(structure: Structure) -> Plan:
 
 
 LIMITS = tuple(2**k for k in range(22))
-"""Numbers of tokens between which the choice may change."""
+"""Numbers of tokens between which the choice may change; it is made for the larger one."""
 
 
 def _choice(structure: Structure, target: Target) -> Choice:
@@ -128,7 +128,7 @@ def _choice(structure: Structure, target: Target) -> Choice:
     for training in (False, True):
         limits: list[tuple[float, Runner]] = []
         for limit in (*LIMITS, math.inf):
-            tokens = round(0.75 * limit) or 1 if limit < math.inf else 2 * LIMITS[-1]
+            tokens = round(limit) if limit < math.inf else 2 * LIMITS[-1]  # most often it is a limit
             kernel = _fastest(fitting, structure, tokens, target, training)
             run = runners.setdefault(kernel, kernel.prepare(structure))
             if limits and limits[-1][1] is run:

@@ -8,7 +8,6 @@ each token, and then its share of the output (docs/kernels.md).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import ClassVar
 
 import torch
@@ -17,21 +16,15 @@ from torch.nn.functional import linear
 from torch.utils.flop_counter import register_flop_formula
 
 from einlinear.clock import SUMMED
-from einlinear.kernels.kernel import CPU, Kernel, Runner, Target
+from einlinear.kernels.kernel import InTriton, Runner
 from einlinear.kernels.stage import multiprocessors, tile
 from einlinear.structure import Structure
 
 
-class Bottleneck(Kernel):
+class Bottleneck(InTriton):
     """Two plain factors with few features between, in one launch."""
 
     name: ClassVar = "bottleneck"
-
-    def refuses(self, structure: Structure, target: Target = CPU) -> str | None:
-        refusal = super().refuses(structure, target)
-        if refusal is None and find_spec("triton") is None:
-            return "Triton is not installed; pip install triton"
-        return refusal
 
     def prepare(self, structure: Structure) -> Runner:
         (_, rank, d_in), (_, d_out, _) = structure.matrix_shapes

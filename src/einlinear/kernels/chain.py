@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from einlinear.kernels.kernel import CPU, Kernel, Runner, Target
+from einlinear.kernels.kernel import InTriton, Kernel, Runner
 from einlinear.kernels.pairwise import pairwise, plain
 from einlinear.kernels.stage import narrow, shares, stage
 from einlinear.links import Link, chain_of
@@ -57,7 +56,7 @@ class Chain(Kernel):
         return ChainRunner(chain, structure.size(structure.y), extra=_extra(chain))
 
 
-class Tiles(Chain):
+class Tiles(InTriton, Chain):
     """A chain whose block-diagonal links of small blocks are Triton kernels (`einlinear.kernels.stage`).
 
     The forward moves the same bytes as `Chain`; the backward reads each of them once, and not
@@ -65,12 +64,6 @@ class Tiles(Chain):
     """
 
     name: ClassVar = "tiles"
-
-    def refuses(self, structure: Structure, target: Target = CPU) -> str | None:
-        refusal = super().refuses(structure, target)
-        if refusal is None and find_spec("triton") is None:
-            return "Triton is not installed; pip install triton"
-        return refusal
 
     def prepare(self, structure: Structure) -> Runner:
         chain = chain_of(structure)

@@ -73,10 +73,8 @@ def junction_backward(
     grad: Tensor, zs: Sequence[Tensor], ups: Sequence[Tensor], biases: Sequence[Tensor], down: Tensor, activation: str
 ) -> list[Tensor]:
     """The gradients of every z, up and bias, and of `down`."""
-    # Half as many hidden features at a time where the compiler else runs out of registers (benchmarks/NOTES.md).
-    crowded = activation.startswith("gelu") and len(ups) == 1 and not biases and _size(ups, down) > 128 * 128
     launch = backward_launch(ups, biases, down, activation)
-    return launch_backward(grad, zs, ups, biases, down, activation, launch, 32 if crowded else 64)
+    return launch_backward(grad, zs, ups, biases, down, activation, launch)
 
 
 @junction_backward.register_fake
@@ -195,13 +193,14 @@ def launch_forward(
             tuple(zs), tuple(up.contiguous() for up in ups), tuple(biases), down.contiguous(), y,
             tokens, share, *zs[0].stride()[:2], *y.stride()[:2],
             **_tiles(ups, down, hidden, launch), ACTIVATION=activation, SHORT=down.element_size() == 2,
+            HOLD_BIASES=_size(ups, down) > 128 * 128,
         )  # fmt: skip
     return y
 
 
 def launch_backward(
     grad: Tensor, zs: Sequence[Tensor], ups: Sequence[Tensor], biases: Sequence[Tensor], down: Tensor, activation: str,
-    launch: Launch, hidden: int = 64, by_dot: bool = True,
+    launch: Launch, hidden: int = 64,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of every z, up and bias, and of `down`."""
     from einlinear.kernels import tiles_junction
@@ -218,7 +217,7 @@ def launch_backward(
             grad, tuple(zs), tuple(up.contiguous() for up in ups), tuple(biases), down.contiguous(),
             tuple(dzs), tuple(dups), tuple(dbiases), ddown,
             tokens, share, *zs[0].stride()[:2], *dzs[0].stride()[:2], *grad.stride()[:2],
-            **_tiles(ups, down, hidden, launch), ACTIVATION=activation, SHORT=down.element_size() == 2, BY_DOT=by_dot,
+            **_tiles(ups, down, hidden, launch), ACTIVATION=activation, SHORT=down.element_size() == 2,
         )  # fmt: skip
     sums = zip((*dups, *dbiases, ddown), (*ups, *biases, down), strict=True)
     return [*dzs, *(add_partials(partial, like).view(like.shape) for partial, like in sums)]

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import ClassVar, Protocol
 
 import torch
@@ -71,3 +72,13 @@ class Kernel(ABC):
     @abstractmethod
     def prepare(self, structure: Structure) -> Runner:
         """All that can be decided from the spec, done once: what is left works on tensors and integers."""
+
+
+class InTriton(Kernel):
+    """A kernel that Triton compiles."""
+
+    def refuses(self, structure: Structure, target: Target = CPU) -> str | None:
+        refusal = super().refuses(structure, target)
+        if refusal is None and find_spec("triton") is None:
+            return "Triton is not installed; pip install triton"
+        return refusal

@@ -92,7 +92,7 @@ def junction_forward(
     tokens, share, z_feature, z_slice, y_slice, y_feature,
     IN: tl.constexpr, HIDDEN: tl.constexpr, OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr, BLOCK_HIDDEN: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-    ACTIVATION: tl.constexpr, SHORT: tl.constexpr,
+    ACTIVATION: tl.constexpr, SHORT: tl.constexpr, HOLD_BIASES: tl.constexpr,
 ):  # fmt: skip
     """y[s] = down[s] activation(up[s] z[s] + bias[s]); all states have tokens innermost.
 
@@ -106,7 +106,7 @@ def junction_forward(
         hidden = start + tl.arange(0, BLOCK_HIDDEN)
         for p in tl.static_range(len(ups)):
             weights += (load_matrix(ups[p] + s * HIDDEN * IN, hidden, ins, HIDDEN, IN),)
-            if len(biases):
+            if HOLD_BIASES and len(biases):
                 bias = tl.load(biases[p] + s * HIDDEN + hidden, mask=hidden < HIDDEN, other=0.0)
                 added += (bias.to(tl.float32),)
         downs += (load_matrix(down + s * OUT * HIDDEN, outs, hidden, OUT, HIDDEN),)
@@ -124,8 +124,11 @@ def junction_forward(
                 h = tl.dot(
                     tl.trans(vs[p]), tl.trans(weights[start // BLOCK_HIDDEN * len(ups) + p]), input_precision="ieee"
                 )
-                if len(biases):
+                if HOLD_BIASES and len(biases):
                     h += added[start // BLOCK_HIDDEN * len(ups) + p][None, :]
+                elif len(biases):
+                    bias = tl.load(biases[p] + s * HIDDEN + hidden, mask=hidden < HIDDEN, other=0.0)
+                    h += bias.to(tl.float32)[None, :]
                 hs += (h,)
             h, _ = activate(hs[0], ACTIVATION, SHORT)
             if len(ups) == 2:
@@ -141,7 +144,7 @@ def junction_backward(
     tokens, share, z_feature, z_slice, dz_feature, dz_slice, y_slice, y_feature,
     IN: tl.constexpr, HIDDEN: tl.constexpr, OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr, BLOCK_HIDDEN: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-    ACTIVATION: tl.constexpr, SHORT: tl.constexpr, BY_DOT: tl.constexpr,
+    ACTIVATION: tl.constexpr, SHORT: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a junction in one pass over `share` tokens, the hidden features computed again.
 
@@ -153,13 +156,10 @@ def junction_backward(
     at = split * slices + s
     here = tl.arange(0, BLOCK_TOKENS)
     ins, outs = tl.arange(0, BLOCK_IN), tl.arange(0, BLOCK_OUT)
-    ups_sums, bias_sums, down_sums = (), (), ()
-    ones = tl.full((BLOCK_TOKENS, 16), 1.0, down.dtype.element_ty)
+    ups_sums, down_sums = (), ()
     for _ in tl.static_range(0, HIDDEN, BLOCK_HIDDEN):
         for _ in tl.static_range(len(ups)):
             ups_sums += (tl.zeros((BLOCK_HIDDEN, BLOCK_IN), tl.float32),)
-            if BY_DOT and len(biases):
-                bias_sums += (tl.zeros((BLOCK_HIDDEN, 16), tl.float32),)
         down_sums += (tl.zeros((BLOCK_OUT, BLOCK_HIDDEN), tl.float32),)
     for begin in range(0, share, BLOCK_TOKENS):
         first = split * share + begin
@@ -169,7 +169,7 @@ def junction_backward(
             vs += (load_tile(zs[p] + s * z_slice + first, ins.to(tl.int64), z_feature, here, 1, IN, left, True),)
             ds += (tl.zeros((BLOCK_TOKENS, BLOCK_IN), tl.float32),)
         g = load_tile(grad + s * y_slice + first, outs.to(tl.int64), y_feature, here, 1, OUT, left, True)
-        next_ups, next_biases, next_downs = (), (), ()
+        next_ups, next_downs = (), ()
         for start in tl.static_range(0, HIDDEN, BLOCK_HIDDEN):
             hidden = start + tl.arange(0, BLOCK_HIDDEN)
             us, hs = (), ()
@@ -195,28 +195,21 @@ def junction_backward(
                 dhs += (dh * ungated,)
             next_ds = ()
             for p in tl.static_range(len(ups)):
-                if not BY_DOT and len(biases):
+                if len(biases):
                     into = dbiases[p] + at * HIDDEN + hidden
                     tl.atomic_add(into, tl.sum(dhs[p], axis=0), mask=hidden < HIDDEN, sem="relaxed")
                 d = dhs[p].to(g.dtype)
-                if BY_DOT and len(biases):
-                    total = bias_sums[start // BLOCK_HIDDEN * len(ups) + p]
-                    next_biases += (tl.dot(tl.trans(d), ones, total, input_precision="ieee"),)
                 total = ups_sums[start // BLOCK_HIDDEN * len(ups) + p]
                 next_ups += (tl.dot(tl.trans(d), tl.trans(vs[p]), total, input_precision="ieee"),)
                 next_ds += (tl.dot(d, us[p], ds[p], input_precision="ieee"),)
             ds = next_ds
-        ups_sums, bias_sums, down_sums = next_ups, next_biases, next_downs
+        ups_sums, down_sums = next_ups, next_downs
         for p in tl.static_range(len(ups)):
             into = dzs[p] + s * dz_slice + first
             store_tile(tl.trans(ds[p]), into, ins.to(tl.int64), dz_feature, here, 1, IN, left, True)
     for start in tl.static_range(0, HIDDEN, BLOCK_HIDDEN):
         hidden = start + tl.arange(0, BLOCK_HIDDEN)
         for p in tl.static_range(len(ups)):
-            if BY_DOT and len(biases):
-                # All columns are alike.
-                total = tl.max(bias_sums[start // BLOCK_HIDDEN * len(ups) + p], axis=1)
-                tl.store(dbiases[p] + at * HIDDEN + hidden, total, mask=hidden < HIDDEN)
             store_matrix(
                 ups_sums[start // BLOCK_HIDDEN * len(ups) + p], dups[p] + at * HIDDEN * IN, hidden, ins, HIDDEN, IN
             )
