@@ -143,8 +143,14 @@ def quantity(value: float) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number to so many digits; – where there is none."""
-    return "–" if value is None or math.isnan(value) else f"{value:.{digits}g}"
+    """A number to so many digits, written out up to a million; – where there is none."""
+    if value is None or math.isnan(value):
+        return "–"
+    text = f"{value:.{digits}g}"
+    if "e+" not in text:
+        return text
+    mantissa, _, power = text.partition("e+")
+    return f"{float(text):.0f}" if abs(value) < 1e6 else f"{mantissa}e{int(power)}"
 
 
 @functools.cache
