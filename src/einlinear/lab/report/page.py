@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from einlinear.lab.extras import extra
-from einlinear.lab.laws import AXES, Multiplier, from_runs, law_card
+from einlinear.lab.laws import AXES, Multiplier, from_runs, law_card, times
 from einlinear.lab.report.charts import (
     COLOURS,
     VEGA_LITE,
@@ -88,7 +88,7 @@ def write_report(
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"quantity": quantity, "number": number}
+    environment.filters |= {"quantity": quantity, "number": number, "times": times}
     page = environment.get_template("page.html").render(
         summary=found,
         answer=sentences(found),
