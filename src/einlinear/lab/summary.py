@@ -197,8 +197,8 @@ def _notes(families: Sequence[FamilySummary], finished: Sequence[Run], baseline:
                 )
             if m.extrapolation > FAR:
                 notes.append(
-                    f"{family.family}, {AXES[m.axis]}: {baseline} would need {times(m.extrapolation)} times its largest "
-                    "measured cost to reach the same best loss; that part is extrapolated."
+                    f"{family.family}, {AXES[m.axis]}: {baseline} would need {times(m.extrapolation)} times its "
+                    "largest measured cost to reach the same best loss; that part is extrapolated."
                 )
             if not math.isnan(m.crosscheck) and not m.low <= m.crosscheck <= m.high:
                 notes.append(
