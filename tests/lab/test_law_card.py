@@ -81,6 +81,16 @@ def test_the_card_is_json_and_prints(card):
         assert part in said
 
 
+def test_a_card_with_numbers_that_are_none_prints(card):
+    gone = {"multiplier": None, "multiplier_interval": None}
+    odd = card | {
+        "multiplier": {"btt": card["multiplier"]["btt"] | {"surface": card["multiplier"]["btt"]["surface"] | gone}}
+    }
+    text = io.StringIO()
+    print_card(odd, Console(file=text, width=200))
+    assert "– (–)" in text.getvalue()
+
+
 def test_broken_grids_are_warned_of():
     frame = runs({"dense": 1.0}, sizes=9)
     frame = frame[(frame["tokens"] / frame["params"]).between(14, 60)]
