@@ -100,7 +100,7 @@ class Draws:
         left = max(2, self.clusters - UNKNOWNS)
         wide = stats.t.ppf((1 + LEVEL) / 2, left) * self.clusters / left
         grouped = self.clusters < self.runs
-        normal = stats.t.ppf((1 + LEVEL) / 2, self.clusters - 1) if grouped else stats.norm.ppf((1 + LEVEL) / 2)
+        normal = stats.t.ppf((1 + LEVEL) / 2, max(1, self.clusters - 1)) if grouped else stats.norm.ppf((1 + LEVEL) / 2)
         narrow = normal * np.sqrt(max(2, self.runs - UNKNOWNS) / self.runs)
         tail = float(stats.norm.sf(narrow + self.squared * (wide - narrow)))
         low, high = np.nanquantile(self.values[:, NAMES.index(name)], [tail, 1 - tail])
