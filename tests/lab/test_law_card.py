@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from einlinear.cli import app
 from einlinear.lab.laws import NoFit, Surface, TableError, expected_error, from_frame, law_card, print_card
-from einlinear.lab.laws.card import _baseline
+from einlinear.lab.laws.card import STATED, _baseline
 
 TRUTH = Surface(E=1.8, A=400.0, B=2000.0, alpha=0.34, beta=0.37)
 
@@ -65,8 +65,9 @@ def test_the_card_fills_the_checklist(card):
     assert stated["runs"] == {"dense": 42, "btt": 42, "kronecker": 42}
     assert stated["variables"]["N"] == "params" and stated["starts"] == 240
     assert "tokenizer" in stated["not_stated"] and stated["tokenizer"] is None
-    told = law_card(from_frame(runs({"dense": 1.0})), draws=50, about={"tokenizer": "bytes"})["checklist"]
-    assert told["tokenizer"] == "bytes" and "tokenizer" not in told["not_stated"]
+    about = {item: f"the {item}" for item in STATED}
+    told = law_card(from_frame(runs({"dense": 1.0})), draws=50, about=about)["checklist"]
+    assert {item: told[item] for item in STATED} == about and told["not_stated"] == []
     with pytest.raises(TableError, match="the checklist has no such item"):
         law_card(from_frame(runs({"dense": 1.0})), about={"colour": "red"})
 
@@ -78,6 +79,16 @@ def test_the_card_is_json_and_prints(card):
     said = text.getvalue()
     for part in ("column 'params'", "Huber", "2, IsoFLOP Akima", "Frontier L(C)", "better", "worse", "Not stated"):
         assert part in said
+
+
+def test_a_card_with_numbers_that_are_none_prints(card):
+    gone = {"multiplier": None, "multiplier_interval": None}
+    odd = card | {
+        "multiplier": {"btt": card["multiplier"]["btt"] | {"surface": card["multiplier"]["btt"]["surface"] | gone}}
+    }
+    text = io.StringIO()
+    print_card(odd, Console(file=text, width=200))
+    assert "– (–)" in text.getvalue()
 
 
 def test_broken_grids_are_warned_of():

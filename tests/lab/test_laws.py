@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from einlinear.lab.laws import Multiplier, frontiers, hull, measured, multiplier
+from einlinear.lab.laws import Multiplier, frontiers, hull, measured, multiplier, times
 from einlinear.lab.laws.cells import cells_of, near_hull, slope
 from einlinear.lab.summary import answer, summary
 
@@ -160,3 +160,14 @@ def test_diverged_runs_and_tuning_are_counted_and_told(study):
     assert not any(family.rate_at_edge for family in found.families)
     smaller = [run for run in study if run.purpose == "measure" or run.rate >= 4e-3]
     assert all(family.rate_at_edge for family in summary(smaller).families)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1.656, "1.66"), (0.4321, "0.43"), (0.0043, "0.0043"), (18.93, "18.9"), (188.73, "189"), (5e21, "5.0e21"),
+        (math.inf, "∞"),
+    ],
+)  # fmt: skip
+def test_multipliers_are_short_and_never_nothing(value, text):
+    assert times(value) == text

@@ -282,6 +282,14 @@ def test_quantities(value, text):
     assert page.quantity(value).replace(page.SPACE, " ") == text
 
 
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [(0.0638, 2, "0.064"), (154.0, 2, "150"), (478712.0, 2, "480000"), (2.1e128, 2, "2.1e128"), (None, 3, "–")],
+)
+def test_numbers_are_written_out(value, digits, text):
+    assert page.number(value, digits) == text
+
+
 def test_a_browser_draws_every_chart_without_complaint(written, tmp_path):
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:

@@ -82,7 +82,9 @@ def test_trials_of_a_setting_are_warned_of_and_the_best_can_be_kept():
 
 def test_columns_that_follow_from_the_size_or_say_nothing_are_no_warning():
     chance = np.random.default_rng(1).integers(0, 3, size=20)
-    assert from_frame(frame(width=frame()["params"].rank(method="dense"), colour=chance)).warnings == ()
+    made = frame(width=frame()["params"].rank(method="dense"), colour=chance)
+    made.loc[made["width"] == 3, "loss"] *= 1.05  # a size that was trained badly is no data set of its own
+    assert from_frame(made).warnings == ()
     assert from_frame(frame(note="x")).warnings == ()
 
 
@@ -114,7 +116,7 @@ def test_json_and_gzip_are_read_as_csv_is(tmp_path):
     files = {
         "runs.csv": made.to_csv(index=False), "runs.json": json.dumps(records),
         "lines.jsonl": "\n".join(json.dumps({"config": {}, **record}) for record in records),
-        "columns.json": json.dumps(made.to_dict(orient="list")),
+        "columns.json": json.dumps(made.to_dict(orient="list")), "named.json": json.dumps({"runs": records, "n": 20}),
     }  # fmt: skip
     for name, text in files.items():
         (tmp_path / name).write_text(text)
@@ -122,3 +124,35 @@ def test_json_and_gzip_are_read_as_csv_is(tmp_path):
     for name in files:
         for path in (tmp_path / name, tmp_path / f"{name}.gz"):
             assert read_table(path).loss == pytest.approx(made["loss"].to_numpy())
+
+
+def test_rows_without_flops_or_tokens_have_them_made_and_are_told():
+    dense, other = frame(family="dense"), frame(family="btt")
+    other["flops"] = 2 * other["params"] * other["tokens"]
+    table = from_frame(pd.concat([dense, other]))
+    assert table.families == ["dense", "btt"] and len(table) == 40
+    assert table.of("dense").flops == pytest.approx(6 * dense["params"] * dense["tokens"])
+    assert [w.split(":")[0] for w in table.warnings] == ["20 rows have no 'flops'"]
+    other.loc[:4, "tokens"] = np.nan
+    table = from_frame(other)
+    assert table.tokens[:5] == pytest.approx(other["flops"][:5] / (6 * other["params"][:5]))
+    assert "5 rows have no 'tokens'" in table.warnings[0]
+
+
+def test_perplexities_under_the_name_of_a_loss_are_asked_about():
+    made = frame()
+    assert from_frame(made).warnings == ()
+    made["loss"] = np.exp(made["loss"])
+    assert ["perplexities" in w for w in from_frame(made).warnings] == [True]
+
+
+def test_paths_in_names_errors_behind_numbers_and_blanks_around_names_are_read():
+    made = frame()
+    renamed = made.rename(
+        columns={"params": "config.n_params", "tokens": " optim/n_tokens ", "loss": "summary.val_loss"}
+    )
+    assert from_frame(renamed).loss.tolist() == made["loss"].tolist()
+    with_errors = made.assign(loss=[f"{value!r} ± 0.004" for value in made["loss"].tolist()])
+    assert from_frame(with_errors).loss.tolist() == made["loss"].tolist()
+    with pytest.raises(TableError, match="'loss' holds no numbers, but 'low' and the like"):
+        from_frame(made.assign(loss="low"))

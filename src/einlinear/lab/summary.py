@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from einlinear.lab.laws import AXES, Axis, Frontier, Multiplier, frontiers, measured, multiplier
+from einlinear.lab.laws import AXES, Axis, Frontier, Multiplier, frontiers, measured, multiplier, times
 from einlinear.lab.run import Run
 
 FAR = 1.5  # an extrapolation beyond the measured costs worth a note
@@ -118,9 +118,11 @@ def sentences(summary: Summary) -> list[str]:
     if better:
         first, *others = better
         said.append(
-            f"At equal loss, {baseline} needs {first.value:.2f} times the training compute of {first.family} "
-            f"(95 % interval {first.low:.2f} to {first.high:.2f})"
-            + "".join(f", and {m.value:.2f} times that of {m.family} ({m.low:.2f} to {m.high:.2f})" for m in others)
+            f"At equal loss, {baseline} needs {times(first.value)} times the training compute of {first.family} "
+            f"(95 % interval {times(first.low)} to {times(first.high)})"
+            + "".join(
+                f", and {times(m.value)} times that of {m.family} ({times(m.low)} to {times(m.high)})" for m in others
+            )
             + "."
         )
     else:
@@ -189,17 +191,18 @@ def _notes(families: Sequence[FamilySummary], finished: Sequence[Run], baseline:
                 notes.append(f"{family.family}, {AXES[m.axis]}: no multiplier, {m.reason}.")
             elif m.trend:
                 notes.append(
-                    f"{family.family}, {AXES[m.axis]}: its curve is not parallel to that of {baseline}; the multiplier "
-                    f"goes from {m.trend[0]:.2f} at loss {m.loss_high:.3g} to {m.trend[1]:.2f} at {m.loss_low:.3g}."
+                    f"{family.family}, {AXES[m.axis]}: its curve is not parallel to that of {baseline}; the "
+                    f"multiplier goes from {times(m.trend[0])} at loss {m.loss_high:.3g} to {times(m.trend[1])} at "
+                    f"{m.loss_low:.3g}."
                 )
             if m.extrapolation > FAR:
                 notes.append(
-                    f"{family.family}, {AXES[m.axis]}: {baseline} would need {m.extrapolation:.1f} times its largest "
-                    "measured cost to reach the same best loss; that part is extrapolated."
+                    f"{family.family}, {AXES[m.axis]}: {baseline} would need {times(m.extrapolation)} times its "
+                    "largest measured cost to reach the same best loss; that part is extrapolated."
                 )
             if not math.isnan(m.crosscheck) and not m.low <= m.crosscheck <= m.high:
                 notes.append(
                     f"{family.family}, {AXES[m.axis]}: reading {baseline}'s hull without a law gives "
-                    f"{m.crosscheck:.2f}, outside the interval {m.low:.2f} to {m.high:.2f}."
+                    f"{times(m.crosscheck)}, outside the interval {times(m.low)} to {times(m.high)}."
                 )
     return notes

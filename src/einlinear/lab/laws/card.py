@@ -330,7 +330,7 @@ def _checklist(table: Table, reference: Card, told: Mapping[str, str], delta: fl
         **{name: told.get(name) for name in STATED},
         "not_stated": [name for name in STATED if name not in told],
         "objective": f"sum of Huber's loss of ln L, delta = {delta:g}",
-        "optimizer": "BFGS on (ln E, ln of both terms at the data's centre, alpha, beta), objective over delta",
+        "minimiser": "BFGS on (ln E, ln of both terms at the data's centre, alpha, beta), objective over delta",
         "starts": fit.get("starts"),
         "tolerance": "largest gradient entry 1e-7, or no relative gain over 1e-13 in three steps",
         "starts_agreeing": fit.get("starts_agreeing"),

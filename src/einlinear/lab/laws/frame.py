@@ -61,7 +61,10 @@ def _frame_of_json(text: str) -> "pd.DataFrame":
     except ValueError:
         records = [json.loads(line) for line in text.splitlines() if line.strip()]
     if isinstance(records, dict):
-        return pd.DataFrame(records)  # a list for each column
+        lists = [held for held in records.values() if isinstance(held, list) and held and isinstance(held[0], dict)]
+        if not lists:
+            return pd.DataFrame(records)  # a list for each column
+        records = max(lists, key=len)
     return pd.json_normalize(records)
 
 

@@ -54,7 +54,19 @@ class Multiplier:
         return "worse" if self.high < 1 else "undecided"
 
     def __str__(self) -> str:
-        return self.reason or f"{self.value:.2f}× ({self.low:.2f}–{self.high:.2f})"
+        return self.reason or f"{times(self.value)}× ({times(self.low)}–{times(self.high)})"
+
+
+def times(value: float) -> str:
+    """A multiplier as text, hundredths around 1: 0.043, 0.43, 1.66, 18.9, 189, 1.9e5."""
+    if value >= 1e4:
+        mantissa, _, power = f"{value:.1e}".partition("e+")
+        return f"{mantissa}e{int(power)}" if power else "∞"
+    if value >= 100:
+        return f"{value:.0f}"
+    if value >= 10:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def multiplier(

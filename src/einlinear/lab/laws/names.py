@@ -24,7 +24,7 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
         "tokens", "ntokens", "numtokens", "numberoftokens", "trainingtokens", "traintokens", "tokensseen",
         "tokencount", "totaltokens", "tokenstrained", "d", "data", "datasize", "datasetsize", "dataset", "examples",
         "samples", "nsamples", "numsamples", "token",
-        "imagesseen", "samplesseen", "examplesseen", "images", "nimages",
+        "trainingdatasetsize", "datapoints", "imagesseen", "samplesseen", "examplesseen", "images", "nimages",
     ),
     "flops": (
         "flops", "flop", "trainingflops", "trainflops", "totalflops", "nflops", "trainingflop", "compute",
@@ -116,7 +116,11 @@ def read_name(name: str) -> Name:
         # "log" in front of letters alone is part of a word, as in "logits"
         if found and (rest := _without_unit(found[inner])).roles and not re.match(r"log[a-z]", text, re.I):
             return Name(rest.base, rest.factor, rest.kind, LOGARITHMS[re.sub(r"[_ ]", "", found[said].lower())])
-    return _without_unit(text)
+    whole = _without_unit(text)
+    if not whole.roles and (path := re.fullmatch(r".*[./]([^./]{3,})", text)):  # "config.n_params", "optim/n_tokens"
+        last = _without_unit(path[1])
+        return last if last.roles else whole
+    return whole
 
 
 def _without_unit(text: str) -> Name:

@@ -56,6 +56,7 @@ def read_numbers(column: "pd.Series[object]", commas: Commas = "thousands") -> t
     told = commas_of(column)
     used = commas if told in (None, "either") else told
     text = column.astype(str).str.strip().str.replace(r"\s*[x×*]\s*10\^?\s*", "e", regex=True)
+    text = text.str.replace(r"\s*(?:±|\+/-).*$", "", regex=True)  # the error of a number is not used
     if used == "decimal":
         grouped = text.str.contains(",") | text.str.fullmatch(r"[+-]?\d{1,3}(?:\.\d{3}){2,}")
         text = text.str.replace(r"\.(?=\d{3})", "", regex=True).where(grouped, text)

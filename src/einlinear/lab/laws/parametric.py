@@ -82,6 +82,7 @@ class Draws:
     """Refits of reweighted runs `[draws, 7]`, a column for each of `NAMES`."""
 
     values: Floats
+    runs: int
     clusters: int
     squared: float  # share of the residuals within delta, the five that any fit can have there left aside
     best: Floats  # [7], of the data themselves
@@ -92,13 +93,16 @@ class Draws:
         Least squares makes the noise look smaller than it is, by the numbers it fits, and its percentiles are taken
         further out: by Student's t, as Hesterberg (2015, "What Teachers Should Know About the Bootstrap") expands
         them, and by the factor n / (n - 5) of the jackknife. Least absolute deviations do not: what counts is the
-        share of residuals within delta, of those but the five that such a fit goes through.
-        `benchmarks/law_coverage.py` measures what comes of it.
+        share of residuals within delta, of those but the five that such a fit goes through. Each draw goes through
+        five runs of its own and scatters as one of n - 5 runs would: its percentiles are taken further in, by that
+        root (and with few clusters further out, by Student's t). `benchmarks/law_coverage.py` measures it.
         """
-        normal = stats.norm.ppf((1 + LEVEL) / 2)
         left = max(2, self.clusters - UNKNOWNS)
         wide = stats.t.ppf((1 + LEVEL) / 2, left) * self.clusters / left
-        tail = float(stats.norm.sf(normal + self.squared * (wide - normal)))
+        grouped = self.clusters < self.runs
+        normal = stats.t.ppf((1 + LEVEL) / 2, max(1, self.clusters - 1)) if grouped else stats.norm.ppf((1 + LEVEL) / 2)
+        narrow = normal * np.sqrt(max(2, self.runs - UNKNOWNS) / self.runs)
+        tail = float(stats.norm.sf(narrow + self.squared * (wide - narrow)))
         low, high = np.nanquantile(self.values[:, NAMES.index(name)], [tail, 1 - tail])
         return float(low), float(high)
 
@@ -184,7 +188,7 @@ def bootstrap(
         values[first : first + size] = _columns(found, *_centres(fit), fit.loss.min())
         progress(first + size)
     squared = max(0.0, fit.inside * count - UNKNOWNS) / max(1, count - UNKNOWNS)
-    return Draws(values=values, clusters=number, squared=squared, best=best[0])
+    return Draws(values=values, runs=count, clusters=number, squared=squared, best=best[0])
 
 
 def _centres(fit: Parametric) -> tuple[float, float]:

@@ -148,7 +148,7 @@ def _multipliers(card: Card, console: Console) -> None:
                 *(
                     ["–"] * 3 if "reason" in surface
                                         else [
-                        f"{surface[n]:.3g} ({_interval(surface[f'{n}_interval'])})"
+                        f"{_number(surface[n])} ({_interval(surface[f'{n}_interval'])})"
                         for n in ("multiplier", "parameters", "tokens")
                     ]
 ),

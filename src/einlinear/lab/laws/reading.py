@@ -30,6 +30,7 @@ with extra("lab"):
     import pandas as pd  # type: ignore[import-untyped]
 
 FEWEST_TOKENS, MOST_TOKENS = 1e-4, 1e7  # per parameter, beyond which one of the two is in another unit
+HIGHEST = 12.0  # nats
 EMPTY = 0.5  # a column with fewer numbers than this share of another one's goes behind it
 NUMBERS = ("parameters", "tokens", "flops", "loss", "seconds")  # roles; the others are labels
 
@@ -78,7 +79,7 @@ class _Reader:
     """Takes a frame apart, and notes what it does."""
 
     def __init__(self, frame: "pd.DataFrame", given: dict[str, str], source: str) -> None:
-        self.frame, self.source = frame.rename(columns=str), source
+        self.frame, self.source = frame.rename(columns=lambda name: str(name).strip()), source
         self.separator = frame.attrs.get("separator", ",")
         told = {commas_of(self.frame[c]) for c in self.frame.columns if self.frame[c].dtype.kind not in "iufb"}
         proven = told - {None, "either"}
@@ -117,18 +118,7 @@ class _Reader:
             found = {"parameters": parameters, "loss": loss, "tokens": tokens}
             missing = [name for name, values in found.items() if values is None]
             raise TableError(self._unrecognised(missing))
-        if tokens is None and flops is not None:
-            tokens = flops / (6 * parameters)
-            self.columns["tokens"] = "= flops / (6 params)"
-            self.notes.append("There is no column of tokens: they were taken as flops / (6 params).")
-        assert tokens is not None
-        if flops is None:
-            flops = 6 * parameters * tokens
-            self.columns["flops"] = "= 6 params tokens"
-            self.notes.append(
-                "There is no column of FLOPs: they were taken as 6 params tokens, which is wrong for layers that share "
-                "weights or route."
-            )
+        tokens, flops = self._costs(parameters, tokens, flops)
         family = self._labels("family")
         if family is None:
             family = np.full(len(self.frame), "all")
@@ -148,6 +138,31 @@ class _Reader:
             table, columns=self.columns, dropped=self.dropped, notes=tuple(self.notes), warnings=tuple(self.warnings)
         )
 
+    def _costs(self, parameters: Floats, tokens: Floats | None, flops: Floats | None) -> tuple[Floats, Floats]:
+        """Tokens and FLOPs, each made from the other where it is missing: throughout, or in some rows."""
+        if tokens is None:
+            assert flops is not None
+            self.columns["tokens"] = "= flops / (6 params)"
+            self.notes.append("There is no column of tokens: they were taken as flops / (6 params).")
+            return flops / (6 * parameters), flops
+        if flops is None:
+            self.columns["flops"] = "= 6 params tokens"
+            self.notes.append(
+                "There is no column of FLOPs: they were taken as 6 params tokens, which is wrong for layers that share "
+                "weights or route."
+            )
+            return tokens, 6 * parameters * tokens
+        for name, values, other, made in (
+            ("tokens", tokens, flops, flops / (6 * parameters)), ("flops", flops, tokens, 6 * parameters * tokens)
+        ):  # fmt: skip
+            if (gaps := ~np.isfinite(values) & np.isfinite(other)).any():
+                values[gaps] = made[gaps]
+                self.warnings.append(
+                    f"{int(gaps.sum())} rows have no '{self.columns[name]}': for them flops = 6 params tokens was "
+                    "taken, which may not be what the other rows count."
+                )
+        return tokens, flops
+
     def _unrecognised(self, missing: list[str]) -> str:
         columns = [str(name) for name in self.frame.columns]
         if all(np.isfinite(read_numbers(pd.Series([name]))[0]).all() for name in columns):
@@ -157,6 +172,10 @@ class _Reader:
             )
         unclear = "".join(f" {sentence}." for sentence in dict.fromkeys(self.unclear))
         role = "params" if missing[0] == "parameters" else missing[0]
+        for name in missing:  # a name that is recognised, over what is no number
+            for column in columns:
+                if name in read_name(column).roles and len(held := self.frame[column].dropna()):
+                    unclear += f" '{column}' holds no numbers, but {str(held.iloc[0])!r} and the like."
         likely = {name: [c for c in columns if re.search(LIKELY[name], c, re.I)] for name in missing}
         hints = "".join(
             f" For {name} it may be {' or '.join(repr(c) for c in found[:6])}{HINTS.get(name, '')}."
@@ -250,6 +269,11 @@ class _Reader:
         if bits:
             self.notes.append(f"'{column}' was turned from bits to nats.")
             return loss * np.log(2), "nats"
+        if np.nanmax(loss, initial=0.0) > HIGHEST and unit == "nats":
+            self.warnings.append(
+                f"'{column}' reaches {np.nanmax(loss):.4g}, more than a uniform guess over 160 thousand tokens loses: "
+                "if these are perplexities, name the column so and their logarithm is taken."
+            )
         if unit == "bits" or "bits" in column.lower():
             unit = "bits"
             self.notes.append(

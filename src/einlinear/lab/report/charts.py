@@ -99,7 +99,7 @@ def multiplier_chart(summary: Summary) -> Specification:
         for m in summary.multipliers(axis)
     ]
     values = [row[name] for row in rows for name in ("low", "high")] + [0.8, 1.25]
-    x = logarithmic(alt.X, "low", f"times its own cost that {summary.baseline} costs at equal loss", values, "~g")
+    x = logarithmic(alt.X, "low", f"cost of {summary.baseline} over its own", values, "~g")
     base = plotted(rows).encode(
         y=alt.Y("family:N", sort=[family.family for family in summary.families], title=None),
         yOffset=alt.YOffset("kind:N", sort=list(kinds.values())),

@@ -45,13 +45,13 @@ def taxonomy_chart(summary: Summary) -> Specification:
     axis: dict[str, Any] = {"grid": True, "tickCount": 5, "format": ".2~f"}
     base = plotted(rows).encode(
         x=alt.X("omega:Q", scale=alt.Scale(domain=[-0.08, 1.6 * max([0.3, *(row["omega"] for row in rows)]) + 0.1]),
-                axis=alt.Axis(title="ω: FLOPs per parameter grow as width^ω (weight sharing)", **axis)),
+                axis=alt.Axis(title="ω, weight sharing", **axis)),
         y=alt.Y("height:Q", scale=alt.Scale(domain=[min([0.4, *(row["height"] for row in rows)]) - 0.1, 1.1]),
-                axis=alt.Axis(title="ψ: rank grows as width^ψ", **axis)),
+                axis=alt.Axis(title="ψ, rank", **axis)),
     )  # fmt: skip
     # Blue and orange are told apart with every kind of colour blindness; blue is better than the baseline.
     dots = base.mark_circle(opacity=1, stroke=INK, strokeWidth=1).encode(
-        size=alt.Size("nu:Q", scale=alt.Scale(domain=[0, 1], range=[60, 420]), title="ν (FLOPs: width^(1+ν))",
+        size=alt.Size("nu:Q", scale=alt.Scale(domain=[0, 1], range=[60, 420]), title="ν, density",
                       legend=alt.Legend(values=[0, 0.5, 1], symbolFillColor="transparent", symbolStrokeColor=INK)),
         color=alt.Color("value:Q", scale=alt.Scale(range=["#d55e00", "#f4f4f4", "#0072b2"], domain=[-reach, 0, reach]),
                         legend=alt.Legend(title="multiplier", labelExpr="format(pow(2, datum.value), '.2~f') + '×'",

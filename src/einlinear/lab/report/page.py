@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from einlinear.lab.extras import extra
-from einlinear.lab.laws import AXES, Multiplier, from_runs, law_card
+from einlinear.lab.laws import AXES, Multiplier, from_runs, law_card, times
 from einlinear.lab.report.charts import (
     COLOURS,
     VEGA_LITE,
@@ -88,7 +88,7 @@ def write_report(
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"quantity": quantity, "number": number}
+    environment.filters |= {"quantity": quantity, "number": number, "times": times}
     page = environment.get_template("page.html").render(
         summary=found,
         answer=sentences(found),
@@ -143,8 +143,14 @@ def quantity(value: float) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number to so many digits; – where there is none."""
-    return "–" if value is None or math.isnan(value) else f"{value:.{digits}g}"
+    """A number to so many digits, written out up to a million; – where there is none."""
+    if value is None or math.isnan(value):
+        return "–"
+    text = f"{value:.{digits}g}"
+    if "e+" not in text:
+        return text
+    mantissa, _, power = text.partition("e+")
+    return f"{float(text):.0f}" if abs(value) < 1e6 else f"{mantissa}e{int(power)}"
 
 
 @functools.cache
