@@ -3,6 +3,7 @@
     python recipes/experts.py --plan                  # what it takes here, before any of it is trained
     python recipes/experts.py                         # small, on a CPU
     python recipes/experts.py --scale h200 --task text --paths corpus/ --workers 4 --minutes 9
+    python recipes/experts.py --why --store runs/why.sqlite  # other rates, and experts evened out less
     python recipes/experts.py --health                # routers of 16 experts on `bytes`, 1000 steps
     python recipes/experts.py --clock                 # seconds of a step, once the machine does nothing else
 
@@ -15,7 +16,8 @@ import argparse
 import csv
 import json
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from einlinear.lab.machine import Machine
 from einlinear.lab.report import write_report
 from einlinear.lab.run import Run
 from einlinear.lab.store import Store
-from einlinear.lab.studies import Experiment, timed, write_steps
+from einlinear.lab.studies import Experiment, measure, timed, write_steps
 from einlinear.lab.studies.pricing import Timed
 from einlinear.lab.train import Recipe, Trunk, train
 
@@ -84,27 +86,66 @@ LEFT_OUT = ("curve", "routers", "spec")  # what the store keeps and a table of r
 HEALTHY = ("mixture(of='btt', experts=16, active=2)", "moe(experts=16, active=2)")
 
 
+WHY_RATE = 2**-7
+
+
+def why(plan: compare.Plan) -> tuple[compare.Plan, ...]:
+    """What may cost experts their loss: how strongly they are evened out, and a rate tuned at another width.
+
+    The first at the base width, with one rate; the second at twice the base width. Only the longest runs of each.
+    """
+    longest = replace(plan, horizons=plan.horizons[-1:], seeds=plan.seeds[:1])
+    routed = replace(longest, families=(everywhere(16, 2),), widths=(plan.recipe.base_width,), rates=(WHY_RATE,))
+    evened = (
+        replace(routed, recipe=replace(plan.recipe, balance=balance, rebalance=rebalance))
+        for balance, rebalance in ((0.1, 0.01), (0.1, 0.001), (0.1, 0.0), (0.01, 0.01), (0.01, 0.001), (0.01, 0.0))
+    )
+    families = ("dense", STANDARD, everywhere(4, 2), everywhere(16, 2))
+    wider = replace(longest, families=families, widths=(2 * plan.recipe.base_width,))
+    return (*evened, *(replace(wider, rates=(rate,)) for rate in plan.rates))
+
+
 def run(plan: compare.Plan, task: Task, machine: Machine, options: argparse.Namespace) -> None:
     """Trains until all is done or the minutes are over; writes what there is either way."""
-    signal.signal(signal.SIGALRM, signal.default_int_handler)
     with Store(options.store) as store:
         folder = Path(options.store).with_suffix(".parts")
-        try:
-            signal.setitimer(signal.ITIMER_REAL, 60 * options.minutes)
+        with in_time(options.minutes):
             done = compare.compare(plan, task, store, machine=machine, folder=folder, progress=told)
             print(f"all {len(done)} runs are done", flush=True)
-        except KeyboardInterrupt:
-            print("stopped; the same command goes on from here", flush=True)
-        signal.setitimer(signal.ITIMER_REAL, 0)
         runs = store.runs()
     write_report(runs, options.report, command="python recipes/experts.py", plan=plan)
-    names = [field.name for field in fields(Run) if field.name not in LEFT_OUT]
-    write(
-        options.results / f"experts_{options.scale}.csv", ({name: getattr(run, name) for name in names} for run in runs)
-    )
+    write_runs(runs, options.results / f"experts_{options.scale}.csv")
     routed = [run for run in runs if run.family in HEALTHY and run.purpose == "measure" and run.status == "done"]
     longest = {run.width: max(other.tokens for other in routed if other.width == run.width) for run in routed}
     watched((run for run in routed if run.tokens == longest[run.width]), options.results, f"{options.scale}_routers")
+
+
+def run_why(plan: compare.Plan, machine: Machine, options: argparse.Namespace) -> None:
+    """Trains `why`, to a store of its own: these runs are no part of the comparison."""
+    experiments = [Experiment(task=options.task, plan=one, paths=tuple(options.paths)) for one in why(plan)]
+    with Store(options.store) as store:
+        with in_time(options.minutes):
+            measure(experiments, store, machine, Path(options.store).with_suffix(".parts"))
+        write_runs(store.runs(), options.results / f"experts_{options.scale}_why.csv")
+
+
+@contextmanager
+def in_time(minutes: float) -> Iterator[None]:
+    """Interrupts what is within it after so many minutes, if not 0, and says so; or where the user does."""
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+        yield
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", flush=True)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def write_runs(runs: Iterable[Run], file: Path) -> None:
+    """A table of runs, without what is long."""
+    names = [field.name for field in fields(Run) if field.name not in LEFT_OUT]
+    write(file, ({name: getattr(run, name) for name in names} for run in runs))
 
 
 def told(progress: compare.Progress) -> None:
@@ -179,6 +220,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, default=Path("runs/experts.html"))
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of CSVs")
     parser.add_argument("--plan", action="store_true", help="say what it takes, instead")
+    parser.add_argument("--why", action="store_true", help="train what may explain the outcome, instead")
     parser.add_argument("--clock", action="store_true", help="time a step of each, instead")
     parser.add_argument("--health", type=int, nargs="?", const=1000, help="steps to watch routers for, instead")
     options = parser.parse_args()
@@ -194,6 +236,9 @@ def main() -> None:
         return
     if options.clock:
         clock(plan, machine, options)
+        return
+    if options.why:
+        run_why(plan, machine, options)
         return
     task = plan.cut(load(options.task, paths=options.paths))
     if options.plan:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import statistics
 from collections.abc import Iterator
@@ -25,8 +26,14 @@ from einlinear.lab.studies import priced, read_steps
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "experts.md"
 NAMES = {STANDARD: "standard mixture, E = 8"} | {everywhere(e, 2): f"BTT-MoE, E = {e}" for e in (4, 8, 16)}
+OTHERS = {everywhere(e, k): f"BTT-MoE, E = {e}, k = {k}" for e, k in ((16, 1), (4, 4))}  # than two active
 BASELINES = ("dense", STANDARD, "btt(rank=2)")
 AXES: tuple[Axis, ...] = ("flops", "seconds")
+
+
+def named(family: str) -> str:
+    """A family as the page calls it."""
+    return (NAMES | OTHERS).get(family, family)
 
 
 def read(file: Path) -> list[dict[str, str]]:
@@ -53,7 +60,7 @@ def _batch(run: Run) -> int:
 def table(scale: str) -> str:
     """Every family's multipliers over each baseline, with intervals, and its best loss."""
     runs = results(scale)
-    heads = [f"over {NAMES.get(base, base)}" for base in BASELINES]
+    heads = [f"over {named(base)}" for base in BASELINES]
     lines = [
         "| | runs | best loss | base rate | " + " | ".join(f"{head}: FLOPs | seconds" for head in heads) + " |",
         "|---|---|---|---|" + "---|---|" * len(BASELINES),
@@ -63,7 +70,7 @@ def table(scale: str) -> str:
         if not own:
             continue
         best = min(run.loss for run in own if run.loss is not None)
-        cells = [NAMES.get(family, family), f"{len(own)}", f"{best:.3f}", f"{own[0].rate:.4g}"]
+        cells = [named(family), f"{len(own)}", f"{best:.3f}", f"{own[0].rate:.4g}"]
         for base in BASELINES:
             for axis in AXES:
                 cells.append("1" if family == base else over(runs, family, base, axis))
@@ -88,7 +95,7 @@ def verdict(scale: str) -> str:
         found = {family: multiplier(runs, family, base, "flops") for family in NAMES if family != STANDARD}
         words |= {"no value" if one.reason else one.verdict for one in found.values()}
         each = ", ".join(f"{one} with {NAMES[family].removeprefix('BTT-MoE, ')}" for family, one in found.items())
-        told.append(f"over {NAMES.get(base, base)} BTT-MoE reaches {each}")
+        told.append(f"over {named(base)} BTT-MoE reaches {each}")
     said = {("better",): "Holds", ("worse",): "Does not hold"}.get(tuple(words), "Undecided")
     return f"**{said} at this scale**: at equal loss, by training FLOPs, {'; '.join(told)}."
 
@@ -196,12 +203,54 @@ def losses(scale: str) -> str:
                 cells += [f"{mean:.4f}", f"{own[0].flops / dense[0].flops:.2f}"]
             else:
                 cells += ["–", "–"]
-        lines.append(f"| {NAMES.get(family, family)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {named(family)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def moves(scale: str) -> str:
+    """BTT-MoE over dense with every number of experts and active ones, on every axis, and without a law."""
+    runs = results(scale)
+    axes: tuple[Axis, ...] = ("flops", "linear_flops", "parameters", "seconds")
+    lines = [
+        "| | FLOPs | without a law | FLOPs of linear layers | parameters | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for family in dict.fromkeys(run.family for run in runs):
+        if family in NAMES | OTHERS and family != STANDARD:
+            first, *rest = (over(runs, family, "dense", axis) for axis in axes)
+            check = multiplier(runs, family, "dense", "flops").crosscheck
+            lines.append(f"| {named(family)} | {first} | {check:.2f}× | " + " | ".join(rest) + " |")
+    return "\n".join(lines)
+
+
+def tuned(scale: str) -> str:
+    """The loss of every trial; in bold the best rate of a family."""
+    trials = [run for run in results(scale) if run.purpose == "tune"]
+    rates = sorted({run.rate for run in trials})
+    lines = ["| | " + " | ".join(f"2^{math.log2(rate):.0f}" for rate in rates) + " |", "|---|" + "---|" * len(rates)]
+    for family in dict.fromkeys(run.family for run in trials):
+        found = {run.rate: run.loss for run in trials if run.family == family}
+        best = min(loss for loss in found.values() if loss is not None)
+        cells = []
+        for rate in rates:
+            text = "–" if rate not in found else "diverged" if found[rate] is None else f"{found[rate]:.4f}"
+            cells.append(f"**{text}**" if found.get(rate) == best else text)
+        lines.append(f"| {named(family)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def done(scale: str) -> bool:
+    return (RESULTS / f"experts_{scale}.csv").exists()
+
+
 PARTS = {"health": health_table} | {
-    f"{part.__name__} {scale}": partial(part, scale) for scale in ("small",) for part in (protocol, table, verdict)
+    f"{part.__name__} {scale}": partial(part, scale)
+    for scale, parts in {
+        "small": (protocol, table, verdict),
+        "h200": (protocol, table, verdict, moves, losses, tuned, health_by_width),
+    }.items()
+    for part in parts
+    if done(scale)
 }
 
 
@@ -213,7 +262,9 @@ def main() -> None:
         )
     PAGE.write_text(text)
     save_picture(health_chart(), DOCS / "img" / "experts_health.svg")
-    save_figure(results("small"), DOCS / "img" / "experts_small.svg")
+    for scale in PLANS:
+        if done(scale):
+            save_figure(results(scale), DOCS / "img" / f"experts_{scale}.svg")
 
 
 if __name__ == "__main__":
