@@ -1,11 +1,12 @@
 """Every operator on a GPU in 16 bits against float64, forward and each gradient, on memory poisoned with NaN.
 
-    python benchmarks/check.py
+    python benchmarks/check.py [--only TEXT ...]
 
 Continuous integration has no GPU, and runs the same kernels in Triton's interpreter. Here an error
 must be within twice that of stock matmuls in the same type (`einlinear.apply` in 16 bits).
 """
 
+import argparse
 import multiprocessing
 import sys
 import traceback
@@ -142,12 +143,13 @@ def run(task: tuple[Callable[..., Iterator[Errors]], torch.dtype, tuple[object, 
     return worst, failed, count
 
 
-def main(workers: int = 12) -> None:
+def main(only: list[str], workers: int) -> None:
     tasks: list[tuple[Callable[..., Iterator[Errors]], torch.dtype, tuple[object, ...]]] = []
     for dtype in (torch.bfloat16, torch.float16):
         tasks += [(layers, dtype, (shape,)) for shape in SHAPES]
         tasks += [(mlps, dtype, (activation,)) for activation in ("relu2", "gelu", "gelu_tanh", "silu", *GATED)]
         tasks += [(shared, dtype, ((1024, 1), (2048, 8), (1024, 1001), (2048, 4097), (512, 300)))]
+    tasks = [(make, dtype, at) for make, dtype, at in tasks if any(t in f"{make.__name__} {dtype} {at}" for t in only)]
     with multiprocessing.get_context("spawn").Pool(workers) as pool:  # compiling takes the time
         results = pool.map(run, tasks, chunksize=1)
     worsts, failures, counts = zip(*results, strict=True)
@@ -156,4 +158,7 @@ def main(workers: int = 12) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", nargs="*", default=[""], help="parts of what to check: mlps, bfloat16, (512, ...")
+    parser.add_argument("--workers", type=int, default=12)
+    main(**vars(parser.parse_args()))

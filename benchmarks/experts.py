@@ -2,10 +2,12 @@
 
     python benchmarks/experts.py [folder]           # on a GPU, in bfloat16
     python benchmarks/experts.py --cpu [folder]     # in float32, on one thread
+    ncu <COUNTERS> python benchmarks/experts.py --once 4096 8 > counted.csv   # each kernel of one layer, once
+    python benchmarks/experts.py --counted counted.csv [folder]               # as a table
 
-Writes `experts.csv` (or `cpu_experts.csv`) into the folder, by default `results/<device>` (`results`). Routers
-have random weights, so that loads are even and every set of experts occurs: the hardest case. A layer's
-time includes its router's; "given" is the same layer with the routing of another layer.
+Writes `experts.csv` (or `cpu_experts.csv`, `experts_counters.csv`) into the folder, by default `results/<device>`
+(`results`). Routers have random weights, so that loads are even and every set of experts occurs: the hardest case. A
+layer's time includes its router's; "given" is the same layer with the routing of another layer.
 """
 
 import csv
@@ -33,6 +35,17 @@ CPU = [
     for family, width in (("btt", 1024), ("low_rank(rank=64)", 1024), ("kronecker", 1024), ("dense", 512))
     for experts in (2, 4, 8, 16, 32)
 ]
+COUNTERS = {  # what the profiler counts, in which unit, and what a table calls it
+    "gpu__time_duration.sum": ("us", 1e3),
+    "dram__bytes_read.sum": ("dram_read_mb", 1e6),
+    "dram__bytes_write.sum": ("dram_written_mb", 1e6),
+    "lts__t_bytes.sum": ("cache_mb", 1e6),
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": ("dram_percent", 1),
+    "lts__throughput.avg.pct_of_peak_sustained_elapsed": ("cache_percent", 1),
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed": ("multiprocessor_percent", 1),
+    "sm__warps_active.avg.pct_of_peak_sustained_active": ("warps_percent", 1),
+}
+"""`ncu --clock-control none --profile-from-start off --csv --page raw --print-units base --metrics <these>`."""
 Row = dict[str, Any]
 M = TypeVar("M", bound=nn.Module)
 
@@ -183,6 +196,28 @@ def cpu() -> Iterator[Row]:
             yield row | {"all_ms": full["ms"], "ratio_to_all": round(full["ms"] / row["ms"], 3)}
 
 
+def once(width: int, experts: int, where: Row) -> None:
+    """One forward and one backward pass of a layer, for a profiler."""
+    module, x = layer("btt", width, experts, **where), torch.randn(TOKENS, width, **where, requires_grad=True)
+    grad = torch.randn_like(x)
+    module(x).backward(grad)
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    module(x).backward(grad)
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+
+
+def counted(file: Path, where: Row) -> Iterator[Row]:
+    """What the profiler printed, a row for each kernel that took at least 5 us."""
+    lines = file.read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith('"ID"'))
+    for kernel in list(csv.DictReader(lines[first:]))[1:]:  # the first has units
+        numbers = {name: round(float(kernel[of]) / unit, 1) for of, (name, unit) in COUNTERS.items()}
+        if numbers["us"] >= 5:
+            yield {"kernel": kernel["Kernel Name"].split("(")[0][:60], **numbers, **provenance(**where)}
+
+
 def warm(where: Row) -> None:
     """Compiles the kernels of every case, each in a process of its own."""
     code = "import sys; sys.path.insert(0, 'benchmarks'); import torch, experts; w, e = map(int, sys.argv[1:]); "
@@ -225,8 +260,14 @@ def main(arguments: list[str]) -> None:
         write((folders or [results])[0] / "cpu_experts.csv", cpu())
         return
     where: Any = {"device": torch.device("cuda"), "dtype": torch.bfloat16}
-    warm(where)
+    if "--once" in arguments:
+        once(*map(int, arguments[arguments.index("--once") + 1 :]), where)
+        return
     named = torch.cuda.get_device_name().lower().replace(" ", "_")
+    if "--counted" in arguments:
+        write((folders[1:] or [results / named])[0] / "experts_counters.csv", counted(folders[0], where))
+        return
+    warm(where)
     write((folders or [results / named])[0] / "experts.csv", gpu(where))
 
 

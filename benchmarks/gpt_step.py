@@ -1,6 +1,6 @@
 """A whole training step of the lab's GPT, structured against dense of equal width and of equal FLOPs, as CSV.
 
-    python benchmarks/gpt_step.py [folder] [--device cuda] [--rows 2048 1024 512 128]
+    python benchmarks/gpt_step.py [folder] [--device cuda] [--rows 2048 1024 512 128] [--families dense btt]
 
 Trains on `bytes` as `einlinear compare` does, data, clipping and update included. Each row is a model timed by the wall
 clock over whole chunks of steps; then one step is profiled, and its kernels' times added up by what they are for.
@@ -61,14 +61,15 @@ ROWS = {
 }
 
 
-def models(row: Row, device: str) -> Iterator[tuple[str, str, Training]]:
+def models(row: Row, device: str, only: list[str]) -> Iterator[tuple[str, str, Training]]:
+    """The models of a row; `only` names families, by default all, and then also the dense one of equal FLOPs."""
     task = replace(load("bytes"), context=row.context)
     recipe = Recipe(
         batch=row.batch, base_width=row.width, base_depth=row.depth, head=row.head, precision="bfloat16", warmup=5
     )
     for mode in row.modes:
-        shapes = [(family, row.width) for family in row.families]
-        if row.equal and mode == row.modes[0]:
+        shapes = [(family, row.width) for family in row.families if not only or family in only]
+        if row.equal and not only and mode == row.modes[0]:
             shapes.append(("dense", row.equal))
         for family, width in shapes:
             trunk = Trunk(
@@ -139,6 +140,7 @@ def measure(row: Row, mode: str, family: str, training: Training, chunks: int) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--families", nargs="*", default=[], help="only these, as written in ROWS")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--chunks", type=int, default=3)
     parser.add_argument("folder", type=Path, nargs="?")
@@ -152,7 +154,7 @@ def main() -> None:
         written = False
         for name in options.rows:
             row, dense = ROWS[name], dict[str, float]()
-            for mode, family, training in models(row, options.device):
+            for mode, family, training in models(row, options.device, options.families):
                 try:
                     found, spent = measure(row, mode, family, training, options.chunks)
                 except Exception:

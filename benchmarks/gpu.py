@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py [folder] [--only TEXT ...] [--again] [--seconds N]
 
-Writes `layers.csv`, `mlps.csv`, `decode.csv`, `tokens.csv`, `shared.csv` and `kernels.csv` (each kernel that
+Writes `layers.csv`, `mlps.csv`, `decode.csv`, `few.csv`, `tokens.csv`, `shared.csv` and `kernels.csv` (each kernel that
 fits beside its modelled time) into the folder, by default `results/<device>`. Rows are written as they come, and those
 that are there are kept: `--only` names what to measure (every text must be part of a row's name, as
 printed), `--again` measures it anew.
@@ -145,6 +145,14 @@ def decode() -> Iterator[Case]:
         yield f"decode {width} {tokens}", partial(bench, families, (width,), (tokens,), modes=("forward",), **WHERE)
 
 
+def few() -> Iterator[Case]:
+    """Layers of 10⁵ weights or more where dense itself takes a few microseconds: is one slower than that?"""
+    families = (el.BTT(), el.BTT(rank=4), el.Monarch(blocks=4), el.Monarch(blocks=16), el.LowRank(rank=64))
+    for width, count, mode in product((512, 1024, 2048), (64, 256, 1024, 4096), MODES):
+        large = [family for family in families if el.parameters(family(width, width)) >= 10**5]
+        yield f"few {width} {count} {mode}", partial(bench, large, (width,), (count,), modes=(mode,), **WHERE)
+
+
 def tokens() -> Iterator[Case]:
     """Numbers of tokens that are no multiple of anything."""
     cases = ((1024, el.BTT()), (4096, el.BTT()), (4096, el.Monarch(blocks=16)), (4096, el.LowRank()))
@@ -238,7 +246,8 @@ def kernels() -> Iterator[Case]:
 
 
 TABLES: dict[str, Callable[[], Iterator[Case]]] = {
-    "layers": layers, "mlps": mlps, "decode": decode, "tokens": tokens, "shared": shared, "kernels": kernels,
+    "layers": layers, "mlps": mlps, "decode": decode, "few": few, "tokens": tokens, "shared": shared,
+    "kernels": kernels,
 }  # fmt: skip
 
 

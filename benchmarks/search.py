@@ -1,11 +1,14 @@
 """Guided against random search at equal budget, replayed on recorded runs: rows of benchmarks/results/search.csv.
 
-    python benchmarks/search.py [--repeats 100]     # some 5 CPU-minutes
+    python benchmarks/search.py [--records teacher bytes] [--repeats 200]     # some CPU-minutes
 
-`benchmarks/search_runs.py` trained every candidate of a space to every horizon with two seeds. A replay looks up what
+`benchmarks/search_runs.py` trained every candidate of a space to every rung with several seeds. A replay looks up what
 a search asks for and pays what that training had cost. Searches see one seed; what they name best is judged by the
-other, which none has seen: by its ln multiplier at the last horizon, less that of the best of all candidates.
+others, which none has seen: by its ln multiplier at the last rung, less that of the best of all candidates there.
 Searches of one repeat begin with the same seed, so that their difference is paired.
+
+`--half` keeps every other candidate, by cost: the strategy was chosen on the even half of the teacher's
+(docs/search.md).
 """
 
 import argparse
@@ -26,13 +29,15 @@ from einlinear.lab.search.surrogate import features
 from einlinear.lab.search.worth import Reference
 
 RESULTS = Path(__file__).parent / "results"
-BUDGETS = (2, 4, 8)  # trainings of dense to the last horizon
+WIDTH = 64
+BUDGETS = (0.5, 1, 2, 4, 8)  # trainings of dense to the last rung
 SEARCHES = ("guided", "halving", "random")
+HALVES = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """What was recorded of candidates with both seeds."""
+    """What was recorded of candidates with every seed."""
 
     families: list[str]
     features: np.ndarray  # [candidates, f]
@@ -40,52 +45,50 @@ class Recorded:
     variances: np.ndarray
     costs: np.ndarray  # [candidates, rungs] FLOPs of a training from nothing
     shares: list[float]  # of it that is paid where the rung before is kept
-    unit: float  # FLOPs of dense at the width of the candidates, to the last horizon
+    unit: float  # FLOPs of dense at the width of the candidates, to the last rung
 
     def search(self, name: str, budget: float, seed: int, sees: int) -> Found:
-        """A replay that sees one of the two seeds; `budget` in trainings of dense."""
+        """A replay that sees one of the seeds; `budget` in trainings of dense."""
+        paid = self.costs if name == "random" else self.costs * np.array(self.shares)
 
         def measure(asked: Sequence[tuple[int, int]]) -> list[Outcome]:
-            return [
-                Outcome(self.values[n, r, sees], self.variances[n, r, sees], self.costs[n, r] * paid)
-                for n, r in asked
-                for paid in [1.0 if name == "random" else self.shares[r]]
-            ]
+            return [Outcome(self.values[n, r, sees], self.variances[n, r, sees], paid[n, r]) for n, r in asked]
 
         count, rungs = self.costs.shape
         if name == "random":
             return random_search(count, rungs, measure, budget * self.unit, seed=seed)
         table = self.features if name == "guided" else np.zeros((count, 1))  # nothing to tell candidates apart by
-        return guided_search(table, rungs, measure, budget * self.unit, seed=seed)
+        return guided_search(table, paid, measure, budget * self.unit, seed=seed)
 
     def regret(self, found: Found, sees: int) -> float:
-        """How much worse, in ln multiplier of the seed not seen, the chosen one is than the best there."""
-        fresh = self.values[:, -1, 1 - sees]
+        """How much worse, in ln multiplier of the seeds not seen, the chosen one is than the best there."""
+        fresh = np.delete(self.values[:, -1], sees, axis=1).mean(axis=1)
         return float(fresh.max() - fresh[found.ranking[0]])
 
 
-def recorded() -> Recorded:
-    """The runs of `search_runs.csv`."""
-    frame = pd.read_csv(RESULTS / "search_runs.csv")
-    frame = frame[frame["seed"] < 2]
+def recorded(path: Path, half: str = "all") -> Recorded:
+    """The runs of a record whose candidates were trained to every rung with every seed."""
+    frame = pd.read_csv(path)
     rungs = sorted(frame["tokens"].unique())
     plain, others = frame[frame["family"] == "dense"], frame[frame["family"] != "dense"]
     reference = Reference(list(_rows(plain)))
-    counts = others.groupby("family").size()
-    whole = set(counts[counts == 2 * len(rungs)].index)
-    pool = [candidate for candidate in el.candidates(64) if candidate.family in whole]
-    shape = (len(pool), len(rungs), 2)
+    trained = others.groupby("family")["seed"].agg(list)
+    seeds = sorted({seed for own in trained for seed in own})
+    whole = {family for family, own in trained.items() if len(own) == len(seeds) * len(rungs)}
+    pool = [candidate for candidate in el.candidates(WIDTH) if candidate.family in whole][HALVES[half]]
+    shape = (len(pool), len(rungs), len(seeds))
     values, variances, costs = np.empty(shape), np.empty(shape), np.empty(shape[:2])
     place = {candidate.family: number for number, candidate in enumerate(pool)}
     mine = others[others["family"].isin(place)]
     for row, seed in zip(_rows(mine), mine["seed"], strict=True):
         number, rung = place[row.family], rungs.index(row.tokens)
         worth = reference.worth(row)
-        values[number, rung, seed], variances[number, rung, seed] = worth.value, worth.variance
+        values[number, rung, seeds.index(seed)] = worth.value
+        variances[number, rung, seeds.index(seed)] = worth.variance
         costs[number, rung] = row.flops
     # A horizon of h steps begins to cool down at 0.8 h, and the next one goes on from there.
     shares = [1.0] + [1 - 0.8 * before / after for before, after in pairwise(rungs)]
-    unit = plain[(plain["width"] == 64) & (plain["tokens"] == rungs[-1])]["flops"].iloc[0]
+    unit = plain[(plain["width"] == WIDTH) & (plain["tokens"] == rungs[-1])]["flops"].iloc[0]
     return Recorded([*place], features(pool), values, variances, costs, shares, float(unit))
 
 
@@ -94,15 +97,16 @@ def _rows(frame: pd.DataFrame) -> Iterator[Row]:
         loss = float(run.loss) if run.status == "done" else None
         yield Row(
             family=run.family, parameters=run.parameters, tokens=run.tokens, flops=run.flops, loss=loss,
-            seconds=run.seconds, trunk=run.trunk, width=run.width,
+            seconds=run.seconds, trunk=f"{run.family} {run.width} {run.seed}", width=run.width,
         )  # fmt: skip
 
 
 def replay(runs: Recorded, budget: float, repeats: int, searches: Sequence[str] = SEARCHES) -> dict[str, np.ndarray]:
-    """Regrets `[repeats]` of each search; every other repeat sees the other seed."""
+    """Regrets `[repeats]` of each search; the seed that is seen goes round."""
+    seeds = runs.values.shape[2]
     return {
         name: np.array([
-            runs.regret(runs.search(name, budget, seed, sees=seed % 2), sees=seed % 2) for seed in range(repeats)
+            runs.regret(runs.search(name, budget, repeat, repeat % seeds), repeat % seeds) for repeat in range(repeats)
         ])
         for name in searches
     }  # fmt: skip
@@ -110,27 +114,35 @@ def replay(runs: Recorded, budget: float, repeats: int, searches: Sequence[str] 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--records", nargs="+", default=["teacher", "bytes"])
+    parser.add_argument("--half", choices=sorted(HALVES), default="all")
+    parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS)
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the records are")
+    parser.add_argument("--out", type=Path, default=RESULTS / "search.csv")
     options = parser.parse_args()
-    runs = recorded()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    with (RESULTS / "search.csv").open("w", newline="") as file:
+    with options.out.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([
-            "search", "budget", "repeats", "candidates", "regret", "regret_less_random", "low", "high", "commit",
+            "record", "half", "search", "budget", "repeats", "candidates", "seeds", "regret", "regret_less_random",
+            "low", "high", "commit",
         ])  # fmt: skip
-        for budget in BUDGETS:
-            regrets = replay(runs, budget, options.repeats)
-            for name, regret in regrets.items():
-                less = regret - regrets["random"]
-                half = 1.96 * less.std(ddof=1) / np.sqrt(len(less))
-                row = [
-                    name, budget, options.repeats, len(runs.families), f"{regret.mean():.4f}", f"{less.mean():.4f}",
-                    f"{less.mean() - half:.4f}", f"{less.mean() + half:.4f}", commit,
-                ]  # fmt: skip
-                writer.writerow(row)
-                file.flush()
-                print(*row, flush=True)
+        for record in options.records:
+            runs = recorded(options.folder / f"search_runs_{record}.csv", options.half)
+            for budget in options.budgets:
+                regrets = replay(runs, budget, options.repeats)
+                for name, regret in regrets.items():
+                    less = regret - regrets["random"]
+                    half = 1.96 * less.std(ddof=1) / np.sqrt(len(less))
+                    row = [
+                        record, options.half, name, f"{budget:g}", options.repeats, len(runs.families),
+                        runs.values.shape[2], f"{regret.mean():.4f}", f"{less.mean():.4f}",
+                        f"{less.mean() - half:.4f}", f"{less.mean() + half:.4f}", commit,
+                    ]  # fmt: skip
+                    writer.writerow(row)
+                    file.flush()
+                    print(*row, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,30 @@
 """Which tiles and warps are fastest for the Triton kernels, on one GPU in bfloat16, as CSV.
 
-    python benchmarks/tune.py results.csv
+    python benchmarks/tune.py results.csv [--only TEXT ...]
 
 What `einlinear.kernels` launches was chosen from such tables (NOTES.md). Every variant is compiled
 beforehand by several processes, as compiling takes longer than timing.
 """
 
+import argparse
 import csv
 import multiprocessing
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 
 import torch
 
 import einlinear as el
-from einlinear.kernels import junction
+from einlinear.kernels import bottleneck, junction
+from einlinear.kernels import product as product_module
 from einlinear.kernels.product import product_of
-from einlinear.kernels.stage import Launch
+from einlinear.kernels.stage import Launch, empty_state, launch_backward, launch_forward
 from einlinear.lab.bench import _graph_milliseconds
+from einlinear.links import INTO, OUT_OF
 
 TOKENS = 16384
 Case = tuple[str, str, Callable[[], Callable[[], object]]]
@@ -44,18 +47,98 @@ def products() -> Iterator[Case]:
         assert found is not None
         strides = [*found.strides[0], *found.strides[1]]
 
-        def forward(structure: el.Structure, sizes: tuple[int, ...], strides: list[int]) -> Callable[[], object]:
+        def forward(
+            structure: el.Structure, sizes: tuple[int, ...], strides: list[int], warps: int
+        ) -> Callable[[], object]:
             first, second = factors(structure)
-            return lambda: torch.ops.einlinear.product(first, second, sizes, strides)
+            return lambda: launched(warps, torch.ops.einlinear.product, first, second, sizes, strides)
 
-        yield f"product {family} {width}", "", partial(forward, structure, found.sizes, strides)
-        if found.is_block:
+        def backward(structure: el.Structure, sizes: tuple[int, ...], width: int, warps: int) -> Callable[[], object]:
+            (first, second), grad = factors(structure), half(width, width)
+            return lambda: launched(warps, torch.ops.einlinear.product_backward, grad, first, second, sizes)
 
-            def backward(structure: el.Structure, sizes: tuple[int, ...], width: int) -> Callable[[], object]:
-                (first, second), grad = factors(structure), half(width, width)
-                return lambda: torch.ops.einlinear.product_backward(grad, first, second, sizes)
+        if not found.is_block:
+            yield f"product {family} {width}", "", partial(forward, structure, found.sizes, strides, 0)
+            continue
+        for warps in (1, 2, 4):
+            variant = f"{warps} warps"
+            yield (
+                f"product {family} {width}",
+                variant,
+                partial(forward, structure, found.sizes, strides, warps),
+            )
+            yield (
+                f"product backward {family} {width}",
+                variant,
+                partial(backward, structure, found.sizes, width, warps),
+            )
 
-            yield f"product backward {family} {width}", "", partial(backward, structure, found.sizes, width)
+
+def launched(warps: int, call: Callable[..., object], *operands: object) -> object:
+    product_module.WARPS = warps
+    return call(*operands)
+
+
+def bottlenecks() -> Iterator[Case]:
+    """A low rank in one launch, and its weights' gradients, beside stock matmuls."""
+    for width, tokens in (*product((1024, 2048), (1, 64, 256, 1024, TOKENS)), (4096, 64)):
+
+        def forward(width: int, tokens: int, launch: bottleneck.Launch | None) -> Callable[[], object]:
+            x, first, second = half(tokens, width), half(64, width), half(width, 64)
+            if launch is None:
+                return lambda: torch.nn.functional.linear(torch.nn.functional.linear(x, first), second)
+            return lambda: bottleneck.launch_forward(x, first, second, None, launch)
+
+        def backward(width: int, tokens: int, block: int) -> Callable[[], object]:
+            x, z, first, second = half(tokens, width), half(tokens, 64), half(64, width), half(width, 64)
+            if block == 0:
+                return lambda: (x.mT @ z, z.mT @ x)
+            return lambda: bottleneck.launch_weights(x, z, x, z, first, second, block)
+
+        name = f"bottleneck {width} {tokens}"
+        yield name, "stock", partial(forward, width, tokens, None)
+        sizes = (16, 32) if tokens <= 64 else (16, 32, 64) if tokens <= 1024 else (64, 128)
+        for size in sizes:
+            programs = -(-tokens // size)
+            full = max(1, 132 // programs)
+            shares = {min(full, width // 64), max(1, min(full, width // 64) // 2), min(2 * full, width // 64)}
+            for splits in sorted(shares):
+                for block_in in (128, 256) if size <= 32 else (64, 128):
+                    launch = bottleneck.Launch(
+                        size, block_in, 64, splits, 8 if size == 128 else 4, 3 if block_in * (size + 64) > 20480 else 4
+                    )
+                    yield name, str(launch), partial(forward, width, tokens, launch)
+        if tokens < TOKENS:
+            for block in (0, 32, 64):
+                yield f"bottleneck weights {width} {tokens}", str(block), partial(backward, width, tokens, block)
+
+
+def stages() -> Iterator[Case]:
+    """The two stages of rank 4 at width 1024, with tokens so few that they do not fill the machine for long."""
+    for spec, shape, count in product((INTO, OUT_OF), ((32, 128, 32), (32, 32, 128)), (64, 1024)):
+        if (spec == INTO) != (shape[1] == 128):
+            continue
+
+        def forward(spec: str, shape: tuple[int, ...], count: int, launch: Launch) -> Callable[[], object]:
+            slices, _, width = shape
+            x = half(count, slices, width) if spec == INTO else half(width, slices, count)
+            weight = half(*shape)
+            y = empty_state(x, weight, spec, count)
+            return lambda: launch_forward(x, [weight], None, [y], spec, count, launch)
+
+        def backward(spec: str, shape: tuple[int, ...], count: int, launch: Launch) -> Callable[[], object]:
+            slices, made, width = shape
+            x = half(count, slices, width) if spec == INTO else half(width, slices, count)
+            grad = half(slices, made, count) if spec == INTO else half(count, slices, made)
+            weight = half(*shape)
+            return lambda: launch_backward([grad], x, [weight], spec, count, False, launch)
+
+        for size, warps, resident in product((32, 64, 128), (4, 8), (1, 2)):
+            launch = Launch(tokens=size, warps=warps, resident=resident)
+            yield f"stage backward {spec} {count}", str(launch), partial(backward, spec, shape, count, launch)
+        for size, warps in product((32, 64, 128), (2, 4, 8)):
+            launch = Launch(tokens=size, warps=warps, stages=1)
+            yield f"stage {spec} {count}", str(launch), partial(forward, spec, shape, count, launch)
 
 
 def junctions() -> Iterator[Case]:
@@ -89,30 +172,33 @@ def junctions() -> Iterator[Case]:
                 return lambda: junction.launch_forward(*operands, activation, launch, block)
 
             yield f"junction {name}", f"{launch} {block}", partial(forward, make, activation, launch, block)
-        for size, warps, stages, block in ((128, 8, 2, 64), (128, 8, 3, 64), (128, 8, 2, 32), (64, 4, 3, 64)):
+        for size, warps, stages, block, by_dot in product(
+            (128,), (8,), (2, 3) if hidden * (parts * width + out) <= 128 * 128 else (2,), (64,), (False, True)
+        ):
             launch = Launch(tokens=size, warps=warps, stages=stages, resident=1)
 
             def backward(
-                make: Callable, activation: str, launch: Launch, block: int, slices: int, out: int
+                make: Callable, activation: str, launch: Launch, block: int, slices: int, out: int, by_dot: bool
             ) -> Callable[[], object]:
                 operands, grad = make(), half(slices, out, TOKENS)
-                return lambda: junction.launch_backward(grad, *operands, activation, launch, block)
+                return lambda: junction.launch_backward(grad, *operands, activation, launch, block, by_dot)
 
             yield (
                 f"junction backward {name}",
-                f"{launch} {block}",
-                partial(backward, make, activation, launch, block, slices, out),
+                f"{launch} {block} {by_dot}",
+                partial(backward, make, activation, launch, block, slices, out, by_dot),
             )
 
 
-def cases() -> list[Case]:
-    return [*products(), *junctions()]
+def cases(only: list[str]) -> list[Case]:
+    made = (*bottlenecks(), *products(), *stages(), *junctions())
+    return [case for case in made if any(text in case[0] for text in only)]
 
 
-def compile_some(part: tuple[int, int]) -> None:
+def compile_some(part: tuple[int, int, list[str]]) -> None:
     """Runs every `count`-th case once, so that Triton keeps it compiled on disk."""
-    start, count = part
-    for name, variant, make in cases()[start::count]:
+    start, count, only = part
+    for name, variant, make in cases(only)[start::count]:
         try:
             make()()
             torch.cuda.synchronize()
@@ -120,24 +206,39 @@ def compile_some(part: tuple[int, int]) -> None:
             print(f"{name} {variant}: {str(error).splitlines()[0]}", flush=True)
 
 
-def main(path: Path, workers: int = 12) -> None:
+def compile_all(only: list[str], workers: int) -> None:
     begin = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        pool.map(compile_some, [(start, workers) for start in range(workers)])
+        pool.map(compile_some, [(start, workers, only) for start in range(workers)], chunksize=1)
     print(f"compiled in {time.perf_counter() - begin:.0f} s", flush=True)
+
+
+def main(path: Path, only: list[str], compile_only: bool, timed_only: bool, workers: int) -> None:
+    begin = time.perf_counter()
+    if not timed_only:
+        compile_all(only, workers)
+    if compile_only:
+        return
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["kernel", "variant", "us", "device", "torch", "triton"])
-        for name, variant, make in cases():
+        for name, variant, make in cases(only):
             try:
-                microseconds = 1e3 * _graph_milliseconds([make() for _ in range(2)])
+                microseconds = 1e3 * _graph_milliseconds([make() for _ in range(2)], rounds=5)
             except Exception as error:
                 print(f"{name} {variant}: {str(error).splitlines()[0]}", flush=True)
                 continue
-            writer.writerow([name, variant, f"{microseconds:.4g}", torch.cuda.get_device_name(), torch.__version__])
+            versions = torch.cuda.get_device_name(), torch.__version__, version("triton")
+            writer.writerow([name, variant, f"{microseconds:.4g}", *versions])
             file.flush()
     print(f"done in {time.perf_counter() - begin:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--only", nargs="*", default=[""], help="parts of names of cases; all by default")
+    parser.add_argument("--compile-only", action="store_true")
+    parser.add_argument("--timed-only", action="store_true")
+    parser.add_argument("--workers", type=int, default=12)
+    main(**vars(parser.parse_args()))

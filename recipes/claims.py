@@ -46,7 +46,7 @@ PAGES = Path(__file__).parents[1] / "docs" / "studies"
 MLP = Recipe(batch=256, base_width=64, base_depth=2)
 GPT = Recipe(batch=8, base_width=64, base_depth=2)
 WIDE_MLP = Recipe(batch=1024, base_width=128, base_depth=2, warmup=50, precision="bfloat16")
-WIDE_GPT = Recipe(batch=64, base_width=128, base_depth=2, warmup=50, precision="bfloat16")
+WIDE_GPT = Recipe(batch=32, base_width=128, base_depth=2, warmup=50, precision="bfloat16")
 
 
 def powers(first: int, last: int) -> tuple[float, ...]:
@@ -117,12 +117,12 @@ RATES = Study(
             "text",
             Plan(
                 families=("dense",), widths=(64, 256, 1024), depth=2, horizons=(400 * 32 * 128,), rates=(1.0,),
-                tuning=1, recipe=replace(WIDE_GPT, batch=32, base_width=64), context=128, seeds=(0, 1, 2),
+                tuning=1, recipe=replace(WIDE_GPT, base_width=64), context=128, seeds=(0, 1, 2),
             ),
             {
                 "dense": (powers(-10, -4), ()),
-                "btt": (powers(-10, -4), powers(-8, -1)),
-                "kronecker": (powers(-10, -4), powers(-8, -1)),
+                "btt": (powers(-10, -4), powers(-7, -1)),
+                "kronecker": (powers(-10, -4), powers(-8, -2)),
             },
         ),
     },
@@ -153,17 +153,19 @@ IMAGES = Study(
         ),
         "full": tuple(
             Experiment(task=task, plan=Plan(
-                families=("dense", "btt", "btt(rank=4)"), widths=(64, 128, 256, 512, 1024), depth=2,
+                families=("dense", "btt"), widths=(64, 128, 256, 512, 1024), depth=2, growth=0.5,
                 horizons=tuple(steps * 1024 for steps in horizons), rates=powers(-10, -8), tuning=horizons[-2] * 1024,
                 recipe=WIDE_MLP, seeds=(0, 1, 2),
             ))
-            for task, horizons in {"images": (150, 300, 600, 1200), "teacher": (500, 1000, 2000, 4000)}.items()
+            for task, horizons in {"images": (150, 300, 600, 1200), "teacher": (250, 500, 1000, 2000)}.items()
         ),
     },
     judge=partial(worth, questions=(
         Question(task="images", axis="flops", claimed="btt", training=True),
         Question(task="images", axis="flops", claimed=None),
         Question(task="teacher", axis="flops", claimed="btt"),
+        Question(task="images", axis="flops", claimed=None, training=True, longest=True),
+        Question(task="teacher", axis="flops", claimed=None, longest=True),
     )),
 )  # fmt: skip
 
@@ -196,7 +198,8 @@ REVERSE = Study(
             Plan(
                 families=("dense", "monarch(blocks=16)"), widths=(256, 512, 1024), depth=4,
                 horizons=tuple(steps * 64 * 256 for steps in (200, 400, 800)), rates=powers(-9, -7),
-                tuning=400 * 64 * 256, recipe=replace(WIDE_GPT, base_width=256, base_depth=4, head=64), context=256,
+                tuning=400 * 64 * 256, recipe=replace(WIDE_GPT, batch=64, base_width=256, base_depth=4, head=64),
+                context=256,
                 seeds=(0, 1),
             ),
             0.2,
@@ -229,8 +232,15 @@ MORE_POINTS = (
     "theta(theta=(0.25, 0.75, 0.0, 0.5, 0.5, 0.0, 0.0))",
     "theta(theta=(0.3333, 0.6667, 0.0, 0.6667, 0.3333, 0.0, 0.0))",
     "theta(theta=(0.25, 0.75, 0.0, 0.75, 0.25, 0.0, 0.0))",
+    "theta(theta=(0.5, 0.25, 0.25, 0.25, 0.5, 0.25, 0.0))",
+    "theta(theta=(1.0, 0.0, 0.0, 0.25, 0.25, 0.5, 0.0))",
+    "theta(theta=(0.3333, 0.0, 0.6667, 0.0, 0.6667, 0.3333, 0.0))",
+    "theta(theta=(1.0, 0.0, 0.0, 0.0, 0.6667, 0.3333, 0.0))",
+    "theta(theta=(0.75, 0.0, 0.25, 0.25, 0.75, 0.0, 0.0))",
+    "theta(theta=(0.5, 0.5, 0.0, 0.25, 0.25, 0.5, 0.0))",
+    "theta(theta=(0.75, 0.0, 0.25, 0.0, 0.5, 0.5, 0.0))",
 )
-"""Six more: ω up to 3/4, much of it with little rank, and full rank for 3/4 of the compute's exponent."""
+"""Thirteen more, chosen so that the slopes are told apart as well as so many can: points, not seeds, decide them."""
 
 ORDER = Study(
     name="order",
@@ -252,8 +262,8 @@ ORDER = Study(
         "full": (
             Experiment(task="text", plan=Plan(
                 families=(*POINTS, *MORE_POINTS), widths=(64, 128, 256, 512), depth=2,
-                horizons=tuple(steps * 64 * 128 for steps in (200, 400, 800, 1600)), rates=powers(-8, -6),
-                tuning=800 * 64 * 128, recipe=WIDE_GPT, context=128, seeds=(0, 1),
+                horizons=tuple(steps * 32 * 128 for steps in (200, 400, 800)), rates=powers(-8, -6),
+                tuning=400 * 32 * 128, recipe=WIDE_GPT, context=128,
             )),
         ),
     },

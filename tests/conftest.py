@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 
 # Triton's interpreter runs the GPU kernels without a GPU; it must be asked for before torch imports Triton.
-os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch

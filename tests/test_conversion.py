@@ -413,7 +413,7 @@ def test_a_failure_half_way_leaves_the_model_untouched(monkeypatch):
             raise torch.linalg.LinAlgError("no convergence")
         return el.project(weight, structure)
 
-    monkeypatch.setattr("einlinear.conversion.project", fail_at_the_third)
+    monkeypatch.setattr("einlinear.conversion.converting.project", fail_at_the_third)
     with pytest.raises(torch.linalg.LinAlgError):
         el.convert(model, {"*": "btt"})
     assert len(calls) == 3 and dict(model.named_modules()) == before

@@ -1,4 +1,9 @@
-"""A layer recorded in a CUDA graph: replays on other inputs, and training steps, are what runs without one."""
+"""A layer recorded in a CUDA graph: replays on other inputs, and training steps, are what runs without one.
+
+TRITON_INTERPRET=0 python -m pytest tests/test_cuda_graphs.py
+"""
+
+import os
 
 import pytest
 import torch
@@ -6,7 +11,12 @@ from torch.testing import assert_close
 
 import einlinear as el
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU"),
+    pytest.mark.skipif(
+        os.environ["TRITON_INTERPRET"] == "1", reason="kernels are interpreted here: set TRITON_INTERPRET=0"
+    ),
+]
 
 FAMILIES = [
     el.BTT(rank=1),
@@ -36,7 +46,18 @@ def recorded(step):
 @pytest.mark.parametrize("tokens", [1, 33, 1024])
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_a_replay_is_the_layer_and_its_gradients_on_what_the_input_then_holds(family, tokens, dtype):
-    layer = el.Linear(256, 256, family, device="cuda", dtype=dtype)
+    replays_as_it_runs(el.Linear(256, 256, family, device="cuda", dtype=dtype), tokens)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_a_replay_is_an_mlp_by_its_junction(activation):
+    mlp = el.StructuredMLP(256, 1024, el.BTT(), activation, device="cuda", dtype=torch.bfloat16)
+    assert mlp.unfused is None
+    replays_as_it_runs(mlp, 100)
+
+
+def replays_as_it_runs(layer, tokens):
+    dtype = next(layer.parameters()).dtype
     x = torch.randn(tokens, 256, device="cuda", dtype=dtype, requires_grad=True)
     grad = torch.randn(tokens, 256, device="cuda", dtype=dtype)
 

@@ -1,10 +1,11 @@
 """What is written runs: examples in docstrings, snippets in the README, and its generated table."""
 
 import doctest
-import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,11 @@ def test_the_guides_tables_are_those_of_the_results():
     spec.loader.exec_module(figures)
     text = figures.GUIDE.read_text()
     assert all(table() in text for table in figures.TABLES.values())
+
+
+def test_the_table_of_goals_is_what_was_measured():
+    spec = importlib.util.spec_from_file_location("goals", ROOT / "benchmarks" / "goals.py")
+    goals = importlib.util.module_from_spec(spec)
+    sys.modules["goals"] = goals
+    spec.loader.exec_module(goals)
+    assert goals.page() == goals.PAGE.read_text(), "run python benchmarks/goals.py"

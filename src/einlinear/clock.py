@@ -49,6 +49,12 @@ CUDA_HALF = Machine(
 AGAIN = 32768
 """Up to so many numbers of input, one launch runs a two-factor layer, making its state again where it is read."""
 
+WIDEST = 128
+"""The largest rank whose state one program holds."""
+
+SUMMED = 2048
+"""Tokens that one program sums over; for more of them stock matmuls make the gradients of a low rank's weights."""
+
 FEW = 1024
 """Tokens up to which the second launch of a two-factor layer begins before the first one ends."""
 
@@ -139,6 +145,18 @@ def refuses_pair(structure: Structure, here: Machine) -> str | None:
     return None
 
 
+def refuses_bottleneck(structure: Structure, here: Machine) -> str | None:
+    if here is not CUDA_HALF:
+        return "it takes numbers of 16 bits on a CUDA device"
+    shapes = structure.matrix_shapes
+    if any(step.batch or step.passive or step.inner for step in structure.steps) or len(shapes) != 2:
+        return "it takes two plain factors, as of a low rank"
+    rank = shapes[0][1]
+    if rank % 8 or not 8 <= rank <= WIDEST:
+        return f"it takes ranks up to {WIDEST} that are multiples of 8"
+    return None
+
+
 def refuses_nothing(structure: Structure, here: Machine) -> str | None:
     return None
 
@@ -210,6 +228,25 @@ def pair(structure: Structure, tokens: int, here: Machine, training: bool) -> fl
     return forward + again
 
 
+def bottleneck(structure: Structure, tokens: int, here: Machine, training: bool) -> float:
+    """One launch, whose programs each read the first factor and a part of the second; gradients by two more."""
+    (_, rank, d_in), (_, d_out, _) = structure.matrix_shapes
+
+    def launch(read: int, made: int) -> float:
+        size = next((size for size in (16, 32, 64) if tokens <= 132 * size), 128)
+        splits = max(1, min(made // 64, 132 * size // tokens))
+        waves = math.ceil(math.ceil(tokens / size) * splits / 132)
+        each = (rank + min(size, tokens)) * (read + made / splits)
+        moved = rank * (read + made) + tokens * (read + made)
+        return here.kernel + 0.9e-6 + here.bytes * (waves * each / 1.35e11 + moved / (1.1 * here.memory))
+
+    forward = launch(d_in, d_out)
+    if not training:
+        return forward
+    weights = 1.6e-6 + 3.5e-9 * tokens if tokens <= SUMMED else chain(structure, tokens, here, False)
+    return forward + launch(d_out, d_in) + weights
+
+
 def reference(structure: Structure, tokens: int, here: Machine, training: bool) -> float:
     """One `torch.einsum` for each factor, with copies. Measured against `chain`: 1.4 to 3.6 times slower."""
     if on_cpu(here):
@@ -249,6 +286,7 @@ Refusal = Callable[[Structure, Machine], str | None]
 Way = Callable[[Structure, int, Machine, bool], float]
 WAYS: dict[str, tuple[Refusal, Way]] = {
     "pair": (refuses_pair, pair),
+    "bottleneck": (refuses_bottleneck, bottleneck),
     "tiles": (refuses_tiles, tiles),
     "rows": (refuses_rows, measured("rows")),
     "columns": (refuses_columns, measured("columns")),

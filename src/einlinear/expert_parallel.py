@@ -102,6 +102,9 @@ class ParallelPlan:
         y = y.reshape(*x.shape[:-1], -1)
         return y if bias is None else y + bias
 
+    def with_router(self, *_: object) -> None:
+        """Tokens travel between the choice and the layer."""
+
 
 class _Shared(torch.autograd.Function):
     """The same forward, the gradient over a number of processes."""

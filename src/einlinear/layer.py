@@ -110,16 +110,28 @@ class Linear(nn.Module):
                 raise StructureError(f"cannot apply a layer of {self.structure!r} with a routing: it has no experts")
             assert self._plan is not None
             return self._plan(*self.operands(x)).contiguous()
-        if routing is None:
-            if self.router is None:
-                raise StructureError(
-                    f"cannot apply a layer of {self.structure!r} without a gate: it was made with router=False, so "
-                    f"pass layer(x, routing) with the routing that a Router made of the same tokens"
-                )
-            routing = self.router(x)
         factors, tokens, bias = self.operands(x)
-        y = self._routed_plan(factors, tokens, routing, bias)
+        if routing is None:
+            y = self._routed(x, factors, tokens, bias)
+        else:
+            y = self._routed_plan(factors, tokens, routing, bias)
         return (y if self.shared is None else y + self.shared(x)).contiguous()
+
+    def _routed(self, x: Tensor, factors: list[Tensor], tokens: Tensor, bias: Tensor | None) -> Tensor:
+        """By the layer's own router, in one operator with it where there is such a one."""
+        assert self._routed_plan is not None
+        if self.router is None:
+            raise StructureError(
+                f"cannot apply a layer of {self.structure!r} without a gate: it was made with router=False, so "
+                f"pass layer(x, routing) with the routing that a Router made of the same tokens"
+            )
+        if tokens.dtype == x.dtype and self.router.joins(tokens):
+            made = self._routed_plan.with_router(factors, tokens, self.router.scaled, self.router.bias, bias)
+            if made is not None:
+                y, logits, chosen = made
+                self.router.record(logits, chosen)
+                return y
+        return self._routed_plan(factors, tokens, self.router(x), bias)
 
     def operands(self, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor | None]:
         """The effective factors, `x` and the bias, in autocast's type where that is on."""

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from einlinear.conversion import Rules, choose, structured
+from einlinear.conversion.converting import structured
+from einlinear.conversion.rules import Rules, choose
 from einlinear.fast_path import leave_fast_path
 from einlinear.projection.moments import Moments
 from einlinear.projection.nearest import project

@@ -106,25 +106,37 @@ class Router(nn.Module):
         if self.training and self.jitter:
             tokens = tokens * torch.empty_like(tokens).uniform_(1 - self.jitter, 1 + self.jitter)
         if self.choice == "token" and routes(tokens, self.experts):
-            logits, index, weight = route(tokens, self._scaled(), self.bias, self.active)
+            logits, index, weight = route(tokens, self.scaled, self.bias, self.active)
         else:
             logits = self._logits(tokens)
             index, weight = self._chosen(logits)
         if self.choice == "token" and self.capacity is not None:
             index, weight = self._within_capacity(index, weight)
-        if self.training and not _recomputing():
-            self.latest = Choices(logits, index)
+        self.record(logits, index)
         return Routing(index, weight, self.experts, self.choice == "expert", self.capacity is not None)
+
+    def record(self, logits: Tensor, chosen: Tensor) -> None:
+        """Keeps what was chosen in training, for `balance_loss` and `router_statistics`."""
+        if self.training and not _recomputing():
+            self.latest = Choices(logits, chosen)
+
+    def joins(self, x: Tensor) -> bool:
+        """Whether a layer may route `x` in an operator of its own, by `scaled` and `bias`, and then `record` it."""
+        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        choices = self.choice == "token" and self.capacity is None and not (self.training and self.jitter)
+        return choices and type(self) is Router and not hooks and routes(x, self.experts)
+
+    @property
+    def scaled(self) -> Tensor:
+        """Logits are the product of tokens with this."""
+        return self.weight * (SHARPNESS / self.d_in)
 
     def _logits(self, tokens: Tensor) -> Tensor:
         dtype = torch.promote_types(torch.promote_types(tokens.dtype, self.weight.dtype), torch.float32)
         if tokens.device.type == "meta":
             return functional.linear(tokens.to(dtype), self.weight.to(dtype))
         with torch.autocast(tokens.device.type, enabled=False):
-            return functional.linear(tokens.to(dtype), self._scaled().to(dtype))
-
-    def _scaled(self) -> Tensor:
-        return self.weight * (SHARPNESS / self.d_in)
+            return functional.linear(tokens.to(dtype), self.scaled.to(dtype))
 
     def _chosen(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Indices and weights, `[tokens, active]`, or `[experts, capacity]` where experts choose."""

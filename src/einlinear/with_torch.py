@@ -6,8 +6,8 @@ from einlinear.compression.curves import layer_candidates as layer_candidates
 from einlinear.compression.pipeline import compress as compress
 from einlinear.contract import apply as apply
 from einlinear.contract import dense as dense
-from einlinear.conversion import Report as Report
-from einlinear.conversion import convert as convert
+from einlinear.conversion.converting import convert as convert
+from einlinear.conversion.report import Report as Report
 from einlinear.expert_mlp import MixtureMLP as MixtureMLP
 from einlinear.fusion import Fusion as Fusion
 from einlinear.fusion import fuse_mlps as fuse_mlps

@@ -1,4 +1,4 @@
-"""What a grid of random compositions (benchmarks/linalg_grid.py) once found wrong, each as a law."""
+"""What a grid of random compositions (benchmarks/linalg_grid) once found wrong, each as a law."""
 
 import copy
 import math

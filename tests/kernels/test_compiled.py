@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed: it compiles these
 SHARED = 227 * 1024
 """Bytes of shared memory that a program may have."""
 
-SPILLS = {"junction_backward": 512, "junction_backward gated": 1024}
+SPILLS = {"junction_backward": 512, "junction_backward by tanh": 512, "junction_backward gated": 1024}
 """Bytes that a thread may spill: the junction's backward, all accumulators in registers, spills some 250, and 750 with
 a gate, and is faster than variants that spill less (benchmarks/NOTES.md)."""
 
@@ -22,7 +22,8 @@ import json, os, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from einlinear.kernels import tiles, tiles_junction, tiles_pair, tiles_product, tiles_route, tiles_sets
+from einlinear.kernels import tiles, tiles_bottleneck, tiles_junction, tiles_pair, tiles_product
+from einlinear.kernels import tiles_route, tiles_sets
 
 half, sums = "*bf16", "*fp32"
 alone = dict(LEADS=False, FOLLOWS=False)
@@ -32,11 +33,13 @@ def stage(parts=1, **more):
     return dict(OUTS=blocks, IN=64, BLOCK_OUTS=blocks, BLOCK_IN=64, BLOCK_TOKENS=128, HAS_BIAS=False) | more
 
 def junction(parts, hidden, activation, **more):
-    return dict(IN=64, HIDDEN=hidden, OUT=64, BLOCK_IN=64, BLOCK_OUT=64, ACTIVATION=activation) | more
+    return dict(IN=64, HIDDEN=hidden, OUT=64, BLOCK_IN=64, BLOCK_OUT=64, ACTIVATION=activation, SHORT=True) | more
 
 def sets(**more):
-    return dict(SLICES=64, OUT=64, BLOCK_OUT=64, EXPERTS=16, ACTIVE=2) | more
+    return dict(SLICES=64, OUT=64, BLOCK_OUT=64, EXPERTS=16, ACTIVE=2, PIECE=128) | more
 
+backward = dict(BLOCK_TOKENS=128, BY_DOT=True)
+low = dict(IN=1024, RANK=64, OUT=1024, BLOCK_RANK=64)
 ins, state = dict(IN=64, BLOCK_IN=64), dict(STATE=64, BLOCK_STATE=64)
 into = dict(X_MINOR=False, Y_MINOR=True, x_feature=1)
 out = dict(X_MINOR=True, Y_MINOR=False, x_token=1)
@@ -55,22 +58,44 @@ cases = {
         tiles_junction.junction_forward, junction(1, 256, "relu2", BLOCK_HIDDEN=128, BLOCK_TOKENS=64), 1, 4, 3),
     "junction_forward gated": (
         tiles_junction.junction_forward, junction(2, 128, "silu", BLOCK_HIDDEN=128, BLOCK_TOKENS=64), 2, 4, 3),
+    "junction_forward by tanh": (
+        tiles_junction.junction_forward, junction(1, 256, "gelu", BLOCK_HIDDEN=128, BLOCK_TOKENS=64), 1, 4, 3),
+    "junction_backward by tanh": (
+        tiles_junction.junction_backward, junction(1, 256, "gelu", BLOCK_HIDDEN=32, **backward), 1, 8, 2),
+    "bottleneck_forward": (
+        tiles_bottleneck.bottleneck_forward, low | dict(first_in=1, second_rank=1, BLOCK_TOKENS=16, HAS_BIAS=False,
+                                                        BLOCK_IN=128, BLOCK_OUT=64), 1, 4, 4),
+    "bottleneck_forward of transposes": (
+        tiles_bottleneck.bottleneck_forward, low | dict(first_rank=1, second_out=1, BLOCK_TOKENS=16, HAS_BIAS=False,
+                                                        BLOCK_IN=128, BLOCK_OUT=64), 1, 4, 4),
+    "bottleneck_weights": (tiles_bottleneck.bottleneck_weights, low | dict(BLOCK=64, BLOCK_TOKENS=64), 1, 4, 4),
     "junction_backward": (
-        tiles_junction.junction_backward, junction(1, 256, "relu2", BLOCK_HIDDEN=64, BLOCK_TOKENS=128), 1, 8, 2),
+        tiles_junction.junction_backward, junction(1, 256, "relu2", BLOCK_HIDDEN=64, **backward), 1, 8, 2),
     "junction_backward gated": (
-        tiles_junction.junction_backward, junction(2, 128, "silu", BLOCK_HIDDEN=64, BLOCK_TOKENS=128), 2, 8, 2),
+        tiles_junction.junction_backward, junction(2, 128, "silu", BLOCK_HIDDEN=64, **backward), 2, 8, 2),
     "pair_token of three": (
         tiles_pair.pair_token, dict(G=64, A=64, RS=(1,) * 3, FS=(64,) * 3, ES=(64,) * 3, BLOCK_STATES=(64,) * 3,
                                     BLOCK_A=64, BLOCK_ES=(64,) * 3), 3, 8, 3),
     "product_blocks": (
-        tiles_product.product_blocks, dict(G=32, A=32, R=4, F=32, E=32, BLOCK_A=32, BLOCK_E=32), 1, 1, 3),
+        tiles_product.product_blocks, dict(G=32, A=32, R=4, F=32, E=32, BLOCK_A=32, BLOCK_E=32, BLOCK_R=16),
+        1, 4, 3),
     "route_forward": (
         tiles_route.route_forward, dict(EXPERTS=16, ACTIVE=2, TIE=1e-6, BLOCK_EXPERTS=16, BLOCK_TOKENS=64,
                                        BLOCK_WIDTH=128, SPLIT=True, HAS_BIAS=True), 1, 4, 3),
+    "sort's count": (
+        tiles_route.count_sets, dict(EXPERTS=16, ACTIVE=2, SETS=256, BLOCK_SETS=256, CHUNK=128), 1, 4, 3),
+    "sort's sums": (
+        tiles_route.add_chunks, dict(SETS=256, SOME_SETS=16, BLOCK_CHUNKS=128), 1, 4, 3),
+    "sort's layout": (
+        tiles_route.lay_out, dict(EXPERTS=16, ACTIVE=2, SETS=256, BLOCK_SETS=256, BLOCK_EXPERTS=16, RUN=256, ALIGN=64,
+                                  PIECE=128), 1, 8, 3),
+    "sort's slots": (
+        tiles_route.fill_in, dict(EXPERTS=16, ACTIVE=2, SETS=256, CHUNK=128, RUN=256, ALIGN=64), 1, 4, 3),
     "into_forward of experts": (tiles_sets.into_forward, sets(**ins, BLOCK=128), 1, 4, 1),
     "out_forward of experts": (tiles_sets.out_forward, sets(**state, BLOCK=64, HAS_BIAS=False), 1, 4, 2),
     "out_backward of experts": (tiles_sets.out_backward, sets(**state, TILE=64, SPLITS=1), 1, 4, 3),
-    "into_backward_input of experts": (tiles_sets.into_backward_input, sets(**ins, BLOCK=128), 1, 4, 1),
+    "into_backward_input of experts": (
+        tiles_sets.into_backward_input, sets(**ins, BLOCK=128, BLOCK_EXPERTS=16, HAS_ROUTER=True), 1, 4, 1),
     "into_backward_weight of experts": (tiles_sets.into_backward_weight, sets(**ins, TILE=64, SPLITS=1), 1, 4, 3),
 }
 tuples = {"weights", "ys", "grads", "dweights", "y_slices", "y_features", "y_tokens_apart", "zs", "ups", "dzs", "dups",
@@ -78,8 +103,9 @@ tuples = {"weights", "ys", "grads", "dweights", "y_slices", "y_features", "y_tok
 none = {"biases", "dbiases"}
 accumulated = {"dweight", "dweights", "dups", "ddown", "dbias"}
 accumulated |= {"dfirst", "dsecond", "dgate", "gates", "logits", "chosen"}
-integers = {"index", "totals", "run_set", "runs", "token_of", "listed"}
-tensors = {"x", "z", "dz", "weight", "bias", "y", "grad", "dx", "down", "first", "second"} | tuples
+integers = {"index", "starts", "rooms", "run_set", "runs", "token_of"}
+integers |= {"counts", "before", "size", "place", "first_run"}
+tensors = {"x", "router", "dlogits", "z", "dz", "weight", "bias", "y", "grad", "dx", "down", "first", "second"} | tuples
 numbers = {"y_slices", "y_features", "y_tokens_apart"}
 ptxas = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/ptxas")
 for name, (kernel, constants, parts, warps, stages) in cases.items():
@@ -107,7 +133,8 @@ for name, (kernel, constants, parts, warps, stages) in cases.items():
                               capture_output=True, text=True, check=True).stderr
     spilled = int(re.search(r"(\\d+) bytes spill stores", said)[1])
     wgmma = made.asm["ptx"].count("wgmma.mma_async")
-    print(json.dumps(dict(name=name, wgmma=wgmma, spilled=spilled, shared=made.metadata.shared)))
+    special = {name: made.asm["ptx"].count(name) for name in ("tanh.approx", "ex2.approx")}
+    print(json.dumps(dict(name=name, wgmma=wgmma, spilled=spilled, shared=made.metadata.shared, special=special)))
 """
 
 
@@ -116,9 +143,14 @@ def test_kernels_use_the_matrix_units_and_fit() -> None:
     ran = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
     kernels = {kernel["name"]: kernel for kernel in map(json.loads, ran.stdout.splitlines())}
-    assert len(kernels) == 19
+    assert len(kernels) == 28
     for name, kernel in kernels.items():
-        # For one token, and for W, there is nothing to multiply by tiles.
-        assert (kernel["wgmma"] > 0) == (not name.startswith(("pair", "product"))), kernel
+        # For one token, for W and to sort, there is nothing to multiply by tiles.
+        assert (kernel["wgmma"] > 0) == (not name.startswith(("pair", "product", "sort"))), kernel
         assert kernel["shared"] <= SHARED, kernel
+        by_tanh = "gated" in name or "by tanh" in name
+        assert (kernel["special"]["tanh.approx"] > 0, kernel["special"]["ex2.approx"] > 0) == (
+            by_tanh,
+            name.startswith("route"),
+        ), kernel
         assert kernel["spilled"] <= SPILLS.get(name, 0), kernel

@@ -5,7 +5,11 @@ from torch import Tensor
 import einlinear as el
 from einlinear.kernels.junction import ACTIVATIONS, junction, nest
 
-pytest.importorskip("triton", reason="Triton is not installed: its interpreter runs these kernels")
+triton = pytest.importorskip("triton", reason="Triton is not installed: its interpreter runs these kernels")
+tl = pytest.importorskip("triton.language")
+
+from einlinear.kernels.tiles_junction import activate  # noqa: E402
+
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 SIZES = [(37, 3, 20, 40, 24), (130, 2, 16, 130, 9), (600, 4, 8, 16, 8)]
@@ -38,6 +42,47 @@ def test_a_junction_is_matmuls_around_an_activation(
     names = [f"{name} {part}" for name in ("z", "up", "bias")[: 2 + with_bias] for part in range(parts)]
     for name, mine, their in zip([*names, "down"], ours, theirs, strict=True):
         _close(f"the gradient of {name}", mine, their)
+
+
+@triton.jit
+def _activated(v, h, slope, COUNT: tl.constexpr, ACTIVATION: tl.constexpr, SHORT: tl.constexpr):
+    at = tl.arange(0, COUNT)
+    value, derivative = activate(tl.load(v + at), ACTIVATION, SHORT)
+    tl.store(h + at, value)
+    tl.store(slope + at, derivative)
+
+
+@pytest.mark.parametrize("short", [False, True], ids=["float32", "16 bits"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_activation_and_its_derivative_are_close_to_those_in_float64(activation: str, short: bool) -> None:
+    v = torch.cat([torch.linspace(-9, 9, 8191), torch.tensor([-1e4])])
+    h, slope = torch.empty_like(v), torch.empty_like(v)
+    _activated[(1,)](v, h, slope, len(v), activation, short)
+    exact = v.double().requires_grad_()
+    wanted = ACTIVATIONS[activation](exact)
+    (derivative,) = torch.autograd.grad(wanted.sum(), exact)
+    approximate = short and activation == "gelu"  # the others differ by the machine's tanh, which the interpreter lacks
+    smooth = v != 0  # the derivative of ReLU has a step
+    assert ((h - wanted) / (1 + wanted.abs())).abs().max() < (2.7e-5 if approximate else 2e-6)
+    assert (slope - derivative)[smooth].abs().max() < (1.2e-4 if approximate else 2e-6)
+
+
+def test_a_junction_in_16_bits_errs_no_more_than_matmuls_in_16_bits() -> None:
+    for activation in ("gelu", "silu"):  # float16: the interpreter multiplies bfloat16 wrongly
+        zs, ups, _, down = _inputs(SIZES[0], False, 1)
+        operands = [tensor.detach().half().requires_grad_() for tensor in (*zs, *ups, down)]
+        direction = torch.randn(3, 24, 37)
+
+        def run(made: Tensor, leaves: list[Tensor], direction: Tensor = direction) -> list[Tensor]:
+            return [made, *torch.autograd.grad(made, leaves, direction.to(made))]
+
+        z, up, last = operands
+        exact = [operand.detach().double().requires_grad_() for operand in operands]
+        mine = run(junction([z], [up], [], last, activation), operands)
+        stock = run(_reference(activation, [z], [up], [], last, torch.float16), operands)
+        wanted = run(_reference(activation, exact[:1], exact[1:2], [], exact[2]), exact)
+        for ours, theirs, want in zip(mine, stock, wanted, strict=True):
+            assert (ours - want).norm() < 1.2 * (theirs - want).norm() + 1e-4 * want.norm()
 
 
 @pytest.mark.parametrize("parts", [1, 2], ids=["plain", "gated"])
@@ -115,12 +160,19 @@ def _inputs(
     return zs, ups, biases, (torch.randn(slices, out, hidden) / hidden**0.5).requires_grad_()
 
 
-def _reference(activation: str, zs: list[Tensor], ups: list[Tensor], biases: list[Tensor], down: Tensor) -> Tensor:
-    hidden = [torch.einsum("kbm,bhk->bhm", z.double(), up.double()) for z, up in zip(zs, ups, strict=True)]
+def _reference(
+    activation: str,
+    zs: list[Tensor],
+    ups: list[Tensor],
+    biases: list[Tensor],
+    down: Tensor,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    hidden = [torch.einsum("kbm,bhk->bhm", z.to(dtype), up.to(dtype)) for z, up in zip(zs, ups, strict=True)]
     if biases:
-        hidden = [h + bias.double().view(*h.shape[:2], 1) for h, bias in zip(hidden, biases, strict=True)]
+        hidden = [h + bias.to(dtype).view(*h.shape[:2], 1) for h, bias in zip(hidden, biases, strict=True)]
     product = ACTIVATIONS[activation](hidden[0]) * (hidden[1] if len(hidden) == 2 else 1)
-    return torch.einsum("bhm,bnh->bnm", product, down.double())
+    return torch.einsum("bhm,bnh->bnm", product, down.to(dtype))
 
 
 def _close(what: str, mine: Tensor, theirs: Tensor) -> None:

@@ -1,12 +1,18 @@
 """Routing and set-sorted tiles in Triton's interpreter, against float64."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 import einlinear as el
+from einlinear import routing
+from einlinear.kernels.routed import SetSorted
 from einlinear.kernels.select import route
-from einlinear.kernels.sets import Sizes, set_layout, set_pair
+from einlinear.kernels.set_pair import routed_pair, set_pair
+from einlinear.kernels.sets import PIECE, RUN, Sizes, set_layout
 
 pytest.importorskip("triton", reason="Triton is not installed: its interpreter runs these kernels")
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -51,6 +57,62 @@ def test_set_sorted_tiles_are_the_reference_with_every_gradient(case) -> None:
         _close(f"the gradient of {name}", mine, their)
 
 
+@pytest.mark.parametrize("bias", [None, torch.tensor([0.0, 5.0, 0.0])], ids=["without bias", "with bias"])
+def test_a_layer_with_its_router_is_the_two_after_each_other(bias: Tensor | None) -> None:
+    drawn, router = _drawn(*CASES[0]), torch.randn(3, 64, requires_grad=True)
+    named = {name: drawn[name] for name in ("x", "first", "second", "bias")} | {"router": router}
+    y, logits, index, *_ = routed_pair(drawn["x"], router, bias, drawn["first"], drawn["second"], drawn["bias"], 2)
+    apart, chosen, weight = route(drawn["x"], router, bias, 2)
+    layout = set_layout(chosen, weight.detach(), 3)
+    expected, _ = set_pair(*(drawn[n] for n in ("x", "first", "second", "bias")), chosen, weight, *layout)
+    assert (y == expected).all()
+    assert (logits == apart).all()
+    assert (index == chosen).all()
+    for used in ([0], [1], [0, 1]):  # a loss of the output, of the logits, of both
+        directions = [torch.randn_like(value) for value in (y, logits)]
+        mine, theirs = (
+            torch.autograd.grad(
+                [outputs[i] for i in used], list(named.values()), [directions[i] for i in used],
+                retain_graph=True, materialize_grads=True,
+            )
+            for outputs in ((y, logits), (expected, apart))
+        )  # fmt: skip
+        for name, one, other in zip(named, mine, theirs, strict=True):
+            if other.any() or one.any():
+                _close(f"the gradient of {name}", one, other)
+
+
+def test_a_layer_joins_its_router_and_says_what_was_chosen(monkeypatch) -> None:
+    layer, x = el.Linear(64, 64, "btt", experts=3, active=2), torch.randn(2, 9, 64, requires_grad=True)
+    torch.nn.init.normal_(layer.router.weight)
+    expected = layer(x)
+    wanted = layer.router.latest
+    loss = expected.square().sum() + el.balance_loss(layer)
+    theirs = torch.autograd.grad(loss, [x, *layer.parameters()])
+    runner = SetSorted().prepare(layer.structure)
+    layer._routed_plan = replace(layer._routed_plan, cpu=((math.inf, runner),))
+    monkeypatch.setattr(routing, "routes", lambda tokens, experts: True)
+    calls = []
+    monkeypatch.setattr(el.Router, "forward", lambda router, x: calls.append(x))
+    y = layer(x)
+    assert not calls
+    assert (layer.router.latest.chosen == wanted.chosen).all()
+    _close("the result", y, expected)
+    loss = y.square().sum() + el.balance_loss(layer)
+    ours = torch.autograd.grad(loss, [x, *layer.parameters()])
+    for (name, _), mine, their in zip([("x", x), *layer.named_parameters()], ours, theirs, strict=True):
+        _close(f"the gradient of {name}", mine, their)
+    layer.eval()(x)
+    assert layer.router.latest is None
+    # What a user hangs on a router, and what is not a choice alone, goes the long way.
+    joins = layer.router.joins(x)
+    assert joins
+    layer.router.register_forward_pre_hook(lambda module, inputs: None)
+    assert not layer.router.joins(x)
+    for options in ({"choice": "expert"}, {"capacity": 1.0}, {"jitter": 0.1}):
+        assert not el.Router(64, 3, 2, **options).joins(x)
+
+
 @pytest.mark.parametrize("bias", [None, torch.tensor([0.0, 9.0, 0.0])], ids=["without bias", "with bias"])
 def test_routing_is_that_of_the_router(bias: Tensor | None) -> None:
     router = el.Router(40, 3, 2, bias=bias is not None)
@@ -59,7 +121,7 @@ def test_routing_is_that_of_the_router(bias: Tensor | None) -> None:
         router.bias.copy_(bias)
     x = torch.randn(70, 40, requires_grad=True)
     wanted = router(x)
-    logits, index, weight = route(x, router._scaled(), router.bias, 2)
+    logits, index, weight = route(x, router.scaled, router.bias, 2)
     assert (index == wanted.chosen).all()
     _close("weights", weight, wanted.weight)
     _close("logits", logits, router.latest.logits)
@@ -73,7 +135,7 @@ def test_routing_is_that_of_the_router(bias: Tensor | None) -> None:
 
 def test_a_new_router_spreads_its_tokens_like_the_kernel() -> None:
     router, x = el.Router(16, 5, 2), torch.randn(33, 16)
-    _, index, weight = route(x, router._scaled(), None, 2)
+    _, index, weight = route(x, router.scaled, None, 2)
     assert (index.sort(-1).values == router(x).chosen.sort(-1).values).all()
     assert (weight == 0.5).all()
 
@@ -84,18 +146,27 @@ def test_the_operators_are_proper() -> None:
     names = ("x", "first", "second", "bias", "index", "weight")
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(set_pair, (*(drawn[name] for name in names), *layout), test_utils=checks)
+    routed = (
+        drawn["x"],
+        torch.randn(2, 64, requires_grad=True),
+        None,
+        *(drawn[n] for n in ("first", "second", "bias")),
+    )
+    torch.library.opcheck(routed_pair, (*routed, 1), test_utils=checks)
     torch.library.opcheck(route, (drawn["x"], torch.randn(3, 64, requires_grad=True), None, 2), test_utils=checks)
 
 
 def test_a_layout_has_room_for_any_routing() -> None:
-    """Every set padded to a multiple of 16, cut into runs and into tiles that are not full."""
-    for tokens, experts, active in [(1, 4, 2), (100, 4, 2), (1000, 16, 2), (16384, 8, 2)]:
+    """Every set padded to a multiple of 16 at each of its experts, every expert to a piece, and sets cut into runs."""
+    for tokens, experts, active in [(1, 4, 2), (100, 4, 2), (1000, 16, 2), (16384, 8, 2), (100000, 16, 2)]:
         sizes = Sizes(tokens, experts, active)
-        per_set = torch.full((sizes.filled,), tokens // sizes.filled)
-        per_set[: tokens % sizes.filled] += 1
-        assert (-(-per_set // 16) * 16).sum() <= sizes.positions
-        assert (-(-per_set // 256)).sum() <= sizes.runs
-        assert (-(-per_set // sizes.tile)).sum() <= sizes.tiles
+        index = torch.stack([torch.randperm(experts)[:active] for _ in range(tokens)]).sort(-1).values
+        for chosen in (index, index[:1].expand(tokens, active)):
+            sets, count = chosen.unique(dim=0, return_counts=True)
+            rooms = torch.zeros(experts, dtype=torch.int64)
+            rooms.index_add_(0, sets.flatten(), (-(-count // 16) * 16).repeat_interleave(active))
+            assert (-(-rooms // PIECE) * PIECE).sum() <= sizes.slots
+            assert (-(-count // RUN)).sum() <= sizes.runs
 
 
 def _close(what: str, mine: Tensor, theirs: Tensor) -> None:

@@ -1,8 +1,13 @@
+from collections.abc import Callable
+
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import einlinear as el
-from einlinear.lab.bench import bench
+from einlinear.cli import app
+from einlinear.lab import bench as module
+from einlinear.lab.bench import TooLarge, bench
 
 COLUMNS = ["family", "d_in", "d_out", "tokens", "mode", "ms", "ratio_to_dense", "flop_ratio", "floor_ms", "reach"]
 
@@ -20,3 +25,22 @@ def test_every_layer_is_a_row_beside_the_dense_one() -> None:
     dense, _, low_rank = rows[:3]
     assert dense["ratio_to_dense"] == dense["flop_ratio"] == 1
     assert low_rank["flop_ratio"] == pytest.approx(8 * (256 + 512) / (256 * 512), rel=1e-3)
+
+
+def test_what_finds_no_memory_is_a_sentence_and_the_rest_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = module._milliseconds
+
+    def short(make: Callable[[], torch.nn.Module], d_in: int, tokens: int, mode: str) -> float:
+        if tokens > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return measured(make, d_in, 1, mode)
+
+    monkeypatch.setattr(module, "_milliseconds", short)
+    with pytest.raises(TooLarge, match=r"cannot time 200 tokens of 64 features, forward: .* too little memory"):
+        bench([el.BTT()], [64], tokens=(200,))
+    told = CliRunner().invoke(app, ["bench", "-s", "btt", "--widths", "64", "--tokens", "1,200"])
+    assert told.exit_code == 1
+    assert "ratio_to_dense" in told.stdout and "cannot time 200 tokens" in str(told.exception) + told.output
+    monkeypatch.setattr(module, "_milliseconds", lambda *_: (_ for _ in ()).throw(RuntimeError("a fault")))
+    with pytest.raises(RuntimeError, match="a fault"):
+        bench([el.BTT()], [64], tokens=(1,))

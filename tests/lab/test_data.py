@@ -13,12 +13,14 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import einlinear.lab.data.task
 import einlinear.lab.data.text
 from einlinear.lab.data import Examples, Sequences, Task, load, tasks
 
@@ -128,6 +130,25 @@ def test_targets_are_the_inputs_one_token_ahead(name: str) -> None:
 def test_a_task_survives_pickle(task: Task) -> None:
     copy = pickle.loads(pickle.dumps(task))
     assert digest(*copy.batch(2, 4, seed=0)) == digest(*task.batch(2, 4, seed=0))
+
+
+@pytest.mark.parametrize("name", [*BUNDLED, "flipped"])
+def test_data_are_made_where_the_task_is(name: str) -> None:
+    """On a device without numbers every tensor must be there: torch refuses to mix it with another."""
+    task = bundled("images" if name == "flipped" else name)
+    if name == "flipped":
+        task = replace(task, sample=replace(task.sample, flip=True, shift=2))
+    there = torch.device("meta")
+    for inputs, targets in (task.on(there).batch(0, 8, 0), next(iter(task.on(there).validation_batches(8)))):
+        assert (inputs.device, targets.device) == (there, there)
+    for mine, theirs in zip(task.on(torch.device("cpu")).batch(0, 8, 0), task.batch(0, 8, 0), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_text_too_large_for_a_device_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = bundled("bytes")
+    monkeypatch.setattr(einlinear.lab.data.task, "RESIDENT", 100)
+    assert task.on(torch.device("meta")) is task
 
 
 def test_every_task_has_one_line_of_description() -> None:

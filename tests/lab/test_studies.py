@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from einlinear.lab.studies import (
     Part,
     Question,
     Study,
+    collect,
     foretold,
     label,
     measure,
@@ -37,8 +39,10 @@ from einlinear.lab.studies import (
     write_runs,
     write_steps,
 )
+from einlinear.lab.studies.landscape import _carried as carried
 from einlinear.lab.studies.landscape import best_rates
 from einlinear.lab.studies.ordering import rank_correlation, regression
+from einlinear.lab.studies.page import steps_of
 from einlinear.lab.studies.protocol import TUNED, measured, place_of
 from einlinear.lab.train import Recipe
 
@@ -46,15 +50,16 @@ ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "docs" / "studies"
 
 
-def recipe() -> dict[str, Study]:
+def recipe() -> ModuleType:
     spec = importlib.util.spec_from_file_location("claims", ROOT / "recipes" / "claims.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.STUDIES
+    return module
 
 
-STUDIES = recipe()
+RECIPE = recipe()
+STUDIES: dict[str, Study] = RECIPE.STUDIES
 DONE = [
     (name, scale)
     for name, study in STUDIES.items()
@@ -83,6 +88,23 @@ def part(low: float, high: float, claimed: str = "above", bound: float = 1.0) ->
 def test_a_part_is_decided_by_an_interval_on_one_side_alone(claimed, holds, fails, opens) -> None:
     found = [part(*interval, claimed).outcome for interval in (holds, fails, opens, (math.nan, math.nan))]
     assert found == ["holds", "fails", "open", "open"]
+
+
+@pytest.mark.parametrize(
+    "found, more",
+    [
+        (part(1.1, 2.0), 1),  # decided
+        (part(1.1 - 0.4, 1.1 + 0.4), 16),  # 4 times too wide
+        (part(0.9 - 0.2, 0.9 + 0.2), 4),  # towards failing
+        (part(-0.4, 0.4, "within", 0.2), 4),
+        (part(-0.1, 0.5, "within", 0.25), 36),  # the nearer bound counts
+        (part(0.3 - 0.1, 0.3 + 0.1, "within", 0.25), 4),  # towards failing, outside
+        (Part(what="it", value=2.0, low=0.5, high=8.0, claimed="above", bound=1.0, ratio=True), 4),
+        (part(0.5, 1.5), math.inf),
+    ],
+)
+def test_runs_to_decide_go_by_the_root_of_their_number(found, more) -> None:
+    assert found.runs_to_decide == pytest.approx(more)
 
 
 def test_a_claim_holds_where_all_of_it_does() -> None:
@@ -116,6 +138,22 @@ def test_the_vertex_of_a_parabola_is_the_best_rate() -> None:
     rates = np.arange(-8.0, -2.0)
     losses = np.array([(rates + 5.3) ** 2, (rates + 8.5) ** 2, np.where(rates < -4, np.inf, rates)])
     assert best_rates(rates, losses) == pytest.approx([-5.3, -8.0, -4.0])  # outside the grid its edge
+
+
+@pytest.mark.parametrize("best", [-7.5, -7.3, -7.1])
+def test_the_best_rate_of_an_uneven_landscape_is_found_wherever_the_grid_lies(best) -> None:
+    rates = np.arange(-11.0, -3.0)
+    losses = 0.03 * (rates - best) ** 2 + 0.02 * np.maximum(rates - best, 0) ** 3
+    assert best_rates(rates, losses[None]) == pytest.approx([best], abs=0.11)  # by a parabola .25 to .33 too low
+
+
+def test_the_loss_at_a_carried_rate_is_between_those_of_its_neighbours() -> None:
+    rates = np.arange(-8.0, -3.0)
+    small, large = (rates + 5.75) ** 2, np.array([5.0, 4.0, 2.0, math.inf, math.inf])
+    drawn = {("x", 16): (rates, small[None]), ("x", 64): (rates, large[None])}
+    assert carried(drawn, "x", [16, 64]) == pytest.approx([0.75 * 2 + 0.25 * math.inf])
+    drawn["x", 64] = rates, np.array([[5.0, 4.0, 2.0, 1.0, math.inf]])
+    assert carried(drawn, "x", [16, 64]) == pytest.approx([1.75])
 
 
 @pytest.mark.parametrize(
@@ -272,9 +310,54 @@ def test_a_study_from_its_protocol_to_its_page(tiny, tmp_path) -> None:
     written = write_page(tiny, tmp_path)
     text = written.read_text()
     assert "**Verdict at the small scale (cpu" in text and "tiny-small.svg" in text
+    assert "* A step, timed in turns ([tiny-small-steps.csv]" in text and "`monarch(blocks=4)` " in text
     assert (tmp_path / "tiny-small.svg").read_text().startswith("<svg")
     assert written == write_page(tiny, tmp_path) and written.read_text() == text
     assert "in all about" in foretold(experiments, machine)
+
+
+def test_a_study_cut_short_is_read_from_its_store_and_says_so(tiny, tmp_path) -> None:
+    """Narrow models first, one seed after the other."""
+    experiments, order = tiny.experiments("small"), []
+
+    def stop(run: Run, done: int, wanted: int) -> None:
+        order.append((run.seed, run.width))
+        if done == 14:
+            raise KeyboardInterrupt
+
+    with Store(tmp_path / "tiny.sqlite") as store:
+        with pytest.raises(KeyboardInterrupt):
+            measure(experiments, store, Machine(workers=0), tell=stop)
+        runs = collect(experiments, store)
+        store.add(replace(runs[0], width=48))  # of no protocol
+        assert collect(experiments, store) == runs
+    assert order == sorted(order) and len(runs) == 14
+    text = page(tiny, {"small": runs}, {"small": tiny.judge(runs)})
+    assert "**Not run** of these: 10 of 24 measurements" in text
+    assert "4 of dense with seed 1" not in text and "4 of monarch(blocks=4), last 20% dense with seed 1" in text
+
+
+def test_tuned_runs_have_their_places_whatever_their_rate(tmp_path) -> None:
+    plan = Plan(
+        families=("dense",), widths=(16,), depth=1, horizons=(40,), rates=(2.0**-9, 2.0**-8), tuning=20,
+        recipe=Recipe(batch=4, base_width=16, base_depth=1, warmup=2),
+    )  # fmt: skip
+    (one,) = experiments = (Experiment(task="teacher", plan=plan),)
+    with Store(tmp_path / "tuned.sqlite") as store:
+        runs = measure(experiments, store, Machine(workers=0))
+        assert collect(experiments, store) == runs
+    assert [run.purpose for run in runs].count("measure") == 1 < len(runs)
+    assert [place_of(run) for run in measured(one)] == [place_of(replace(runs[-1], rate=TUNED))]
+
+
+@pytest.mark.parametrize("study", ["rates", "reverse"])
+def test_a_study_of_a_text_without_its_files_is_one_sentence(study, tmp_path, monkeypatch, capsys) -> None:
+    arguments = ["claims.py", study, "--scale", "full", "--device", "cpu", "--store", str(tmp_path / "a.sqlite")]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit) as ended:
+        RECIPE.main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "Loading the task 'text': no paths were given. Name the files or directories.\n"
 
 
 def test_runs_survive_their_table(tmp_path) -> None:
@@ -307,7 +390,7 @@ def test_pages_are_those_of_the_committed_runs(name) -> None:
     """Words as they stand, numbers within what another platform's rounding may move."""
     study = STUDIES[name]
     runs = {scale: read_runs(PAGES / f"{name}-{scale}.csv") for scale in study.scales if (name, scale) in DONE}
-    made = page(study, runs, {scale: study.judge(found) for scale, found in runs.items()})
+    made = page(study, runs, {scale: study.judge(found) for scale, found in runs.items()}, steps_of(study, PAGES))
     text = (PAGES / f"{name}.md").read_text()
     assert NUMBER.sub("#", made) == NUMBER.sub("#", text)
     numbers = [[float(number) for number in NUMBER.findall(one)] for one in (made, text)]

@@ -31,6 +31,13 @@ def main() -> None:
         app()
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"einlinear: {error}")
+    except RuntimeError as error:
+        from einlinear.lab.failure import out_of_memory
+
+        if not out_of_memory(error):
+            raise
+        found = str(error).splitlines()[0]
+        sys.exit(f"einlinear: the device has too little memory ({found}); pass smaller widths or fewer tokens")
     except SystemExit as end:
         if end.code == 130:  # how typer ends what was interrupted, and says nothing
             told = "what was done is kept, and the same command goes on from there"

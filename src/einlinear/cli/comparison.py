@@ -149,11 +149,14 @@ def write_again(
     ] = False,
     every: Annotated[int, typer.Option(min=1, help="Seconds between looks at the store, with --watch.")] = 10,
 ) -> None:
-    """The report of `compare`, written again from the stored runs."""
+    """The report of `compare` or `search`, written again from the stored runs."""
     can_be_written(report)
     can_be_written(figure, *FIGURES)
 
-    from einlinear.lab.report import save_figure, watch
+    from rich.console import Console
+
+    from einlinear.lab.report import print_exploration, save_figure, watch
+    from einlinear.lab.search.looked import exploration
 
     if watching:
         typer.echo(f"watching {store} every {every} seconds; interrupt to end")
@@ -173,6 +176,8 @@ def write_again(
             f"cannot report on the task '{task}': {store} holds no runs of it; run 'einlinear compare {task}'"
         )
     write_out(runs, report, allow_mixed_data=mixed)
+    if explored := exploration(runs):
+        print_exploration(explored, Console())
     if figure:
         figure.parent.mkdir(parents=True, exist_ok=True)
         save_figure(runs, figure)

@@ -69,9 +69,6 @@ def search(
     if device:
         known_device(device, present=True)
     can_be_kept(report, store)
-    if device:
-        known_device(device, present=True)
-    can_be_kept(report, store)
     machine = Machine.here(device)
     if workers is not None:
         machine = replace(machine, workers=workers)
@@ -111,5 +108,5 @@ def search(
         return
     with Store(store) as opened, progress_bar() as progress:
         searched = lab.search(plan, data, opened, machine=machine, folder=kept_beside(store), progress=progress)
-    write_out(searched.runs, report, plan=plan)
+    write_out([*searched.runs, *searched.explored.runs.values()], report, plan=plan)
     typer.echo(lab.told(searched))

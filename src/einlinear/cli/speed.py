@@ -1,5 +1,6 @@
 """Layers against the clock: `bench`."""
 
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -20,8 +21,12 @@ def bench(
     file: Annotated[Path | None, typer.Option(help="Also write the rows as CSV.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Also draw speed against FLOPs saved: .svg or .png.")] = None,
 ) -> None:
-    """Times layers against dense ones of the same widths, in one process: ratios of medians."""
+    """Times layers against dense ones of the same widths, in one process: ratios of medians.
+
+    What the device has no memory for is left out, and said.
+    """
     import csv
+    import sys
 
     families = [el.structure(text) for text in structure or ["btt", "monarch(blocks=16)", "low_rank", "kronecker"]]
     sizes, lengths = counts("widths", widths), counts("tokens", tokens)
@@ -29,11 +34,19 @@ def bench(
     can_be_written(figure, *FIGURES)
     kind = torch_type(dtype)
 
-    from einlinear.lab.bench import bench
+    from einlinear.lab.bench import TooLarge, bench
 
     if figure:
         from einlinear.lab.speed import speed_figure
-    rows = bench(families, sizes, lengths, known_device(device, present=True), kind)
+    known_device(device, present=True)
+    rows, refused = [], list[str]()
+    for width, count in product(sizes, lengths):
+        try:
+            rows += bench(families, (width,), (count,), device, kind)
+        except TooLarge as error:
+            refused.append(str(error))
+    if not rows:
+        raise ValueError(refused[0])
     shown = ("family", "d_in", "tokens", "mode", "ms", "ratio_to_dense", "flop_ratio", "floor_ms", "reach")
     cells = [[f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name]) for name in shown] for row in rows]
     print_table(f"{rows[0]['device']}, {dtype}, one process, medians", shown, cells)
@@ -47,3 +60,5 @@ def bench(
         figure.parent.mkdir(parents=True, exist_ok=True)
         speed_figure(rows, figure)
         typer.echo(f"figure: {figure}")
+    if refused:
+        sys.exit("\n".join(f"einlinear: {reason}" for reason in refused))

@@ -17,7 +17,7 @@ from einlinear.compression.allocation import Allocation, Cost, read_plan
 from einlinear.compression.calibration import Batch
 from einlinear.compression.pipeline import Progress, Work, compress, survey
 from einlinear.compression.recovery import Fidelity, distil, fidelity, outputs
-from einlinear.conversion import Report
+from einlinear.conversion.report import Report
 
 HELD_OUT = 10
 """Of so many batches, one is held out to compare outputs on."""

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from einlinear.compression.allocation import Allocation, Cost, Curve, Point, allocate
 from einlinear.compression.calibration import Batch, calibrate, sensitivities
 from einlinear.compression.curves import error_curve, layer_candidates
-from einlinear.conversion import Report, choose, convert
+from einlinear.conversion.converting import convert
+from einlinear.conversion.report import Report
+from einlinear.conversion.rules import choose
 from einlinear.family import Family
 from einlinear.family import structure as family_of
 from einlinear.projection.moments import Moments

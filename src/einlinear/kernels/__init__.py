@@ -11,6 +11,7 @@ from torch import Tensor
 from einlinear.clock import dense_seconds
 from einlinear.contract import check, pad_last
 from einlinear.kernels.blocked import Blocked, Turned
+from einlinear.kernels.bottleneck import Bottleneck
 from einlinear.kernels.chain import Chain, Columns, Tiles
 from einlinear.kernels.kernel import CPU, CPU_HALF, CUDA, CUDA_HALF, Runner, Target
 from einlinear.kernels.kernel import Kernel as Kernel
@@ -24,6 +25,7 @@ from einlinear.structure import Structure
 
 KERNELS: tuple[Kernel, ...] = (
     Pair(),
+    Bottleneck(),
     Tiles(),
     Rows(),
     Columns(),

@@ -14,6 +14,8 @@ from einlinear.structure import Axes, Structure
 LARGEST_RANK = 16
 """Beyond, the products are many enough for matmuls."""
 
+WARPS = 0
+
 
 @dataclass(frozen=True)
 class Product:
@@ -61,7 +63,7 @@ def product(left: Tensor, right: Tensor, sizes: Sequence[int], strides: Sequence
         with torch.cuda.device_of(left):
             tiles_product.product_blocks[(g, f)](
                 left.contiguous(), right.contiguous(), weight, g, a, r, f, e,
-                BLOCK_A=tile(a), BLOCK_E=tile(e), num_warps=4 if a * e > 2048 else 1,
+                BLOCK_A=tile(a), BLOCK_E=tile(e), BLOCK_R=tile(r), num_warps=WARPS or (4 if a * e > 2048 else 1),
             )  # fmt: skip
         return weight
     columns = min(128, tile(g * a))
@@ -90,7 +92,7 @@ def product_backward(grad: Tensor, first: Tensor, second: Tensor, sizes: Sequenc
     with torch.cuda.device_of(grad):
         tiles_product.product_backward[(g, f)](
             grad.contiguous(), first.contiguous(), second.contiguous(), dfirst, dsecond, g, a, r, f, e,
-            BLOCK_A=tile(a), BLOCK_E=tile(e), num_warps=4 if a * e > 2048 else 1,
+            BLOCK_A=tile(a), BLOCK_E=tile(e), BLOCK_R=tile(r), num_warps=WARPS or (4 if a * e > 2048 else 1),
         )  # fmt: skip
     return dfirst, dsecond
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from einlinear.contract import check, equation, pad_last
 from einlinear.cost import flops
-from einlinear.kernels import sets
+from einlinear.kernels import set_pair, sets
 from einlinear.kernels.kernel import CPU, CUDA, CUDA_HALF, Target
 from einlinear.kernels.slots import Experts, Slots, by_expert, by_token, combine, dispatch, expert_links
 from einlinear.kernels.transforms import transformed
@@ -211,8 +211,8 @@ class SetSorted(RoutedKernel):
         sizes = sets.Sizes(tokens, structure.sizes[structure.routed or ""], structure.active)
         first, state, last = _widths(structure.expert)
         moved = 2 * (first + 2 * structure.active * state + last) * target.ridge
-        # A tile that is not full computes as much as one that is, and moves less.
-        work = flops(structure) * sizes.tiles * sizes.tile / max(1, tokens)
+        # A block that is not full computes as much as one that is, and moves less.
+        work = flops(structure) * (1 + 64 * sizes.filled / max(1, tokens))
         return 6 * target.launch + tokens * max(work, moved)
 
     def prepare(self, structure: Structure) -> "SetsRunner":
@@ -234,8 +234,17 @@ class SetsRunner(RoutedRunner):
             return self.otherwise(factors, x, routing, bias)
         first, second = factors[0].reshape(self.first), factors[1].reshape(self.second)
         layout = sets.set_layout(routing.chosen, routing.weight.detach(), routing.experts)
-        y: Tensor = sets.set_pair(x, first, second, bias, routing.chosen, routing.weight, *layout)[0]
+        y: Tensor = set_pair.set_pair(x, first, second, bias, routing.chosen, routing.weight, *layout)[0]
         return y
+
+    def routed(
+        self, factors: Sequence[Tensor], x: Tensor, router: Tensor, router_bias: Tensor | None, bias: Tensor | None,
+        active: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """The result, logits and choices, of a router whose every token has `active` experts (`route`)."""
+        first, second = factors[0].reshape(self.first), factors[1].reshape(self.second)
+        y, logits, chosen, *_ = set_pair.routed_pair(x, router, router_bias, first, second, bias, active)
+        return y, logits, chosen
 
 
 ROUTED_KERNELS: tuple[RoutedKernel, ...] = (SetSorted(), ExpertSorted(), Everyone())
@@ -271,15 +280,36 @@ class RoutedPlan:
                 f"cannot apply {self.structure!r} to {count} tokens: it has {self.experts} experts, and the routing is "
                 f"that of {tuple(routing.chosen.shape)} choices among {routing.experts}; route the same tokens"
             )
-        choices = (self.cuda_half if x.element_size() == 2 else self.cuda) if x.is_cuda else self.cpu
-        run = self.plain
-        if not torch.compiler.is_exporting() and not transformed(x, *factors):
-            at = 0
-            while count > choices[at][0]:
-                at += 1
-            run = choices[at][1]
+        run = self._runner(factors, x, count)
         y = run(factors, tokens, routing, None if bias is None else pad_last(bias, self.pad_out))
         return y[:, : self.d_out].reshape(*x.shape[:-1], self.d_out)
+
+    def with_router(
+        self, factors: Sequence[Tensor], x: Tensor, router: Tensor, router_bias: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Result, logits `[tokens, experts]` and choices in one operator, where there is one for `x`; else None.
+
+        Args:
+            router, router_bias: as `einlinear.kernels.select.route` takes them.
+        """
+        if self.pad_in or x.ndim == 0 or x.shape[-1] != self.d_in:
+            return None
+        tokens = x.reshape(-1, self.d_in)
+        run = self._runner(factors, x, tokens.shape[0])
+        if not isinstance(run, SetsRunner):
+            return None
+        padded = None if bias is None else pad_last(bias, self.pad_out)
+        y, logits, chosen = run.routed(factors, tokens, router, router_bias, padded, self.structure.active)
+        return y[:, : self.d_out].reshape(*x.shape[:-1], self.d_out), logits, chosen
+
+    def _runner(self, factors: Sequence[Tensor], x: Tensor, tokens: int) -> RoutedRunner:
+        if torch.compiler.is_exporting() or transformed(x, *factors):
+            return self.plain
+        choices = (self.cuda_half if x.element_size() == 2 else self.cuda) if x.is_cuda else self.cpu
+        at = 0
+        while tokens > choices[at][0]:
+            at += 1
+        return choices[at][1]
 
 
 @lru_cache(maxsize=4096)

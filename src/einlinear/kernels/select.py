@@ -59,17 +59,7 @@ def route_backward(
     dlogits: Tensor | None, dchosen: Tensor | None, tokens: Tensor, weight: Tensor, index: Tensor, chosen: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `tokens` and `weight`."""
-    from einlinear.kernels import tiles_route
-
-    count, experts = len(tokens), len(weight)
-    dlogits = dlogits.contiguous() if dlogits is not None else chosen.new_zeros(count, experts)
-    dchosen = dchosen.contiguous() if dchosen is not None else torch.zeros_like(chosen)
-    total = tokens.new_empty(count, experts)
-    with torch.cuda.device_of(tokens):
-        tiles_route.route_backward[(-(-count // 64),)](
-            dlogits, dchosen, index, chosen, total, count,
-            EXPERTS=experts, ACTIVE=index.shape[1], BLOCK_EXPERTS=tile(experts), BLOCK_TOKENS=64,
-        )  # fmt: skip
+    total = logits_gradient(dlogits, dchosen, tokens, len(weight), index, chosen)
     return total @ weight.to(tokens.dtype), (total.mT @ tokens).to(weight.dtype)
 
 
@@ -78,6 +68,24 @@ def _(
     dlogits: Tensor | None, dchosen: Tensor | None, tokens: Tensor, weight: Tensor, index: Tensor, chosen: Tensor
 ) -> tuple[Tensor, Tensor]:
     return tokens.new_empty(tokens.shape), weight.new_empty(weight.shape)
+
+
+def logits_gradient(
+    dlogits: Tensor | None, dchosen: Tensor | None, tokens: Tensor, experts: int, index: Tensor, chosen: Tensor
+) -> Tensor:
+    """The gradient of the logits, `[tokens, experts]`, in the type of the tokens."""
+    from einlinear.kernels import tiles_route
+
+    count = len(tokens)
+    dlogits = dlogits.contiguous() if dlogits is not None else chosen.new_zeros(count, experts)
+    dchosen = dchosen.contiguous() if dchosen is not None else torch.zeros_like(chosen)
+    total = tokens.new_empty(count, experts)
+    with torch.cuda.device_of(tokens):
+        tiles_route.route_backward[(-(-count // 64),)](
+            dlogits, dchosen, index, chosen, total, count,
+            EXPERTS=experts, ACTIVE=index.shape[1], BLOCK_EXPERTS=tile(experts), BLOCK_TOKENS=64,
+        )  # fmt: skip
+    return total
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001

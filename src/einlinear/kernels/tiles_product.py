@@ -32,16 +32,15 @@ def product_forward(
 def product_blocks(
     first, second, weight,
     G: tl.constexpr, A: tl.constexpr, R: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Of factors `[g, (r f), a]` and `[f, e, (g r)]`: one program a block (f, g) of the matrix."""
     g, f = tl.program_id(0), tl.program_id(1)
-    e, a = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_A)
-    total = tl.zeros((BLOCK_E, BLOCK_A), tl.float32)
-    for r in tl.static_range(R):
-        u = tl.load(first + ((g * R + r) * F + f) * A + a, mask=a < A, other=0.0).to(tl.float32)
-        v = tl.load(second + (f * E + e) * (G * R) + g * R + r, mask=e < E, other=0.0).to(tl.float32)
-        total += v[:, None] * u[None, :]
+    e, a, r = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_R)
+    one, two = ((g * R + r) * F + f)[:, None] * A + a[None, :], (f * E + e)[:, None] * (G * R) + g * R + r[None, :]
+    u = tl.load(first + one, mask=(r < R)[:, None] & (a < A)[None, :], other=0.0)
+    v = tl.load(second + two, mask=(e < E)[:, None] & (r < R)[None, :], other=0.0)
+    total = tl.dot(v, u, input_precision="ieee")
     at = (f * E + e).to(tl.int64)[:, None] * (G * A) + g * A + a[None, :]
     tl.store(weight + at, total.to(weight.dtype.element_ty), mask=(e < E)[:, None] & (a < A)[None, :])
 
@@ -50,16 +49,17 @@ def product_blocks(
 def product_backward(
     grad, first, second, dfirst, dsecond,
     G: tl.constexpr, A: tl.constexpr, R: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Of factors `[g, (r f), a]` and `[f, e, (g r)]`: one program a block (f, g) of the matrix."""
     g, f = tl.program_id(0), tl.program_id(1)
-    e, a = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_A)
+    e, a, r = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_R)
+    one, two = ((g * R + r) * F + f)[:, None] * A + a[None, :], (f * E + e)[:, None] * (G * R) + g * R + r[None, :]
+    left, right = (r < R)[:, None] & (a < A)[None, :], (e < E)[:, None] & (r < R)[None, :]
     at = (f * E + e).to(tl.int64)[:, None] * (G * A) + g * A + a[None, :]
-    block = tl.load(grad + at, mask=(e < E)[:, None] & (a < A)[None, :], other=0.0).to(tl.float32)
-    for r in tl.static_range(R):
-        one, two = ((g * R + r) * F + f) * A + a, (f * E + e) * (G * R) + g * R + r
-        u = tl.load(first + one, mask=a < A, other=0.0).to(tl.float32)
-        v = tl.load(second + two, mask=e < E, other=0.0).to(tl.float32)
-        tl.store(dfirst + one, tl.sum(block * v[:, None], axis=0).to(dfirst.dtype.element_ty), mask=a < A)
-        tl.store(dsecond + two, tl.sum(block * u[None, :], axis=1).to(dsecond.dtype.element_ty), mask=e < E)
+    block = tl.load(grad + at, mask=(e < E)[:, None] & (a < A)[None, :], other=0.0)
+    u, v = tl.load(first + one, mask=left, other=0.0), tl.load(second + two, mask=right, other=0.0)
+    du = tl.dot(tl.trans(v), block, input_precision="ieee")
+    tl.store(dfirst + one, du.to(dfirst.dtype.element_ty), mask=left)
+    dv = tl.dot(block, tl.trans(u), input_precision="ieee")
+    tl.store(dsecond + two, dv.to(dsecond.dtype.element_ty), mask=right)

@@ -1,9 +1,10 @@
 """Triton: the router, and the sort of tokens by their set of experts.
 
 Imported by the operators that launch these kernels (`select.py`, `sets.py`) when first used. A set is
-a number whose digits to the base `EXPERTS`, `ACTIVE` of them, are its experts in ascending order. Tokens of
-one set lie next to each other from a multiple of 16 on. A run is at most `RUN` of them. For the gradients of
-weights, each expert has a list of tiles of at most `TILE` such tokens.
+a number whose digits to the base `EXPERTS`, `ACTIVE` of them, are its experts in ascending order. A slot is one token
+at one of its experts. The slots of an expert lie next to each other, from a multiple of `PIECE` on, and among them
+those of each set, from a multiple of `ALIGN` on; what is left between is nobody's. A run is at most `RUN` tokens of
+one set.
 """
 
 # No jaxtyping, no annotations but constexpr: Triton reads these signatures itself.
@@ -140,81 +141,82 @@ def count_sets(
 
 @triton.jit
 def add_chunks(
-    counts, before, count, chunks,
+    counts, before, size, chunks,
     SETS: tl.constexpr, SOME_SETS: tl.constexpr, BLOCK_CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """How many tokens of each set there are, and how many before each chunk; one program for some sets."""
     sets = tl.program_id(0) * SOME_SETS + tl.arange(0, SOME_SETS)
-    size = tl.zeros((SOME_SETS,), tl.int32)
+    total = tl.zeros((SOME_SETS,), tl.int32)
     for chunk in range(0, chunks, BLOCK_CHUNKS):
         rows = chunk + tl.arange(0, BLOCK_CHUNKS)
         kept = (rows < chunks)[:, None] & (sets < SETS)[None, :]
         at = rows[:, None] * SETS + sets[None, :]
         here = tl.load(counts + at, mask=kept, other=0)
-        tl.store(before + at, size[None, :] + tl.cumsum(here, 0) - here, mask=kept)
-        size += tl.sum(here, axis=0)
-    tl.store(count + sets, size, mask=sets < SETS)
+        tl.store(before + at, total[None, :] + tl.cumsum(here, 0) - here, mask=kept)
+        total += tl.sum(here, axis=0)
+    tl.store(size + sets, total, mask=sets < SETS)
 
 
 @triton.jit
 def lay_out(
-    count, start, first_run, place, totals,
+    size, place, first_run, starts, rooms,
     EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, SETS: tl.constexpr, BLOCK_SETS: tl.constexpr,
-    BLOCK_EXPERTS: tl.constexpr, RUN: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_EXPERTS: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """Where each set starts, its runs, and its tiles among those of each of its experts; one program."""
+    """The first slot of each set at each of its experts, its first run, and the slots of each expert; one program."""
     sets, experts = tl.arange(0, BLOCK_SETS), tl.arange(0, BLOCK_EXPERTS)
-    real = sets < SETS
-    size = tl.load(count + sets, mask=real, other=0)
-    room = (size + 15) // 16 * 16
-    tl.store(start + sets, tl.cumsum(room, 0) - room, mask=real)
-    runs = (size + RUN - 1) // RUN
-    tl.store(first_run + sets, tl.cumsum(runs, 0) - runs, mask=real)
-    tl.store(totals + EXPERTS, tl.sum(runs, axis=0))
-    inside = tl.zeros((BLOCK_EXPERTS, BLOCK_SETS), tl.int32)
+    count = tl.load(size + sets, mask=sets < SETS, other=0)
+    made = (count + RUN - 1) // RUN
+    tl.store(first_run + sets, tl.cumsum(made, 0) - made, mask=sets < SETS)
+    tl.store(rooms + EXPERTS, tl.sum(made, axis=0))
+    has = tl.zeros((BLOCK_EXPERTS, BLOCK_SETS), tl.int32)
     for j in tl.static_range(ACTIVE):
-        inside += (member(sets, j, EXPERTS, ACTIVE)[None, :] == experts[:, None]).to(tl.int32)
-    mine = tl.where(inside > 0, ((size + TILE - 1) // TILE)[None, :], 0)
-    kept = (experts < EXPERTS)[:, None] & real[None, :]
-    tl.store(place + experts[:, None] * SETS + sets[None, :], tl.cumsum(mine, 1) - mine, mask=kept)
-    tl.store(totals + experts, tl.sum(mine, axis=1), mask=experts < EXPERTS)
+        has += (member(sets, j, EXPERTS, ACTIVE)[None, :] == experts[:, None]).to(tl.int32)
+    mine = tl.where(has > 0, ((count + ALIGN - 1) // ALIGN * ALIGN)[None, :], 0)
+    taken = tl.sum(mine, axis=1)
+    whole = (taken + PIECE - 1) // PIECE * PIECE
+    start = tl.cumsum(whole, 0) - whole
+    tl.store(starts + experts, start, mask=experts < EXPERTS)
+    tl.store(rooms + experts, taken, mask=experts < EXPERTS)
+    slot = start[:, None] + tl.cumsum(mine, 1) - mine
+    for j in tl.static_range(ACTIVE):
+        here = (member(sets, j, EXPERTS, ACTIVE)[None, :] == experts[:, None]) & (sets < SETS)[None, :]
+        tl.store(place + j * SETS + sets[None, :] + 0 * experts[:, None], slot, mask=here)
 
 
 @triton.jit
 def fill_in(
-    index, weight, before, start, count, first_run, place, token_of, gates, run_set, runs, listed,
-    tokens, chunks, most, positions, EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, SETS: tl.constexpr,
-    CHUNK: tl.constexpr, RUN: tl.constexpr, TILE: tl.constexpr,
+    index, weight, before, size, place, first_run, run_set, runs, token_of, gates, tokens, chunks, most,
+    EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, SETS: tl.constexpr, CHUNK: tl.constexpr, RUN: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Token and gates at each position (a program for each chunk); runs and tiles of each set (one for each set)."""
+    """Token and gate of each slot (a program for each chunk); the runs of each set (one for each set)."""
     program, here = tl.program_id(0), tl.arange(0, CHUNK)
     if program < chunks:
         token = program * CHUNK + here
         inside = token < tokens
         key = tl.where(inside, set_of(index, token, inside, EXPERTS, ACTIVE), 0)
         earlier = (key[:, None] == key[None, :]) & (here[None, :] < here[:, None])
-        rank = tl.sum(earlier.to(tl.int32), axis=1)
-        position = tl.load(start + key) + tl.load(before + program * SETS + key) + rank
-        tl.store(token_of + position, token, mask=inside)
+        rank = tl.sum(earlier.to(tl.int32), axis=1) + tl.load(before + program * SETS + key)
         for j in tl.static_range(ACTIVE):
-            mine = tl.load(index + token * ACTIVE + j, mask=inside, other=0).to(tl.int32)
+            tl.store(token_of + tl.load(place + j * SETS + key) + rank, token, mask=inside)
+        for i in tl.static_range(ACTIVE):
+            mine = tl.load(index + token * ACTIVE + i, mask=inside, other=0).to(tl.int32)
             plane = ACTIVE - 1 - larger_than(mine, index, token, inside, ACTIVE)
-            gate = tl.load(weight + token * ACTIVE + j, mask=inside, other=0.0)
-            tl.store(gates + plane.to(tl.int64) * positions + position, gate, mask=inside)
+            gate = tl.load(weight + token * ACTIVE + i, mask=inside, other=0.0)
+            tl.store(gates + tl.load(place + plane * SETS + key, mask=inside, other=0) + rank, gate, mask=inside)
     else:
         s = program - chunks
-        size, begin, first = tl.load(count + s), tl.load(start + s), tl.load(first_run + s)
-        made = (size + RUN - 1) // RUN
-        for block in range(0, made, CHUNK):
-            i = block + here
-            tl.store(run_set + first + i, tl.full((CHUNK,), 0, tl.int32) + s, mask=i < made)
-            packed = (begin + i * RUN) * 128 + tl.minimum(size - i * RUN, RUN) - 1
-            tl.store(runs + first + i, packed, mask=i < made)
-        made = (size + TILE - 1) // TILE
-        for block in range(0, made, CHUNK):
-            i = block + here
-            packed = (begin + i * TILE) * 128 + tl.minimum(size - i * TILE, TILE) - 1
-            for j in tl.static_range(ACTIVE):
-                e = member(s, j, EXPERTS, ACTIVE)
-                at = listed + e * most + tl.load(place + e * SETS + s)
-                tl.store(at + i, packed + j * 256, mask=i < made)
+        count, first = tl.load(size + s), tl.load(first_run + s)
+        lanes = tl.arange(0, ALIGN)
+        for j in tl.static_range(ACTIVE):
+            begin = tl.load(place + j * SETS + s)
+            gap = count + lanes < (count + ALIGN - 1) // ALIGN * ALIGN
+            tl.store(token_of + begin + count + lanes, tl.full((ALIGN,), -1, tl.int32), mask=gap)
+            tl.store(gates + begin + count + lanes, tl.zeros((ALIGN,), tl.float32), mask=gap)
+            for block in range(0, (count + RUN - 1) // RUN, CHUNK):
+                i = block + here
+                kept = i * RUN < count
+                packed = (begin + i * RUN) * 64 + tl.minimum(count - i * RUN, RUN) - 1
+                tl.store(runs + j * most + first + i, packed, mask=kept)
+                tl.store(run_set + first + i, tl.zeros((CHUNK,), tl.int32) + s, mask=kept)

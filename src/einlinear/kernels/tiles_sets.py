@@ -1,8 +1,10 @@
 """Triton: the two stages of BTT experts on tokens sorted by their set of experts.
 
-Imported by the operators that launch these kernels (`sets.py`) when first used. Sets, runs and tiles are those
+Imported by the operators that launch these kernels (`sets.py`) when first used. Sets, slots and runs are those
 of `tiles_route.py`: all tokens of a run have the same experts, whose weights a program loads once. Tiles are
-`[features, tokens]`, accumulators float32.
+`[features, tokens]`, accumulators float32. The state is `[slots / PIECE, features, PIECE]`: what a program of
+the first stage writes, and reads in the backward pass, is one stretch of memory, and what one of the second stage
+reads lies close together.
 """
 
 # No jaxtyping, no annotations but constexpr: Triton reads these signatures itself.
@@ -18,24 +20,25 @@ from einlinear.kernels.tiles_route import member
 
 @triton.jit
 def unpack(packed):
-    """The first position of a run or tile, how many tokens it has, and the place of the expert.
+    """The first slot of a run, a multiple of 16, times 64; and its tokens less one, below 1024."""
+    return tl.multiple_of(packed // 1024 * 16, 16), packed % 1024 + 1
 
-    In a number: the position, itself a multiple of 16, times 128; the place, below 8, times 256; tokens less one.
-    """
-    return tl.multiple_of(packed // 2048 * 16, 16), packed % 256 + 1, packed // 256 % 8
+
+@triton.jit
+def find_run(t, rooms, run_set, runs, most, EXPERTS: tl.constexpr, ACTIVE: tl.constexpr):
+    """Whether there is a run of this number, its set, its first slot at each expert, and its tokens."""
+    real, set_ = t < tl.load(rooms + EXPERTS), tl.load(run_set + t)
+    slots, count = (), 1
+    for j in tl.static_range(ACTIVE):
+        slot, count = unpack(tl.load(runs + j * most + t))
+        slots += (slot,)
+    return real, set_, slots, count
 
 
 @triton.jit
 def room_for(count):
     """A multiple of 16: what lies between the last token of a set and that is nobody's."""
     return tl.multiple_of((count + 15) // 16 * 16, 16)
-
-
-@triton.jit
-def tokens_at(token_of, begin, here, count):
-    """Which of the positions `here` hold a token, and which token."""
-    inside = here < count
-    return inside, tl.load(token_of + begin + here, mask=inside, other=0).to(tl.int64)
 
 
 @triton.jit
@@ -53,11 +56,11 @@ def matrices(
 
 @triton.jit
 def load_rows(base, token, stride, inside, features, FEATURES: tl.constexpr):
-    """`[features, tokens]` of rows that lie anywhere."""
+    """`[tokens, features]` of rows that lie anywhere."""
     kept = inside[:, None]
     if features.shape[0] != FEATURES:
         kept = kept & (features < FEATURES)[None, :]
-    return tl.trans(tl.load(base + token[:, None] * stride + features[None, :], mask=kept, other=0.0))
+    return tl.load(base + token.to(tl.int64)[:, None] * stride + features[None, :], mask=kept, other=0.0)
 
 
 @triton.jit
@@ -65,108 +68,131 @@ def store_rows(tile, base, token, stride, inside, features, FEATURES: tl.constex
     kept = inside[:, None]
     if features.shape[0] != FEATURES:
         kept = kept & (features < FEATURES)[None, :]
-    at = base + token[:, None] * stride + features[None, :]
+    at = base + token.to(tl.int64)[:, None] * stride + features[None, :]
     tl.store(at, tl.trans(tile.to(base.dtype.element_ty)), mask=kept)
 
 
 @triton.jit
-def load_state(base, features, stride, here, room, FEATURES: tl.constexpr):
-    """`[features, tokens]` of a state with tokens innermost; `room` is a multiple of 16."""
-    kept = (here < room)[None, :]
-    if features.shape[0] != FEATURES:
-        kept = kept & (features < FEATURES)[:, None]
-    return tl.load(base + features[:, None] * stride + here[None, :], mask=kept, other=0.0)
+def places(features, apart, slot, WHOLE: tl.constexpr, PIECE: tl.constexpr):
+    """Where `[features, slots]` of a state of `WHOLE` features lie; `slot` starts at a multiple of 16."""
+    pieces = (slot // PIECE).to(tl.int64) * (WHOLE * PIECE)
+    return pieces[None, :] + (features * (apart * PIECE))[:, None] + (slot % PIECE)[None, :]
 
 
 @triton.jit
-def store_state(tile, base, features, stride, here, room, FEATURES: tl.constexpr):
+def kept_places(features, here, room, FEATURES: tl.constexpr):
+    """Which of them are in use; `room` is a multiple of 16."""
     kept = (here < room)[None, :]
     if features.shape[0] != FEATURES:
         kept = kept & (features < FEATURES)[:, None]
-    tl.store(base + features[:, None] * stride + here[None, :], tile.to(base.dtype.element_ty), mask=kept)
+    return kept
+
+
+@triton.jit
+def load_states(
+    base, features, apart, slots, here, room,
+    FEATURES: tl.constexpr, WHOLE: tl.constexpr, PIECE: tl.constexpr, ACTIVE: tl.constexpr,
+):  # fmt: skip
+    """`[features, slots]` of the state of every expert of a run."""
+    found, kept = (), kept_places(features, here, room, FEATURES)
+    for j in tl.static_range(ACTIVE):
+        found += (tl.load(base + places(features, apart, slots[j] + here, WHOLE, PIECE), mask=kept, other=0.0),)
+    return found
 
 
 @triton.jit
 def into_forward(
-    x, first, z, totals, run_set, runs, token_of, positions, x_token,
+    x, first, z, rooms, run_set, runs, token_of, most, x_token,
     SLICES: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
-    EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, BLOCK: tl.constexpr,
+    EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """z[j, s] = first[e_j, s] x[s] for every expert of a run, from one read of its rows of x."""
+    """z[s] = first[e, s] x[s] at every expert of a run, from one read of its rows of x.
+
+    Here and below what the next block needs is loaded before this one is worked on, and what the first needs before
+    the weights: programs are few and short, and what they wait for is memory.
+    """
     s, t = tl.program_id(0), tl.program_id(1)
-    set_, packed = tl.load(run_set + t), tl.load(runs + t)
-    if t < tl.load(totals + EXPERTS):
-        begin, count, _ = unpack(packed)
-        room = room_for(count)
+    real, set_, slots, count = find_run(t, rooms, run_set, runs, most, EXPERTS, ACTIVE)
+    if real:
+        room, here = room_for(count), tl.arange(0, BLOCK)
         outs, ins = tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_IN)
+        token = tl.load(token_of + slots[0] + here, mask=here < count, other=0)
+        next_token = tl.load(token_of + slots[0] + BLOCK + here, mask=BLOCK + here < count, other=0)
+        v = load_rows(x + s * IN, token, x_token, here < count, ins, IN)
         ws = matrices(first, set_, s, outs, ins, OUT, IN, SLICES, EXPERTS, ACTIVE)
         for block in range(0, count, BLOCK):
-            here = block + tl.arange(0, BLOCK)
-            inside, token = tokens_at(token_of, begin, here, count)
-            v = load_rows(x + s * IN, token, x_token, inside, ins, IN)
+            ahead = block + BLOCK + here
+            next_v = load_rows(x + s * IN, next_token, x_token, ahead < count, ins, IN)
+            next_token = tl.load(token_of + slots[0] + BLOCK + ahead, mask=BLOCK + ahead < count, other=0)
+            kept = kept_places(outs, block + here, room, OUT)
             for j in tl.static_range(ACTIVE):
-                at = z + ((j * SLICES + s) * OUT).to(tl.int64) * positions + begin
-                store_state(multiply(ws[j], v), at, outs.to(tl.int64), positions, here, room, OUT)
+                at = z + s * (OUT * PIECE) + places(outs, 1, slots[j] + block + here, SLICES * OUT, PIECE)
+                tl.store(at, multiply(ws[j], tl.trans(v)).to(z.dtype.element_ty), mask=kept)
+            v = next_v
 
 
 @triton.jit
 def out_forward(
-    z, second, bias, y, gates, totals, run_set, runs, token_of, positions, y_token,
+    z, second, bias, y, gates, rooms, run_set, runs, token_of, most, y_token,
     SLICES: tl.constexpr, OUT: tl.constexpr, STATE: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_STATE: tl.constexpr,
-    EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """y[s] = sum over a run's experts of gate_j second[e_j, s] z[j, :, s], each row written once."""
-    s, t = tl.program_id(0), tl.program_id(1)
-    set_, packed = tl.load(run_set + t), tl.load(runs + t)
-    if t < tl.load(totals + EXPERTS):
-        begin, count, _ = unpack(packed)
-        room = room_for(count)
+    """y[s] = sum over a run's experts of gate second[e, s] z[:, s], each row written once.
+
+    Runs in the opposite order: what the first stage wrote last is still in the cache.
+    """
+    s, t = tl.program_id(0), most - 1 - tl.program_id(1)
+    real, set_, slots, count = find_run(t, rooms, run_set, runs, most, EXPERTS, ACTIVE)
+    if real:
+        room, here = room_for(count), tl.arange(0, BLOCK)
         outs, states = tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_STATE)
+        vs = load_states(z + s * PIECE, states, SLICES, slots, here, room, STATE, SLICES * STATE, PIECE, ACTIVE)
         ws = matrices(second, set_, s, outs, states, OUT, STATE, SLICES, EXPERTS, ACTIVE)
         for block in range(0, count, BLOCK):
-            here = block + tl.arange(0, BLOCK)
-            inside, token = tokens_at(token_of, begin, here, count)
+            mine, ahead = block + here, block + BLOCK + here
+            token = tl.load(token_of + slots[0] + mine, mask=mine < count, other=0)
+            next_vs = load_states(
+                z + s * PIECE, states, SLICES, slots, ahead, room, STATE, SLICES * STATE, PIECE, ACTIVE
+            )
             total = tl.zeros((BLOCK_OUT, BLOCK), tl.float32)
             if HAS_BIAS:
                 total += tl.load(bias + s * OUT + outs, mask=outs < OUT, other=0.0).to(tl.float32)[:, None]
             for j in tl.static_range(ACTIVE):
-                at = z + (j * STATE * SLICES + s).to(tl.int64) * positions + begin
-                v = load_state(at, states.to(tl.int64), SLICES * positions, here, room, STATE)
-                gate = tl.load(gates + j * positions + begin + here, mask=inside, other=0.0)
-                total += multiply(ws[j], v) * gate[None, :]
-            store_rows(total, y + s * OUT, token, y_token, inside, outs, OUT)
+                gate = tl.load(gates + slots[j] + mine, mask=mine < count, other=0.0)
+                total += multiply(ws[j], vs[j]) * gate[None, :]
+            store_rows(total, y + s * OUT, token, y_token, mine < count, outs, OUT)
+            vs = next_vs
 
 
 @triton.jit
 def out_backward(
-    grad, z, second, gates, dz, dgate, dsecond, totals, listed, token_of, positions, most, y_token,
+    grad, z, second, gates, dz, dgate, dsecond, starts, rooms, token_of, slots, y_token,
     SLICES: tl.constexpr, OUT: tl.constexpr, STATE: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_STATE: tl.constexpr,
-    EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+    EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """All gradients of the second stage, tile after tile of one expert.
 
     That of a gate comes from the state before the gate: there is no division, and a gate may be zero.
     """
     s, e, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    here, outs, states = tl.arange(0, TILE), tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_STATE)
-    mine, last = listed + e * most, tl.load(totals + e)
+    lanes, outs, states = tl.arange(0, TILE), tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_STATE)
+    start, room = tl.multiple_of(tl.load(starts + e), PIECE), tl.multiple_of(tl.load(rooms + e), 16)
     w = load_matrix(second + (e.to(tl.int64) * SLICES + s) * OUT * STATE, outs, states, OUT, STATE)
     dw = tl.zeros((BLOCK_OUT, BLOCK_STATE), tl.float32)
-    # The next tile's whereabouts are fetched while this one is worked on: each depends on the one before.
-    packed = tl.load(mine + split, mask=split < last, other=0)
-    for i in range(split, last, SPLITS):
-        begin, count, plane = unpack(packed)
-        room = room_for(count)
-        packed = tl.load(mine + i + SPLITS, mask=i + SPLITS < last, other=0)
-        inside, token = tokens_at(token_of, begin, here, count)
-        gate = tl.load(gates + plane.to(tl.int64) * positions + begin + here, mask=inside, other=0.0)[None, :]
-        offset = (plane * STATE * SLICES + s).to(tl.int64) * positions + begin
-        v = load_state(z + offset, states.to(tl.int64), SLICES * positions, here, room, STATE)
-        g = load_rows(grad + s * OUT, token, y_token, inside, outs, OUT)
+    for first in range(split * TILE, room, SPLITS * TILE):
+        here = first + lanes
+        slot = start + here
+        token = tl.load(token_of + slot, mask=here < room, other=-1)
+        inside = token >= 0
+        gate = tl.load(gates + slot, mask=here < room, other=0.0)[None, :]
+        at = s * PIECE + places(states, SLICES, slot, SLICES * STATE, PIECE)
+        kept = kept_places(states, here, room, STATE)
+        # What lies in gaps was never written, and not all of it is a number.
+        v = tl.where(inside[None, :], tl.load(z + at, mask=kept, other=0.0), 0.0)
+        g = tl.trans(load_rows(grad + s * OUT, token, y_token, inside, outs, OUT))
         u = multiply(tl.trans(w), g)
-        at = dgate + (s * ACTIVE + plane).to(tl.int64) * positions + begin
-        tl.store(at + here, tl.sum(u * v.to(tl.float32), axis=0), mask=here < room)
-        store_state(u * gate, dz + offset, states.to(tl.int64), SLICES * positions, here, room, STATE)
+        tl.store(dgate + s.to(tl.int64) * slots + slot, tl.sum(u * v.to(tl.float32), axis=0), mask=here < room)
+        tl.store(dz + at, (u * gate).to(dz.dtype.element_ty), mask=kept)
         dw = tl.dot((g.to(tl.float32) * gate).to(g.dtype), tl.trans(v), dw, input_precision="ieee")
     at = (split * EXPERTS + e).to(tl.int64) * SLICES + s
     store_matrix(dw, dsecond + at * OUT * STATE, outs, states, OUT, STATE)
@@ -174,70 +200,78 @@ def out_backward(
 
 @triton.jit
 def into_backward_input(
-    dz, first, dx, totals, run_set, runs, token_of, positions, x_token,
+    dz, first, router, dlogits, dx, rooms, run_set, runs, token_of, most, x_token,
     SLICES: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
-    EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, BLOCK: tl.constexpr,
+    EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_EXPERTS: tl.constexpr, HAS_ROUTER: tl.constexpr,
 ):  # fmt: skip
-    """dx[s] = sum over a run's experts of first[e_j, s]ᵀ dz[j, s], each row written once."""
+    """dx[s] = sum over a run's experts of first[e, s]ᵀ dz[s], and routerᵀ dlogits, each row written once."""
     s, t = tl.program_id(0), tl.program_id(1)
-    set_, packed = tl.load(run_set + t), tl.load(runs + t)
-    if t < tl.load(totals + EXPERTS):
-        begin, count, _ = unpack(packed)
-        room = room_for(count)
-        outs, ins = tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_IN)
+    real, set_, slots, count = find_run(t, rooms, run_set, runs, most, EXPERTS, ACTIVE)
+    if real:
+        room, here = room_for(count), tl.arange(0, BLOCK)
+        outs, ins, experts = tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_IN), tl.arange(0, BLOCK_EXPERTS)
+        base = dz + s * (OUT * PIECE)
+        ds = load_states(base, outs, 1, slots, here, room, OUT, SLICES * OUT, PIECE, ACTIVE)
         ws = matrices(first, set_, s, outs, ins, OUT, IN, SLICES, EXPERTS, ACTIVE)
+        if HAS_ROUTER:
+            rows = router + experts[:, None] * x_token + s * IN
+            r = tl.load(rows + ins[None, :], mask=(experts < EXPERTS)[:, None] & (ins < IN)[None, :], other=0.0)
         for block in range(0, count, BLOCK):
-            here = block + tl.arange(0, BLOCK)
-            inside, token = tokens_at(token_of, begin, here, count)
+            mine, ahead = block + here, block + BLOCK + here
+            token = tl.load(token_of + slots[0] + mine, mask=mine < count, other=0)
+            next_ds = load_states(base, outs, 1, slots, ahead, room, OUT, SLICES * OUT, PIECE, ACTIVE)
             total = tl.zeros((BLOCK_IN, BLOCK), tl.float32)
             for j in tl.static_range(ACTIVE):
-                at = dz + ((j * SLICES + s) * OUT).to(tl.int64) * positions + begin
-                total += multiply(tl.trans(ws[j]), load_state(at, outs.to(tl.int64), positions, here, room, OUT))
-            store_rows(total, dx + s * IN, token, x_token, inside, ins, IN)
+                total += multiply(tl.trans(ws[j]), ds[j])
+            if HAS_ROUTER:
+                g = load_rows(dlogits, token, EXPERTS, mine < count, experts, EXPERTS)
+                total += multiply(tl.trans(r), tl.trans(g))
+            store_rows(total, dx + s * IN, token, x_token, mine < count, ins, IN)
+            ds = next_ds
 
 
 @triton.jit
 def into_backward_weight(
-    dz, x, dfirst, totals, listed, token_of, positions, most, x_token,
+    dz, x, dfirst, starts, rooms, token_of, x_token,
     SLICES: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
-    EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+    EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """dfirst[e, s] = sum over the expert's tiles of dz xᵀ."""
+    """dfirst[e, s] = sum over the expert's slots of dz xᵀ."""
     s, e, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    here, outs, ins = tl.arange(0, TILE), tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_IN)
+    lanes, outs, ins = tl.arange(0, TILE), tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_IN)
+    start, room = tl.multiple_of(tl.load(starts + e), PIECE), tl.multiple_of(tl.load(rooms + e), 16)
     dw = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
-    for i in range(split, tl.load(totals + e), SPLITS):
-        begin, count, plane = unpack(tl.load(listed + e * most + i))
-        room = room_for(count)
-        inside, token = tokens_at(token_of, begin, here, count)
-        at = dz + ((plane * SLICES + s) * OUT).to(tl.int64) * positions + begin
-        d = load_state(at, outs.to(tl.int64), positions, here, room, OUT)
-        v = load_rows(x + s * IN, token, x_token, inside, ins, IN)
-        dw = tl.dot(d, tl.trans(v), dw, input_precision="ieee")
+    for first in range(split * TILE, room, SPLITS * TILE):
+        here = first + lanes
+        token = tl.load(token_of + start + here, mask=here < room, other=-1)
+        at = dz + s * (OUT * PIECE) + places(outs, 1, start + here, SLICES * OUT, PIECE)
+        d = tl.load(at, mask=kept_places(outs, here, room, OUT), other=0.0)
+        v = load_rows(x + s * IN, token, x_token, token >= 0, ins, IN)
+        dw = tl.dot(d, v, dw, input_precision="ieee")
     at = (split * EXPERTS + e).to(tl.int64) * SLICES + s
     store_matrix(dw, dfirst + at * OUT * IN, outs, ins, OUT, IN)
 
 
 @triton.jit
 def add_gates(
-    partials, index, dweight, totals, run_set, runs, token_of, positions,
+    partials, index, dweight, rooms, run_set, runs, token_of, most, all_slots,
     SLICES: tl.constexpr, EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """The gradient of each token's weights, from those that the output slices found."""
     t = tl.program_id(0)
-    set_, packed = tl.load(run_set + t), tl.load(runs + t)
-    if t < tl.load(totals + EXPERTS):
-        begin, count, _ = unpack(packed)
+    real, set_, slots, count = find_run(t, rooms, run_set, runs, most, EXPERTS, ACTIVE)
+    if real:
         here = tl.arange(0, RUN)
         inside = here < count
-        token = tl.load(token_of + begin + here, mask=inside, other=0)
+        token = tl.load(token_of + slots[0] + here, mask=inside, other=0)
         for j in tl.static_range(ACTIVE):
             e = member(set_, j, EXPERTS, ACTIVE)
             total = tl.zeros((RUN,), tl.float32)
-            at = partials + begin + j * positions + here
+            at = partials + slots[j] + here
             for _ in range(SLICES):
                 total += tl.load(at, mask=inside, other=0.0)
-                at += ACTIVE * positions
+                at += all_slots
             for i in tl.static_range(ACTIVE):
                 mine = tl.load(index + token * ACTIVE + i, mask=inside, other=-1).to(tl.int32) == e
                 tl.store(dweight + token * ACTIVE + i, total, mask=inside & mine)

@@ -4,7 +4,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from einlinear.cost import flops
 from einlinear.family import Family
+from einlinear.lab.failure import out_of_memory
 from einlinear.lab.provenance import checked_out
 from einlinear.layer import Linear
 from einlinear.structure import Structure
@@ -22,6 +23,11 @@ Row = dict[str, Any]
 
 MODES = ("forward", "training")
 """The forward pass alone, or also the gradients of the input and of all parameters."""
+
+
+class TooLarge(ValueError):
+    """A layer that the device has no memory for; the message says so in a sentence."""
+
 
 CACHE = 1 << 28
 """Bytes of inputs and weights in rotation on a GPU: several times its cache, or that would be measured."""
@@ -45,6 +51,9 @@ def bench(
         as fast), `flop_ratio` (FLOPs over dense ones), `floor_ms` (what FLOPs, or the bytes of
         inputs, outputs and weights, take at the speeds measured here), `reach` (floor over time),
         `device`, `dtype`, `torch`, `triton` and `commit`.
+
+    Raises:
+        TooLarge: where the device has too little memory for a layer, its input and its gradients.
     """
     device = torch.device(device)
     options: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
@@ -84,7 +93,11 @@ def bench(
 
 
 def bench_structure(structure: Structure, tokens: int, device: str, dtype: str) -> list[Row]:
-    """Times one structure as a layer without bias against dense: `mode`, `ms`, `ratio_to_dense` and provenance."""
+    """Times one structure as a layer without bias against dense: `mode`, `ms`, `ratio_to_dense` and provenance.
+
+    Raises:
+        TooLarge: where the device has too little memory for it.
+    """
     kind = getattr(torch, dtype)
     options: dict[str, Any] = {"bias": False, "device": torch.device(device), "dtype": kind}
     d_in, d_out = structure.d_in, structure.d_out
@@ -97,7 +110,32 @@ def bench_structure(structure: Structure, tokens: int, device: str, dtype: str) 
 
 
 def milliseconds(make: Callable[[], nn.Module], d_in: int, tokens: int, mode: str) -> float:
-    """The median time of one call of what `make` makes, on the device and in the type of its parameters."""
+    """The median time of one call of what `make` makes, on the device and in the type of its parameters.
+
+    Raises:
+        TooLarge: where the device has too little memory for it.
+    """
+    try:
+        return _milliseconds(make, d_in, tokens, mode)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        torch.cuda.empty_cache()
+        raise TooLarge(
+            f"cannot time {tokens} tokens of {d_in} features, {mode}: {_memory()} too little memory for the layer, its "
+            f"input and what is made of them; pass fewer tokens or a smaller width"
+        ) from error
+
+
+def _memory() -> str:
+    """The device's memory, as the start of a sentence."""
+    if not torch.cuda.is_available():
+        return "this machine has"
+    free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
+    return f"{torch.cuda.get_device_name()}, with {free:.1f} of {total:.1f} GiB free, has"
+
+
+def _milliseconds(make: Callable[[], nn.Module], d_in: int, tokens: int, mode: str) -> float:
     layer = make()
     like = next(layer.parameters())
     x = torch.randn(tokens, d_in, device=like.device, dtype=like.dtype)
@@ -108,6 +146,7 @@ def milliseconds(make: Callable[[], nn.Module], d_in: int, tokens: int, mode: st
     return _graph_milliseconds(calls) if like.is_cuda else _thread_milliseconds(calls)
 
 
+@cache
 def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """FLOPs per second of a large matmul, and bytes per second, read and written, of a large elementwise pass.
 
@@ -115,6 +154,8 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """
     cuda = device.type == "cuda"
     side, length = (8192, 1 << 30) if cuda else (1024, 1 << 24)
+    if cuda:  # a quarter of what is free, where that is less
+        length = min(length, torch.cuda.mem_get_info(device)[0] // (8 * dtype.itemsize))
     timed = _graph_milliseconds if cuda else _thread_milliseconds
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     multiply = timed([lambda: a @ b])

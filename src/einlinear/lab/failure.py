@@ -14,17 +14,24 @@ class Failure(Exception):
         self.status = status
 
 
-def failed(error: Failure | RuntimeError) -> dict[str, object]:
-    """Status and reason of a run that ended so; errors that are not results are raised again.
+def out_of_memory(error: BaseException) -> BaseException | None:
+    """The error that says a tensor found no room: this one or what caused it; None where none does.
 
-    A lack of memory while a graph was recorded comes as the error of ending the record, with the cause behind it.
+    Torch has a type of its own for this on accelerators, and only where its own allocator finds none. A lack of memory
+    while a graph was recorded comes as the error of ending the record, with the cause behind it.
     """
-    if isinstance(error, Failure):
-        return {"status": error.status, "reason": str(error)}
     cause: BaseException | None = error
     while cause is not None:
-        # torch has a type of its own for this on accelerators, and only where its own allocator finds none.
         if isinstance(cause, torch.OutOfMemoryError) or any(words in str(cause) for words in LACKING):
-            return {"status": "out of memory", "reason": str(cause).splitlines()[0]}
+            return cause
         cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def failed(error: Failure | RuntimeError) -> dict[str, object]:
+    """Status and reason of a run that ended so; errors that are not results are raised again."""
+    if isinstance(error, Failure):
+        return {"status": error.status, "reason": str(error)}
+    if (cause := out_of_memory(error)) is not None:
+        return {"status": "out of memory", "reason": str(cause).splitlines()[0]}
     raise error

@@ -48,7 +48,11 @@ class Summary:
 
 
 def summary(runs: Sequence[Run], baseline: str = "dense", *, allow_mixed_data: bool = False) -> Summary:
-    """Fit everything there is to fit. Raises ValueError where runs do not compare, see `laws.measured`."""
+    """Fit everything there is to fit. Raises ValueError where runs do not compare, see `laws.measured`.
+
+    Runs by which a search explored are left out: see `einlinear.lab.search.looked`.
+    """
+    runs = [run for run in runs if run.purpose != "search"]
     finished = measured(runs, allow_mixed_data=allow_mixed_data)
     used = {run.key for run in finished}
     excluded = tuple(

@@ -26,7 +26,9 @@ from einlinear.lab.report.charts import (
 )
 from einlinear.lab.report.maps import places, taxonomy_chart
 from einlinear.lab.report.routers import dead_chart, entropy_chart, family_health, load_chart, router_rows
+from einlinear.lab.report.searches import search_section
 from einlinear.lab.run import Run
+from einlinear.lab.search.looked import exploration
 from einlinear.lab.summary import Summary, answer, sentences, summary
 
 with extra("lab"):
@@ -73,6 +75,10 @@ def write_report(
     routers = family_health(found)
     if routers:
         charts |= {"loads": load_chart(found), "entropy": entropy_chart(found), "dead": dead_chart(found)}
+    explored = exploration(runs)
+    section = search_section(found, explored) if explored else None
+    if section:
+        charts |= section.charts
     card = _card(runs, baseline)
     names = [field.name for field in fields(Run) if field.name not in ("curve", "routers")]  # the store keeps them
     environment = jinja2.Environment(
@@ -97,13 +103,15 @@ def write_report(
         command=command,
         card=card,
         routers=routers,
+        search=section,
         refresh=refresh,
         downloads={
             "runs.csv": _data("text/csv", _csv([{name: getattr(run, name) for name in names} for run in runs])),
             "summary.json": _data("application/json", _json(found)),
             "law_card.json": _data("application/json", json.dumps(card, indent=1)),
         }
-        | ({"routers.csv": _data("text/csv", _csv(router_rows(runs)))} if routers else {}),
+        | ({"routers.csv": _data("text/csv", _csv(router_rows(runs)))} if routers else {})
+        | ({"candidates.csv": _data("text/csv", _csv(section.table))} if section else {}),
     )
     _replace(Path(path), page.encode(), "report")
 

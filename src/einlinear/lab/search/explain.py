@@ -46,23 +46,25 @@ def _lines(searched: Searched, family: str) -> list[str]:
     axes: tuple[Axis, Axis] = ("flops", "seconds")
     return [
         family,
-        *(_verdict(searched.runs, family, axis) for axis in axes),
-        *(line for axis in axes for line in _parts(searched.runs, family, axis)),
-        f"  taxonomy     {_taxonomy(candidate)}",
+        *(f"  {axis:11}  {verdict(searched.runs, family, axis)}" for axis in axes),
+        *(f"    {said}" for axis in axes if (said := parts(searched.runs, family, axis))),
+        f"  taxonomy     {in_words(candidate.psi, candidate.nu, candidate.omega)}",
         f"  costs        {_costs(candidate)}",
         f"  exploration  {_exploration(explored, number)}",
     ]
 
 
-def _verdict(runs: Sequence[Run], family: str, axis: Axis) -> str:
+def verdict(runs: Sequence[Run], family: str, axis: Axis) -> str:
+    """The multiplier of a confirmed family in words, or why there is none."""
     found = multiplier(runs, family, axis=axis)
-    return f"  {axis:11}  {found if found.reason else f'dense needs {found} its {AXES[axis]}: {found.verdict}'}"
+    return str(found) if found.reason else f"dense needs {found} its {AXES[axis]}: {found.verdict}"
 
 
-def _parts(runs: Sequence[Run], family: str, axis: Axis) -> list[str]:
+def parts(runs: Sequence[Run], family: str, axis: Axis) -> str:
     """The multiplier as what is saved at equal size times what the difference in loss is worth to dense.
 
-    ln C_dense(L) / C = ln C_dense(size) / C + ln C_dense(L) / C_dense(L_dense), the mean over sizes that both have.
+    ln C_dense(L) / C = ln C_dense(size) / C + ln C_dense(L) / C_dense(L_dense), the mean over sizes that both have;
+    empty where there are none.
     """
     done = [run for run in runs if run.purpose == "measure" and run.loss is not None]
     dense = {(run.width, run.tokens, run.seed): run for run in done if run.family == "dense"}
@@ -74,24 +76,24 @@ def _parts(runs: Sequence[Run], family: str, axis: Axis) -> list[str]:
     try:
         reference = Reference(list(dense.values()), axis)
     except ValueError:  # the multiplier has said why
-        return []
+        return ""
     if not pairs:
-        return []
+        return ""
     saved = math.exp(_mean([math.log(getattr(plain, axis) / getattr(run, axis)) for run, plain in pairs]))
     lost = _mean([(run.loss or 0.0) - (plain.loss or 0.0) for run, plain in pairs])
     worth = math.exp(
         _mean([reference.log_cost(run.loss or 1.0) - reference.log_cost(plain.loss or 1.0) for run, plain in pairs])
     )
     direction = "higher" if lost > 0 else "lower"
-    return [
-        f"    at equal width and tokens it takes {1 / saved:.3g} of dense's {AXES[axis]}; its loss is {abs(lost):.3g} "
+    return (
+        f"at equal width and tokens it takes {1 / saved:.3g} of dense's {AXES[axis]}; its loss is {abs(lost):.3g} "
         f"nats {direction}, worth a factor {worth:.3g} of compute to dense; {saved:.3g} × {worth:.3g} = "
         f"{saved * worth:.3g}, the mean over {len(pairs)} pairs of runs"
-    ]
+    )
 
 
-def _taxonomy(candidate: Candidate) -> str:
-    psi, nu, omega = candidate.psi, candidate.nu, candidate.omega
+def in_words(psi: float, nu: float, omega: float) -> str:
+    """What the three exponents of a structure say."""
     rank = "rank grows like dense's" if psi >= 1 else f"rank only as width^{psi:g}"
     sharing = "no weight is used twice" if omega <= 0 else f"each weight is used width^{omega:g} times"
     return f"ψ = {psi:g} ({rank}), ν = {nu:g} (FLOPs as width^{1 + nu:g}), ω = {omega:g} ({sharing})"

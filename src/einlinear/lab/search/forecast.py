@@ -10,7 +10,7 @@ from einlinear.lab.forecast import Forecast
 from einlinear.lab.forecast import forecast as forecast_comparison
 from einlinear.lab.machine import Machine
 from einlinear.lab.search.plan import SearchPlan
-from einlinear.lab.search.strategy import HALVING
+from einlinear.lab.search.strategy import shares
 from einlinear.lab.train import Training
 
 
@@ -63,26 +63,18 @@ def forecast(plan: SearchPlan, task: Task, machine: Machine | None = None) -> Se
     confirmation = forecast_comparison(plan.finalists(*stand_ins), task, machine)
 
     rungs = plan.rungs(task)
-    dense = plan.trunk(task, "dense", plan.confirmation.rates[0], len(rungs) - 1)
-    unit = dense.run(task, rungs[-1]).flops
+    unit = float(plan.trunk(task, "dense", plan.confirmation.rates[0], 0).run(task, rungs[-1]).flops)
     mine = [part for part in confirmation.parts if part.family in stand_ins]
     pace = sum(part.seconds / part.flops for part in mine) / len(mine)
-    whole = (
-        sum(plan.trunk(task, family, dense.rate, 0).run(task, rungs[-1]).flops for family in stand_ins) / count / unit
-    )
-    paid = [
-        (h - (dense.branch(before) if before else 0)) / rungs[-1] for before, h in zip((0, *rungs), rungs, strict=False)
-    ]
-    each = sum(share / HALVING**rung for rung, share in enumerate(paid))
     if plan.objective == "seconds":
         plain = next(part for part in confirmation.parts if part.family == "dense")
-        seconds = plan.budget * unit * plain.seconds / plain.flops
-        flops = seconds / pace
-    else:
-        flops = plan.budget * unit
-        seconds = flops * pace
-    begun = min(float(len(pool)), flops / unit / whole / each)
-    spread = tuple(begun / HALVING**rung for rung in range(len(rungs)))
+        unit *= plain.seconds / plain.flops
+    costs = plan.costs(task, pool, unit)
+    spent = min(plan.budget * unit, costs.sum())
+    begun = spent * shares(costs, plan.budget * unit) / costs.mean(axis=0)
+    spread = tuple(min(float(len(pool)), count) for count in begun)
+    seconds = spent if plan.objective == "seconds" else spent * pace
+    flops = seconds / pace
     runs = sum(spread) + sum(part.trials + part.runs for part in confirmation.parts)
     return SearchForecast(
         plan, len(pool), spread, flops, seconds, runs * _evaluating(plan, task, machine), confirmation

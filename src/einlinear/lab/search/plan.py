@@ -1,14 +1,18 @@
 """What a search sets out to do: the space, how its candidates are tried, and how the best of them are confirmed."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
 
 import einlinear as el
 from einlinear.lab.compare import Plan
 from einlinear.lab.compare import default_plan as default_comparison
 from einlinear.lab.data import Task
 from einlinear.lab.laws import Axis
+from einlinear.lab.laws.minimise import Floats
 from einlinear.lab.train import Trunk
 from einlinear.space import SHAPES, Candidate, candidates
 
@@ -99,6 +103,11 @@ class SearchPlan:
         """The horizons in steps."""
         return tuple(sorted({self.confirmation.steps(task, tokens) for tokens in self.horizons}))
 
+    def paid(self, task: Task) -> list[float]:
+        """The share of each horizon's training that is left to pay where the horizon before was trained and kept."""
+        trunk, rungs = self.trunk(task, "dense", 1.0, 0), self.rungs(task)
+        return [1.0, *(1 - trunk.branch(before) / after for before, after in pairwise(rungs))]
+
     def trunk(self, task: Task, family: str, rate: float, rung: int) -> Trunk:
         """The training that takes a candidate to a horizon, from the one before where that is kept."""
         rungs, plan = self.rungs(task), self.confirmation
@@ -106,6 +115,21 @@ class SearchPlan:
             family=family, width=self.width, depth=plan.depth, rate=rate, seed=self.seed, horizons=(rungs[rung],),
             recipe=plan.recipe, purpose="search", continued=rung + 1 < len(rungs),
         )  # fmt: skip
+
+    def costs(self, task: Task, pool: Sequence[Candidate], unit: float) -> Floats:
+        """What training each candidate to each horizon, from the one before, is expected to cost, `[pool, horizons]`.
+
+        In the units of the objective: FLOPs are counted, seconds modelled, from `unit`, those of dense to the last.
+        """
+        rungs = self.rungs(task)
+        last = [
+            self.trunk(task, one.family, 1.0, len(rungs) - 1).run(task, rungs[-1]).flops
+            if self.objective == "flops"
+            else (one.seconds or one.flops) * unit
+            for one in pool
+        ]
+        parts = [rung / rungs[-1] * paid for rung, paid in zip(rungs, self.paid(task), strict=True)]
+        return np.asarray(np.outer(last, parts), dtype=np.float64)
 
     def finalists(self, *families: str) -> Plan:
         """The confirmation, of these families too."""

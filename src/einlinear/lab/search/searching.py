@@ -114,7 +114,7 @@ def explore(
     """The exploration alone, given the runs of the confirmation's comparison for dense."""
     machine = machine or Machine.here()
     task = plan.confirmation.cut(task)
-    meter = _Meter(progress)
+    meter = _Meter(progress, lambda run: _paid(plan, task, run) / (plan.budget * _unit(plan, task, dense)))
     with Sweep(task, store, machine, folder, meter.observe) as sweep:
         explored = _explored(plan, task, dense, machine, sweep.train, meter.spent)
         for number, rung in explored.runs:
@@ -156,23 +156,20 @@ def _explored(
     pool = plan.pool(machine.device)
     dense = [run for run in dense if run.family == "dense" and run.purpose == "measure" and run.status == "done"]
     reference = Reference(dense, plan.objective)
-    rate, rungs, runs = dense[0].rate, plan.rungs(task), dict[tuple[int, int], Run]()
+    rate, runs, unit = dense[0].rate, dict[tuple[int, int], Run](), _unit(plan, task, dense)
 
     def measure(asked: Sequence[tuple[int, int]]) -> list[Outcome]:
         trunks = [plan.trunk(task, pool[number].family, rate, rung) for number, rung in asked]
         outcomes = []
-        for pair, trunk, run in zip(asked, trunks, train(trunks), strict=True):
+        for pair, run in zip(asked, train(trunks), strict=True):
             runs[pair] = run
-            before = trunk.branch(rungs[pair[1] - 1]) if pair[1] else 0
-            paid = getattr(run, plan.objective) * (1 - before / rungs[pair[1]])
             worth = reference.worth(run)
-            outcomes.append(Outcome(worth.value, worth.variance, paid))
+            outcomes.append(Outcome(worth.value, worth.variance, _paid(plan, task, run)))
         return outcomes
 
     found = guided_search(
-        features(pool), len(rungs), measure, plan.budget * _unit(plan, task, dense), seed=plan.seed,
-        together=max(1, machine.workers), told=told,
-    )  # fmt: skip
+        features(pool), plan.costs(task, pool, unit), measure, plan.budget * unit, seed=plan.seed, told=told
+    )
     return Explored(plan, task, tuple(pool), reference, rate, found, runs)
 
 
@@ -200,8 +197,9 @@ def _confirming(plan: Plan, task: Task, store: Store) -> list[Run]:
 class _Meter:
     """Tells how far an exploration has come, and how long it will take by what it has taken."""
 
-    def __init__(self, progress: Callable[[Progress], object]) -> None:
-        self._progress, self._runs, self._share = progress, 0, 0.0
+    def __init__(self, progress: Callable[[Progress], object], paid: Callable[[Run], float]) -> None:
+        """Also given the share of the budget that a run takes."""
+        self._progress, self._paid, self._runs, self._share = progress, paid, 0, 0.0
         self._begun: tuple[float, float] | None = None  # when training began, and the share that was spent by then
 
     def observe(self, trunk: Trunk, event: Event) -> None:
@@ -209,11 +207,12 @@ class _Meter:
         if self._begun is None:
             self._begun = time.monotonic(), self._share
         if isinstance(event, Run):
+            self._share = min(1.0, self._share + self._paid(event))
             self._tell(event)
 
     def spent(self, share: float) -> None:
-        """Takes note of the share of the budget that is spent."""
-        self._share = min(1.0, share)
+        """Takes note of the share of the budget that is spent, what was found in the store included."""
+        self._share = min(1.0, max(share, self._share))
         self._tell()
 
     def _tell(self, run: Run | None = None) -> None:
@@ -223,6 +222,13 @@ class _Meter:
             left = (time.monotonic() - self._begun[0]) * (1 - self._share) / (self._share - self._begun[1])
         total = max(self._runs, round(self._runs / self._share)) if self._share else self._runs
         self._progress(Progress(self._share, left, self._runs, total, run))
+
+
+def _paid(plan: SearchPlan, task: Task, run: Run) -> float:
+    """What a run cost, given the checkpoint of the horizon before."""
+    step = plan.confirmation.recipe.tokens(task)
+    share = plan.paid(task)[plan.rungs(task).index(run.tokens // step)]
+    return float(getattr(run, plan.objective)) * share
 
 
 def _unit(plan: SearchPlan, task: Task, dense: Sequence[Run]) -> float:

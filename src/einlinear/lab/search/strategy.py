@@ -1,16 +1,14 @@
-"""In which order candidates are trained: halving along the horizons, new ones where the surrogate hopes for most."""
+"""In which order candidates are trained: halving along the horizons, sized to the budget, judged by a surrogate."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from einlinear.lab.laws.minimise import Floats
+from einlinear.lab.laws.minimise import Floats, Integers
 from einlinear.lab.search.surrogate import Surrogate
 
-FIRST = 4  # candidates at random before the surrogate has a say
-HALVING = 2  # one of so many goes on to the next horizon
-HOPE = 1.0  # deviations above its mean that a new candidate is judged by
+HALVING = 3.0  # one of so many goes on to the next horizon, where the budget does not reach for more
 
 
 @dataclass(frozen=True)
@@ -52,59 +50,63 @@ class Found:
 
 def guided_search(
     features: Floats,
-    rungs: int,
+    costs: Floats,
     measure: Measure,
     budget: float,
     *,
     seed: int = 0,
-    together: int = 1,
     told: Callable[[float], object] = lambda spent: None,
 ) -> Found:
     """Searches until the budget is spent.
 
-    Of the candidates trained to one horizon half go on to the next, each time the one with the highest mean of the
-    surrogate at the last; when none may, a new candidate is begun: that of the highest mean plus one deviation.
-    Asynchronous halving (Li et al. 2020, "A system for massively parallel hyperparameter tuning",
-    https://arxiv.org/abs/1810.05934) with the surrogate as judge. The same seed and outcomes give the same trials.
+    Successive halving (Jamieson and Talwalkar 2016, "Non-stochastic best arm identification and hyperparameter
+    optimization", https://arxiv.org/abs/1502.07943): as many candidates, drawn at random, are begun as the budget
+    allows if one of `HALVING` goes on at each horizon; where there are not so many, more of them go on. Who goes on is
+    who has the highest mean of the surrogate at the last horizon. (Beginning what the surrogate hopes for was measured
+    to gain nothing: what features tell of the first horizon does not hold at the last.)
+
+    What to train is asked for in few large batches, which do not depend on how many are trained at a time. The same
+    seed and outcomes give the same trials.
 
     Args:
         features: of the candidates, `[n, f]`.
-        rungs: horizons.
+        costs: expected of a training from the horizon before to each, `[n, horizons]`.
         measure: trains.
         budget: in the cost that outcomes have.
-        seed: of the first choices.
-        together: trainings at a time.
-        told: called after each batch with the share of the budget that is spent.
+        seed: of the draw.
+        told: called before each batch with the share of the budget that is spent.
     """
-    surrogate = Surrogate(features, rungs)
-    trials: list[Trial] = []
-    fresh = np.random.default_rng(seed).permutation(len(features)).tolist()
-    while (spent := sum(trial.outcome.cost for trial in trials)) < budget:
-        told(spent / budget)
-        known = len(trials) >= min(FIRST, len(features))
-        if known:
-            surrogate.fit(*_columns(trials))
-        batch: list[tuple[int, int]] = []
-        for _ in range(together):
-            choice = _promoted(trials, batch, rungs, surrogate) if known else None
-            if choice is None and fresh:
-                place = 0
-                if known:
-                    mean, deviation = surrogate.predict(np.array(fresh))
-                    place = int((mean + HOPE * deviation).argmax())
-                choice = fresh.pop(place), 0
-            if choice is not None:
-                batch.append(choice)
-        if not batch:
-            break
-        trials += [Trial(*pair, outcome) for pair, outcome in zip(batch, measure(batch), strict=True)]
+    count, rungs = costs.shape
+    surrogate, trials = Surrogate(features, rungs), list[Trial]()
+    drawn = np.random.default_rng(seed).permutation(count).tolist()
+    at = np.full(count, -1)
+    weights = shares(costs, budget)
+
+    def left() -> float:
+        return budget - sum(trial.outcome.cost for trial in trials)
+
+    def train(ranked: Sequence[int], rung: int, allowed: float) -> bool:
+        """The first of these until what is allowed has been spent, one of them at least."""
+        expected = np.cumsum(costs[ranked, rung]) if len(ranked) else np.zeros(0)
+        chosen = list(ranked[: 1 + int((expected < allowed).sum())])
+        if not chosen or left() <= 0:
+            return False
+        told(1 - left() / budget)
+        asked = [(candidate, rung) for candidate in chosen]
+        trials.extend(Trial(*pair, outcome) for pair, outcome in zip(asked, measure(asked), strict=True))
+        at[chosen] = rung
+        surrogate.fit(*_columns(trials))
+        return True
+
+    went_on = True
+    while went_on and left() > 0:  # once, and again where rounding left some of the budget
+        went_on = False
+        for rung in range(rungs):
+            waiting = _ordered(np.flatnonzero(at == rung - 1), surrogate) if rung else [n for n in drawn if at[n] < 0]
+            went_on |= train(waiting, rung, left() * weights[rung] / weights[rung:].sum())
     told(1.0)
-    furthest = max(trial.rung for trial in trials)
-    there = np.array(sorted({trial.candidate for trial in trials if trial.rung == furthest}))
-    surrogate.fit(*_columns(trials))
-    mean, _ = surrogate.predict(there)
-    order = np.argsort(-mean)
-    return Found(tuple(trials), tuple(there[order].tolist()), mean[order], surrogate)
+    ranking = _ordered(np.flatnonzero(at == at.max()), surrogate)
+    return Found(tuple(trials), tuple(ranking), surrogate.predict(np.array(ranking))[0], surrogate)
 
 
 def random_search(count: int, rungs: int, measure: Measure, budget: float, *, seed: int = 0) -> Found:
@@ -118,19 +120,22 @@ def random_search(count: int, rungs: int, measure: Measure, budget: float, *, se
     return Found(tuple(trials), tuple(t.candidate for t in order), np.array([t.outcome.value for t in order]))
 
 
-def _promoted(
-    trials: Sequence[Trial], batch: Sequence[tuple[int, int]], rungs: int, surrogate: Surrogate
-) -> tuple[int, int] | None:
-    """The candidate that may go on, from the furthest rung first."""
-    asked = [(trial.candidate, trial.rung) for trial in trials] + list(batch)
-    for rung in reversed(range(rungs - 1)):
-        here = [trial.candidate for trial in trials if trial.rung == rung]
-        gone = {candidate for candidate, at in asked if at == rung + 1}
-        waiting = np.array([candidate for candidate in here if candidate not in gone], dtype=int)
-        if len(waiting) and len(gone) < len(here) // HALVING:
-            mean, _ = surrogate.predict(waiting)
-            return int(waiting[mean.argmax()]), rung + 1
-    return None
+def shares(costs: Floats, budget: float) -> Floats:
+    """Of each horizon in the budget: what it costs on average, times the share of candidates that get there."""
+    each, rungs = costs.mean(axis=0), np.arange(costs.shape[1])
+    for halving in np.linspace(HALVING, 1.0, 41):
+        weights = np.asarray(each / halving**rungs)
+        if len(costs) * weights.sum() >= budget:
+            break
+    return np.asarray(weights / weights.sum())
+
+
+def _ordered(which: Integers, surrogate: Surrogate) -> list[int]:
+    """Candidates, the most promising at the last horizon first."""
+    if not len(which):
+        return []
+    mean, _ = surrogate.predict(which)
+    return [int(candidate) for candidate in which[np.argsort(-mean, kind="stable")]]
 
 
 def _columns(trials: Sequence[Trial]) -> tuple[list[int], list[int], list[float], list[float]]:

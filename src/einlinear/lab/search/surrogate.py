@@ -13,11 +13,12 @@ from einlinear.space import Candidate
 with extra("lab"):
     from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped]
     from sklearn.gaussian_process import GaussianProcessRegressor  # type: ignore[import-untyped]
-    from sklearn.gaussian_process.kernels import RBF, ConstantKernel  # type: ignore[import-untyped]
+    from sklearn.gaussian_process.kernels import RBF, ConstantKernel, Matern, WhiteKernel  # type: ignore[import-untyped]
 
 FEATURES = ("ψ", "ν", "ω", "ln FLOPs", "ln parameters", "ln seconds")
 SMOOTH = 2.0  # deviations of a feature over which what it says changes
-LASTING = 1.5  # rungs over which a candidate's own part, and the trend of all, change
+LASTING = 4.0  # rungs over which what is told of a candidate, and of all, is forgotten
+POOR = 2.0  # ln multipliers below the best of a horizon at which all are equally poor
 NAME = 1e-6  # between candidates' numbers: nothing to what is smooth in features
 REFITS = 1.5  # times as many results as at the last choice of the kernel's scales ask for another
 
@@ -37,9 +38,9 @@ def features(pool: Sequence[Candidate]) -> Floats:
 class Surrogate:
     """ln multiplier as the sum of three parts: smooth in features and horizon, the trend of all, and each one's own.
 
-    The last is what features do not tell: nearly the same at neighbouring horizons, less so at distant ones. That of
-    all makes up for later horizons having seen only what was promising at earlier ones. Each result has its own
-    variance.
+    The last is what features do not tell. The trend of all makes up for later horizons having seen only what was
+    promising at earlier ones. Along horizons each part is a process without memory (Matérn 1/2): the last result of a
+    candidate counts, and no slope is continued, which was measured to rank worse. Each result has its own variance.
     """
 
     def __init__(self, features: Floats, rungs: int) -> None:
@@ -48,25 +49,31 @@ class Surrogate:
         self._mean, self._seen = 0.0, 0
         self._process: GaussianProcessRegressor | None = None
         # Sizes of the parts are chosen by likelihood, scales are not: a search has too few results.
-        far = [1e6] * features.shape[1]  # scales of what a part does not look at
-        smooth = RBF([*[SMOOTH] * features.shape[1], LASTING, 1e6], "fixed")
-        trend, own = RBF([*far, LASTING, 1e6], "fixed"), RBF([*far, LASTING, 1e-3 * NAME], "fixed")
+        far, last = [1e6] * features.shape[1], 1e-3 * NAME  # scales of what a part does not look at, and of equality
+        smooth = RBF([*[SMOOTH] * features.shape[1], 1e6, 1e6], "fixed")
+        along = Matern([*far, LASTING, 1e6], "fixed", nu=0.5)
+        own = Matern([*far, LASTING, last], "fixed", nu=0.5)
         self._kernel = (
-            ConstantKernel(0.1, (1e-3, 3.0)) * smooth
-            + ConstantKernel(0.1, (1e-3, 3.0)) * trend
-            + ConstantKernel(0.1, (1e-3, 3.0)) * own
+            ConstantKernel(0.3, (1e-3, 10.0)) * smooth * along
+            + ConstantKernel(0.3, (1e-3, 10.0)) * along
+            + ConstantKernel(0.3, (1e-3, 10.0)) * own
+            + WhiteKernel(0.03, (1e-4, 1.0))
         )
 
     def fit(self, which: Sequence[int], rung: Sequence[int], value: Sequence[float], variance: Sequence[float]) -> None:
-        """Takes all results so far, `[m]` each."""
+        """Takes all results so far, `[m]` each. Very poor ones count as poor: how poor would only blur the others."""
+        worths, rungs = np.asarray(value), np.asarray(rung)
+        for at in set(rung):
+            here = rungs == at
+            worths = np.where(here, np.maximum(worths, worths[here].max() - POOR), worths)
         again = len(which) >= REFITS * self._seen
-        self._mean = float(np.median(value))
+        self._mean = float(np.median(worths))
         self._process = GaussianProcessRegressor(
             self._kernel, alpha=np.asarray(variance), optimizer="fmin_l_bfgs_b" if again else None
         )
         with warnings.catch_warnings():  # a scale at its bound is an answer
             warnings.simplefilter("ignore", ConvergenceWarning)
-            self._process.fit(self._inputs(np.asarray(which), np.asarray(rung)), np.asarray(value) - self._mean)
+            self._process.fit(self._inputs(np.asarray(which), rungs), worths - self._mean)
         if again:
             self._kernel, self._seen = self._process.kernel_, len(which)
 

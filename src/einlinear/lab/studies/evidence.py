@@ -13,7 +13,8 @@ Verdict = Literal["holds", "does not hold", "undecided"]
 class Part:
     """One inequality that a claim says, and what was measured: a value with its 95 % interval.
 
-    It is claimed that the value lies above or below `bound`, or within it on both sides of zero.
+    It is claimed that the value lies above or below `bound`, or within it on both sides of zero. A `ratio` counts by
+    its logarithm.
     """
 
     what: str
@@ -22,6 +23,7 @@ class Part:
     high: float
     claimed: Literal["above", "below", "within"]
     bound: float
+    ratio: bool = False
 
     @property
     def asked(self) -> str:
@@ -45,6 +47,24 @@ class Part:
             case "within":
                 holds, fails = -bound < low <= high < bound, low > bound or high < -bound
         return "holds" if holds else "fails" if fails else "open"
+
+    @property
+    def runs_to_decide(self) -> float:
+        """How many times as many runs would decide, if the value stays: intervals narrow by the root of their number.
+
+        1 where it is decided, infinite where the value is what is claimed to the digit, NaN where it was not measured.
+        """
+        if self.outcome != "open":
+            return 1.0
+        bound = math.copysign(self.bound, self.value) if self.claimed == "within" else self.bound
+        ends = (self.value, bound, self.low, self.high)
+        value, bound, low, high = (math.log(max(end, 1e-300)) for end in ends) if self.ratio else ends
+        towards = high - value if bound > value else value - low
+        away = value - low if bound > value else high - value
+        narrow = towards / abs(bound - value) if bound != value else math.inf
+        if self.claimed == "within" and abs(value) < abs(bound):  # the other bound is farther off, but counts too
+            narrow = max(narrow, away / (abs(value) + abs(bound)))
+        return max(1.0, narrow**2)
 
 
 def verdict(parts: Sequence[Part]) -> Verdict:

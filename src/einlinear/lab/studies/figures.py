@@ -50,7 +50,9 @@ def cost_figure(panels: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, 
     shape = alt.Shape("family:N", title=None, scale=alt.Scale(domain=names, range=list(SHAPES)[: len(names)]))
     charts = []
     for title, rows in panels.items():
-        x = logarithmic(alt.X, "cost", title.partition(" over ")[2], [row["cost"] for row in rows], "~s")
+        x = logarithmic(
+            alt.X, "cost", title.partition(" over ")[2].partition(",")[0], [row["cost"] for row in rows], "~s"
+        )
         y = logarithmic(alt.Y, "loss", "loss", [row["loss"] for row in rows], "~g")
         dots = alt.Chart({"values": list(rows)}).mark_point(filled=True, size=45, opacity=0.45)
         hull = alt.Chart({"values": [row for row in rows if row["hull"]]}).mark_line(strokeWidth=2)

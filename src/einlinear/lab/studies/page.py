@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from einlinear.lab.compare import Plan
 from einlinear.lab.extras import extra
@@ -13,7 +14,7 @@ from einlinear.lab.report.charts import VEGA_LITE
 from einlinear.lab.report.page import quantity
 from einlinear.lab.run import Run
 from einlinear.lab.studies.evidence import Finding, Table
-from einlinear.lab.studies.pricing import expected
+from einlinear.lab.studies.pricing import Timed, expected, read_steps
 from einlinear.lab.studies.protocol import TUNED, Experiment, Study, label, measured, place_of, read_runs
 
 with extra("lab"):
@@ -21,6 +22,8 @@ with extra("lab"):
 
 EXAMPLES = {"images", "teacher", "cifar10"}
 """Tasks of examples; the others are of sequences of tokens."""
+
+MANY = 100
 
 SIGNS = {"holds": "✓", "fails": "✗", "open": "?"}
 
@@ -40,11 +43,22 @@ def write_page(study: Study, folder: Path) -> Path:
         svg = vl_convert.vegalite_to_svg(finding.figure, vl_version=VEGA_LITE, allowed_base_urls=[])
         (folder / f"{study.name}-{scale}.svg").write_text(str(svg))
     path = folder / f"{study.name}.md"
-    path.write_text(page(study, found, findings), encoding="utf-8")
+    path.write_text(page(study, found, findings, steps_of(study, folder)), encoding="utf-8")
     return path
 
 
-def page(study: Study, runs: Mapping[str, Sequence[Run]], findings: Mapping[str, Finding]) -> str:
+def steps_of(study: Study, folder: Path) -> dict[str, list[Timed]]:
+    """Times of steps that lie beside a study's runs (`NAME-SCALE-steps.csv`), by scale."""
+    paths = {scale: folder / f"{study.name}-{scale}-steps.csv" for scale in study.scales}
+    return {scale: read_steps(path) for scale, path in paths.items() if path.exists()}
+
+
+def page(
+    study: Study,
+    runs: Mapping[str, Sequence[Run]],
+    findings: Mapping[str, Finding],
+    steps: Mapping[str, Sequence[Timed]] = MappingProxyType({}),
+) -> str:
     """The page's text: the verdicts on top, then what was run at each scale, and what was not."""
     lines = [f"# {study.title}", "", f"> {study.claim}", "", f"Source: {study.source}.", ""]
     for scale, finding in findings.items():
@@ -53,7 +67,7 @@ def page(study: Study, runs: Mapping[str, Sequence[Run]], findings: Mapping[str,
     for scale, experiments in study.scales.items():
         command = f"python recipes/claims.py {study.name}" + (f" --scale {scale}" if scale != "small" else "")
         if scale in findings:
-            lines += _run(study, scale, command, runs[scale], findings[scale])
+            lines += _run(study, scale, command, runs[scale], findings[scale], steps.get(scale, ()))
         else:
             lines += [
                 f"## {scale.capitalize()} scale: not run yet",
@@ -69,10 +83,13 @@ def page(study: Study, runs: Mapping[str, Sequence[Run]], findings: Mapping[str,
     return "\n".join(lines)
 
 
-def _run(study: Study, scale: str, command: str, runs: Sequence[Run], finding: Finding) -> list[str]:
+def _run(
+    study: Study, scale: str, command: str, runs: Sequence[Run], finding: Finding, steps: Sequence[Timed]
+) -> list[str]:
     """A scale that was run."""
     lines = [f"## {scale.capitalize()} scale: {_devices(runs)}", ""]
-    lines += [*_protocol(study.scales[scale]), f"* {_taken(runs)}", *_missing(study.scales[scale], runs), ""]
+    lines += [*_protocol(study.scales[scale]), f"* {_taken(runs)}", *_missing(study.scales[scale], runs)]
+    lines += [*_steps(f"{study.name}-{scale}-steps.csv", steps), ""]
     lines += [f"![{study.title}, {scale} scale]({study.name}-{scale}.svg)", ""]
     for table in (_parts(finding), *finding.tables):
         lines += [*_table(table), ""]
@@ -108,8 +125,9 @@ def _line(task: str, plan: Plan, rates: Sequence[float]) -> str:
     else:
         grid = f"{grid}, all of them"
     families, horizons = _listed([f"`{family}`" for family in plan.families]), _listed([*map(quantity, plan.horizons)])
+    grown = f" at width {recipe.base_width}, growing as width^{plan.growth:g}" if plan.growth else ""
     return (
-        f"* `{task}`: {how}{families}; widths {_listed(plan.widths)}, depth {plan.depth}; {horizons} {token}, "
+        f"* `{task}`: {how}{families}; widths {_listed(plan.widths)}, depth {plan.depth}; {horizons} {token}{grown}, "
         f"{recipe.batch} {sequence} a step; base rates {grid}; seeds {_listed(plan.seeds)}; {recipe.precision}."
     )
 
@@ -138,13 +156,32 @@ def _missing(experiments: Sequence[Experiment], runs: Sequence[Run]) -> list[str
     return [f"* **Not run** of these: {len(lacking)} of {len(wanted)} measurements ({words})."]
 
 
+def _steps(name: str, steps: Sequence[Timed]) -> list[str]:
+    """What a step took, by structure, from narrow to wide."""
+    if not steps:
+        return []
+    widths = sorted({one.width for one in steps})
+    times = {(one.family, one.width): f"{1000 * one.seconds:.3g}" for one in steps}
+    families = dict.fromkeys(one.family for one in steps)
+    each = [f"`{name}` {_listed([times.get((name, width), '–') for width in widths])}" for name in families]
+    where = _listed(sorted({one.device for one in steps}))
+    return [f"* A step, timed in turns ([{name}]({name}), {where}), at widths {_listed(widths)}: {'; '.join(each)} ms."]
+
+
 def _parts(finding: Finding) -> Table:
     rows = []
     for part in finding.parts:
         numbers = [f"{part.value:.3g}", f"{part.low:.3g} to {part.high:.3g}"]
         numbers = ["not measured", "–"] if math.isnan(part.value) else numbers
-        rows.append((f"{SIGNS[part.outcome]} {part.what}", *numbers, part.asked))
-    return Table(title="What the claim says", columns=("", "measured", "95 % interval", "claimed"), rows=tuple(rows))
+        more = "" if part.outcome != "open" else "–" if math.isnan(part.value) else _times(part.runs_to_decide)
+        rows.append((f"{SIGNS[part.outcome]} {part.what}", *numbers, part.asked, more))
+    columns = ("", "measured", "95 % interval", "claimed", "runs to decide, if it stays")
+    return Table(title="What the claim says", columns=columns, rows=tuple(rows))
+
+
+def _times(factor: float) -> str:
+    """How many times as many runs, to two digits; beyond a hundred it is no plan."""
+    return f"{factor:.2g} ×" if factor < MANY else f"> {MANY} ×"
 
 
 def _table(table: Table) -> list[str]:

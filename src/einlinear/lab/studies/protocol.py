@@ -105,7 +105,7 @@ def measure(
     """Every run of a study, from the store or trained now; interrupted, the same call goes on where it stopped.
 
     All experiments on a task are trained together: first every trial of a rate, then what is measured, one seed after
-    the other and the costliest first, so that a study that is cut short has its first seeds whole.
+    the other and from narrow to wide, so that what a study has that is cut short compares.
     """
     runs: dict[object, Run] = {}
     for task, plans in _by_task(experiments).items():
@@ -134,7 +134,7 @@ def _measured(
 
         tuning, rates = compare.tune(plans, task, train)
         trunks = [trunk for plan, own in zip(plans, rates, strict=True) for trunk in plan.trunks(task, own)]
-        return tuning + train(sorted(trunks, key=lambda trunk: (trunk.seed, -trunk.run(task, trunk.steps).flops)))
+        return tuning + train(sorted(trunks, key=lambda trunk: (trunk.seed, trunk.width, -trunk.run(task, 1).flops)))
 
 
 def collect(experiments: Sequence[Experiment], store: Store) -> list[Run]:

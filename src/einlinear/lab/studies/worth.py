@@ -23,12 +23,14 @@ class Question:
     claimed: str | None
     task: str | None = None  # None where the study has one
     training: bool = False  # by the training loss in place of the validation loss
+    longest: bool = False  # of every model its longest training alone, so that only the width is traded for cost
 
     @property
     def title(self) -> str:
         """For a panel."""
         task = f"{self.task}, " if self.task else ""
-        return f"{task}{'training' if self.training else 'validation'} loss over {AXES[self.axis]}"
+        loss, end = "training" if self.training else "validation", ", longest trainings" if self.longest else ""
+        return f"{task}{loss} loss over {AXES[self.axis]}{end}"
 
 
 def worth(runs: Sequence[Run], questions: Sequence[Question], baseline: str = "dense", bound: float = 1.0) -> Finding:
@@ -39,6 +41,8 @@ def worth(runs: Sequence[Run], questions: Sequence[Question], baseline: str = "d
         chosen = [run for run in labelled(runs) if question.task in (None, run.task)]
         if question.training:
             chosen = [replace(run, loss=training_loss(run)) for run in chosen]
+        if question.longest:
+            chosen = _longest(chosen)
         finished = [run for run in chosen if run.purpose == "measure" and run.status == "done" and run.loss]
         groups = cells_of(finished, question.axis)
         names = sorted(groups, key=lambda name: name != baseline)
@@ -57,7 +61,8 @@ def worth(runs: Sequence[Run], questions: Sequence[Question], baseline: str = "d
             if question.claimed and name.endswith(question.claimed):
                 what = f"the multiplier of {name} over {baseline} ({question.title})"
                 parts.append(Part(
-                    what=what, value=found.value, low=found.low, high=found.high, claimed="above", bound=bound
+                    what=what, value=found.value, low=found.low, high=found.high, claimed="above", bound=bound,
+                    ratio=True,
                 ))  # fmt: skip
     failed = sum(run.status != "done" for run in runs if run.purpose == "measure")
     if failed:
@@ -74,3 +79,11 @@ def worth(runs: Sequence[Run], questions: Sequence[Question], baseline: str = "d
         figure=cost_figure(panels),
         notes=tuple(notes),
     )
+
+
+def _longest(runs: Sequence[Run]) -> list[Run]:
+    """Of each model, its longest training."""
+    longest: dict[object, int] = {}
+    for run in runs:
+        longest[run.family, run.size] = max(run.tokens, longest.get((run.family, run.size), 0))
+    return [run for run in runs if run.tokens == longest[run.family, run.size]]

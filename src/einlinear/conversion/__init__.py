@@ -1,0 +1,1 @@
+"""Swaps the linear layers of a model for structured ones, chosen by name."""

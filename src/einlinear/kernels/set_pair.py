@@ -1,0 +1,319 @@
+"""Set-sorted tiles: BTT experts, whose sum over a token's experts never leaves an accumulator.
+
+An expert of two block-diagonal factors is a slice of the state between them. Tokens are sorted by
+their set of experts (`sets.py`), so that a tile of tokens has the same experts throughout: the first stage reads
+each row of x once for all of them, the second sums over them on the chip and writes each row of y
+once. No partial results, no atomics, no padding but to a multiple of 16 tokens a set (docs/experts.md).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from einlinear.kernels.select import logits_gradient, route
+from einlinear.kernels.sets import PIECE, RUN, Sizes, set_layout
+from einlinear.kernels.stage import add_partials, multiprocessors, tile
+
+
+@torch.library.custom_op("einlinear::set_pair", mutates_args=())
+def set_pair(
+    x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None,
+    index: Tensor, weight: Tensor, layout: Tensor, gates: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Two block-diagonal factors of each expert with a transposition between, weighed and summed.
+
+    Args:
+        x: `[tokens, slices * in]`.
+        first: `[experts, slices, rank * later slices, in]`.
+        second: `[experts, later slices, out, slices * rank]`.
+        bias: `[later slices * out]`.
+        index: `[tokens, active]`, the experts of each token, all different.
+        weight: `[tokens, active]`, float32, whose gradient is made.
+        layout, gates: `set_layout(index, weight, experts)`.
+
+    Returns:
+        `[tokens, later slices * out]`, and the state, for the backward pass.
+    """
+    return _forward(x, first, second, bias, layout, gates, index.shape[1])
+
+
+@set_pair.register_fake
+def _(
+    x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None,
+    index: Tensor, weight: Tensor, layout: Tensor, gates: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _empty(x, first, second, Sizes(x.shape[0], first.shape[0], index.shape[1]))
+
+
+@torch.library.custom_op("einlinear::set_pair_backward", mutates_args=())
+def set_pair_backward(
+    grad: Tensor, x: Tensor, first: Tensor, second: Tensor,
+    index: Tensor, weight: Tensor, layout: Tensor, gates: Tensor, z: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of `x`, `first`, `second` and `weight`."""
+    saved = _Saved(x.contiguous(), first.contiguous(), second.contiguous(), index, weight, layout, gates, z)
+    dz, dsecond, dweight = _backward_out(grad.contiguous(), saved)
+    dx, dfirst = _backward_into(dz, saved)
+    return dx, dfirst, dsecond, dweight
+
+
+@set_pair_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, first: Tensor, second: Tensor,
+    index: Tensor, weight: Tensor, layout: Tensor, gates: Tensor, z: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    like = (x, first, second, weight)
+    return tuple(one.new_empty(one.shape) for one in like)  # type: ignore[return-value]
+
+
+def _setup_pair(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    x, first, second, bias, *routing = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, first, second, *routing, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _pair_backward(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    dx, dfirst, dsecond, dweight = set_pair_backward(grad, *ctx.saved_tensors)
+    return dx, dfirst, dsecond, grad.sum(0) if ctx.has_bias else None, None, dweight, None, None
+
+
+set_pair.register_autograd(_pair_backward, setup_context=_setup_pair)
+
+
+@torch.library.custom_op("einlinear::routed_pair", mutates_args=())
+def routed_pair(
+    x: Tensor, router: Tensor, router_bias: Tensor | None, first: Tensor, second: Tensor, bias: Tensor | None,
+    active: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`set_pair` with the choices of a router of its own: the gradient of `x` is then written once for both.
+
+    Args:
+        x: `[tokens, slices * in]`.
+        router, router_bias, active: as in `einlinear.kernels.select.route`.
+        first, second, bias: as in `set_pair`.
+
+    Returns:
+        The output, the logits, which have gradients too; the chosen experts; and weights, layout, gates and state,
+        for the backward pass.
+    """
+    logits, index, weight = route(x, router, router_bias, active)
+    layout, gates = set_layout(index, weight, len(first))
+    y, z = _forward(x, first, second, bias, layout, gates, active)
+    return y, logits, index, weight, layout, gates, z
+
+
+@routed_pair.register_fake
+def _(
+    x: Tensor, router: Tensor, router_bias: Tensor | None, first: Tensor, second: Tensor, bias: Tensor | None,
+    active: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    logits, index, weight = route(x, router, router_bias, active)
+    layout, gates = set_layout(index, weight, first.shape[0])
+    y, z = _empty(x, first, second, Sizes(x.shape[0], first.shape[0], active))
+    return y, logits, index, weight, layout, gates, z
+
+
+@torch.library.custom_op("einlinear::routed_pair_backward", mutates_args=())
+def routed_pair_backward(
+    grad: Tensor | None, dlogits: Tensor | None, x: Tensor, router: Tensor, first: Tensor, second: Tensor,
+    index: Tensor, weight: Tensor, layout: Tensor, gates: Tensor, z: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of `x`, `router`, `first` and `second`."""
+    saved = _Saved(x.contiguous(), first.contiguous(), second.contiguous(), index, weight, layout, gates, z)
+    grad = x.new_zeros(len(x), second.shape[1] * second.shape[2]) if grad is None else grad.contiguous()
+    dz, dsecond, dweight = _backward_out(grad, saved)
+    total = logits_gradient(dlogits, dweight, x, len(router), index, weight)
+    dx, dfirst = _backward_into(dz, saved, router.to(x.dtype).contiguous(), total)
+    return dx, (total.mT @ x).to(router.dtype), dfirst, dsecond
+
+
+@routed_pair_backward.register_fake
+def _(
+    grad: Tensor | None, dlogits: Tensor | None, x: Tensor, router: Tensor, first: Tensor, second: Tensor,
+    index: Tensor, weight: Tensor, layout: Tensor, gates: Tensor, z: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    like = (x, router, first, second)
+    return tuple(one.new_empty(one.shape) for one in like)  # type: ignore[return-value]
+
+
+def _setup_routed(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    x, router, _, first, second, bias, _ = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, router, first, second, *output[2:])
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _routed_backward(ctx, grad: Tensor | None, dlogits: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    dx, drouter, dfirst, dsecond = routed_pair_backward(grad, dlogits, *ctx.saved_tensors)
+    dbias = grad.sum(0) if ctx.has_bias and grad is not None else None
+    return dx, drouter, None, dfirst, dsecond, dbias, None
+
+
+routed_pair.register_autograd(_routed_backward, setup_context=_setup_routed)
+
+
+@register_flop_formula(torch.ops.einlinear.set_pair)
+def _(
+    x: list[int], first: list[int], second: list[int], bias: object, index: list[int], *_: object, **__: object
+) -> int:
+    return _flops(x, first, second, index[1])
+
+
+@register_flop_formula(torch.ops.einlinear.set_pair_backward)
+def _(
+    grad: object, x: list[int], first: list[int], second: list[int], index: list[int], *_: object, **__: object
+) -> int:
+    return 2 * _flops(x, first, second, index[1])
+
+
+@register_flop_formula(torch.ops.einlinear.routed_pair)
+def _(
+    x: list[int], router: list[int], _: object, first: list[int], second: list[int], bias: object, active: int,
+    **__: object,
+) -> int:  # fmt: skip
+    return _flops(x, first, second, active) + 2 * x[0] * math.prod(router)
+
+
+@register_flop_formula(torch.ops.einlinear.routed_pair_backward)
+def _(
+    grad: object, dlogits: object, x: list[int], router: list[int], first: list[int], second: list[int],
+    index: list[int], *_: object, **__: object,
+) -> int:  # fmt: skip
+    return 2 * _flops(x, first, second, index[1]) + 4 * x[0] * math.prod(router)
+
+
+def _flops(x: list[int], first: list[int], second: list[int], active: int) -> int:
+    return 2 * x[0] * active * (math.prod(first) + math.prod(second)) // first[0]
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What the backward pass knows, contiguous."""
+
+    x: Tensor
+    first: Tensor
+    second: Tensor
+    index: Tensor
+    weight: Tensor
+    layout: Tensor
+    gates: Tensor
+    z: Tensor
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(len(self.x), len(self.first), self.index.shape[1])
+
+
+def _empty(x: Tensor, first: Tensor, second: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(x.shape[0], second.shape[1] * second.shape[2])
+    return y, x.new_empty(sizes.slots // PIECE, first.shape[1] * first.shape[2], PIECE)
+
+
+def _forward(
+    x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None, layout: Tensor, gates: Tensor, active: int
+) -> tuple[Tensor, Tensor]:
+    from einlinear.kernels import tiles_sets
+
+    sizes, x = Sizes(len(x), len(first), active), x.contiguous()
+    y, z = _empty(x, first, second, sizes)
+    _, *tables = sizes.split(layout)
+    with torch.cuda.device_of(x):
+        tiles_sets.into_forward[(first.shape[1], sizes.runs)](
+            x, first.contiguous(), z, *tables, sizes.runs, x.shape[1],
+            **_first(first, sizes), **_run_launch(first, 128),
+        )  # fmt: skip
+        tiles_sets.out_forward[(second.shape[1], sizes.runs)](
+            z, second.contiguous(), bias, y, gates, *tables, sizes.runs, y.shape[1],
+            **_second(second, sizes), HAS_BIAS=bias is not None, **_run_launch(second, 64),
+        )  # fmt: skip
+    return y, z
+
+
+def _backward_out(grad: Tensor, saved: _Saved) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of the state, of `second` and of `weight`."""
+    from einlinear.kernels import tiles_sets
+
+    second, sizes, index = saved.second, saved.sizes, saved.index.contiguous()
+    dz, dweight = torch.empty_like(saved.z), saved.weight.new_empty(saved.weight.shape)
+    dgate = saved.gates.new_empty(second.shape[1], sizes.slots)
+    starts, rooms, run_set, runs, token_of = sizes.split(saved.layout)
+    splits = _splits(second, sizes)
+    dsecond = saved.gates.new_empty(splits, second.numel())
+    with torch.cuda.device_of(grad):
+        tiles_sets.out_backward[(second.shape[1], sizes.experts, splits)](
+            grad, saved.z, second, saved.gates, dz, dgate, dsecond, starts, rooms, token_of, sizes.slots, grad.shape[1],
+            **_second(second, sizes), SPLITS=splits, **_tile_launch(second, 3),
+        )  # fmt: skip
+        tiles_sets.add_gates[(sizes.runs,)](
+            dgate, index, dweight, rooms, run_set, runs, token_of, sizes.runs, sizes.slots,
+            SLICES=second.shape[1], EXPERTS=sizes.experts, ACTIVE=sizes.active, RUN=RUN,
+        )  # fmt: skip
+    return dz, add_partials(dsecond, second).view(second.shape), dweight
+
+
+def _backward_into(
+    dz: Tensor, saved: _Saved, router: Tensor | None = None, dlogits: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `x`, its router's included where that is given, and of `first`."""
+    from einlinear.kernels import tiles_sets
+
+    x, first, sizes = saved.x, saved.first, saved.sizes
+    dx = torch.empty_like(x)
+    starts, *tables = sizes.split(saved.layout)
+    splits = _splits(first, sizes)
+    dfirst = saved.gates.new_empty(splits, first.numel())
+    with torch.cuda.device_of(x):
+        tiles_sets.into_backward_input[(first.shape[1], sizes.runs)](
+            dz, first, router, dlogits, dx, *tables, sizes.runs, x.shape[1],
+            **_first(first, sizes), BLOCK_EXPERTS=tile(sizes.experts), HAS_ROUTER=router is not None,
+            **_run_launch(first, 64),
+        )  # fmt: skip
+        tiles_sets.into_backward_weight[(first.shape[1], sizes.experts, splits)](
+            dz, x, dfirst, starts, tables[0], tables[-1], x.shape[1],
+            **_first(first, sizes), SPLITS=splits, **_tile_launch(first, 2),
+        )  # fmt: skip
+    return dx, add_partials(dfirst, first).view(first.shape)
+
+
+def _splits(factor: Tensor, sizes: Sizes) -> int:
+    """Programs that share the slots of one slice of one expert."""
+    programs = factor.shape[0] * factor.shape[1]
+    tiles = max(1, sizes.tokens * sizes.active // (sizes.experts * 64))
+    return max(1, min(tiles, -(-4 * multiprocessors(factor.device) // programs)))
+
+
+def _first(first: Tensor, sizes: Sizes) -> dict[str, int]:
+    _, slices, out, width = first.shape
+    return {"SLICES": slices, "OUT": out, "IN": width, "BLOCK_OUT": tile(out), "BLOCK_IN": tile(width), **_whole(sizes)}
+
+
+def _second(second: Tensor, sizes: Sizes) -> dict[str, int]:
+    _, slices, out, state = second.shape
+    blocks = {"BLOCK_OUT": tile(out), "BLOCK_STATE": tile(state)}
+    return {"SLICES": slices, "OUT": out, "STATE": state, **blocks, **_whole(sizes)}
+
+
+def _whole(sizes: Sizes) -> dict[str, int]:
+    return {"EXPERTS": sizes.experts, "ACTIVE": sizes.active, "PIECE": PIECE}
+
+
+def _run_launch(factor: Tensor, block: int) -> dict[str, int]:
+    """Tokens at once, warps and stages: the fastest of those measured; larger blocks of weights need more registers."""
+    if _large(factor):
+        return {"BLOCK": 64, "num_warps": 8, "num_stages": 1}
+    return {"BLOCK": block, "num_warps": 4, "num_stages": 1}
+
+
+def _tile_launch(factor: Tensor, stages: int) -> dict[str, int]:
+    if _large(factor):
+        return {"TILE": 64, "num_warps": 8, "num_stages": 3}
+    return {"TILE": 128, "num_warps": 4, "num_stages": stages}
+
+
+def _large(factor: Tensor) -> bool:
+    return tile(factor.shape[2]) * tile(factor.shape[3]) > 64 * 128
