@@ -3,7 +3,7 @@
     python recipes/experts.py --plan                  # what it takes here, before any of it is trained
     python recipes/experts.py                         # small, on a CPU
     python recipes/experts.py --scale h200 --task text --paths corpus/ --workers 4 --minutes 9
-    python recipes/experts.py --why --store runs/why.sqlite  # other rates, and experts evened out less
+    python recipes/experts.py --checks                # other rates, and experts evened out less
     python recipes/experts.py --health                # routers of 16 experts on `bytes`, 1000 steps
     python recipes/experts.py --clock                 # seconds of a step, once the machine does nothing else
 
@@ -16,7 +16,7 @@ import argparse
 import csv
 import json
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -24,14 +24,16 @@ from pathlib import Path
 import torch
 
 from einlinear.lab import compare
+from einlinear.lab.crew import Event
 from einlinear.lab.data import Task, load
 from einlinear.lab.forecast import forecast
 from einlinear.lab.machine import Machine
 from einlinear.lab.report import write_report
 from einlinear.lab.run import Run
 from einlinear.lab.store import Store
-from einlinear.lab.studies import Experiment, measure, timed, write_steps
+from einlinear.lab.studies import Experiment, timed, write_steps
 from einlinear.lab.studies.pricing import Timed
+from einlinear.lab.sweep import Sweep
 from einlinear.lab.train import Recipe, Trunk, train
 
 STANDARD = "moe(experts=8, active=2)"
@@ -64,10 +66,10 @@ PLANS = {
         context=64,
         seeds=(0, 1),
     ),
-    # Budgets over two decades and more. A window of minutes on a shared GPU: models of two blocks, wide ones first.
+    # Budgets over two decades and more. A window of minutes on a shared GPU: models of two blocks.
     # Blocks of a BTT at these widths are multiples of eight, as its kernels want them.
     "h200": compare.Plan(
-        families=(*FAMILIES[:1], *FAMILIES[2:], everywhere(16, 1)),
+        families=(*FAMILIES[:1], *FAMILIES[2:], everywhere(16, 1), everywhere(4, 4)),
         widths=(64, 128, 256, 384, 512),
         depth=2,
         horizons=tuple(BATCH * steps for steps in (200, 400, 800, 1600)),
@@ -78,7 +80,6 @@ PLANS = {
         seeds=(0, 1),
         extensions=2,
         growth=0.75,
-        wide_first=True,
     ),
 }
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -86,23 +87,19 @@ LEFT_OUT = ("curve", "routers", "spec")  # what the store keeps and a table of r
 HEALTHY = ("mixture(of='btt', experts=16, active=2)", "moe(experts=16, active=2)")
 
 
-WHY_RATE = 2**-7
-
-
-def why(plan: compare.Plan) -> tuple[compare.Plan, ...]:
-    """What may cost experts their loss: how strongly they are evened out, and a rate tuned at another width.
-
-    The first at the base width, with one rate; the second at twice the base width. Only the longest runs of each.
-    """
+def checks(plan: compare.Plan, task: Task, rates: Mapping[str, float]) -> list[Trunk]:
+    """What may cost experts their loss, to the longest horizon: how strongly they are evened out, at the base width, and
+    half and twice the tuned rate at twice that width."""
     longest = replace(plan, horizons=plan.horizons[-1:], seeds=plan.seeds[:1])
-    routed = replace(longest, families=(everywhere(16, 2),), widths=(plan.recipe.base_width,), rates=(WHY_RATE,))
-    evened = (
-        replace(routed, recipe=replace(plan.recipe, balance=balance, rebalance=rebalance))
-        for balance, rebalance in ((0.1, 0.01), (0.1, 0.001), (0.1, 0.0), (0.01, 0.01), (0.01, 0.001), (0.01, 0.0))
-    )
-    families = ("dense", STANDARD, everywhere(4, 2), everywhere(16, 2))
-    wider = replace(longest, families=families, widths=(2 * plan.recipe.base_width,))
-    return (*evened, *(replace(wider, rates=(rate,)) for rate in plan.rates))
+    narrow = replace(longest, families=(everywhere(16, 2),), widths=(plan.recipe.base_width,))
+    wider = replace(longest, families=("dense", everywhere(16, 2)), widths=(2 * plan.recipe.base_width,))
+    evened = [(0.1, 0.001), (0.1, 0.0), (0.01, 0.01), (0.01, 0.001), (0.01, 0.0)]  # the plan's are 0.1 and 0.01
+    recipes = [replace(plan.recipe, balance=balance, rebalance=step) for balance, step in evened]
+    trunks = [replace(trunk, recipe=recipe) for trunk in narrow.trunks(task, rates) for recipe in recipes]
+    trunks += [
+        replace(trunk, rate=rate) for trunk in wider.trunks(task, rates) for rate in (trunk.rate / 2, trunk.rate * 2)
+    ]
+    return [replace(trunk, purpose="check") for trunk in trunks]
 
 
 def run(plan: compare.Plan, task: Task, machine: Machine, options: argparse.Namespace) -> None:
@@ -110,23 +107,22 @@ def run(plan: compare.Plan, task: Task, machine: Machine, options: argparse.Name
     with Store(options.store) as store:
         folder = Path(options.store).with_suffix(".parts")
         with in_time(options.minutes):
-            done = compare.compare(plan, task, store, machine=machine, folder=folder, progress=told)
+            if options.checks:
+                with Sweep(task, store, machine, folder, heard) as sweep:
+                    _, (rates,) = compare.tune([plan], task, sweep.train)
+                    done = sweep.train(checks(plan, task, rates))
+            else:
+                done = compare.compare(plan, task, store, machine=machine, folder=folder, progress=told)
             print(f"all {len(done)} runs are done", flush=True)
         runs = store.runs()
     write_report(runs, options.report, command="python recipes/experts.py", plan=plan)
-    write_runs(runs, options.results / f"experts_{options.scale}.csv")
+    names = [field.name for field in fields(Run) if field.name not in LEFT_OUT]
+    write(
+        options.results / f"experts_{options.scale}.csv", ({name: getattr(run, name) for name in names} for run in runs)
+    )
     routed = [run for run in runs if run.family in HEALTHY and run.purpose == "measure" and run.status == "done"]
     longest = {run.width: max(other.tokens for other in routed if other.width == run.width) for run in routed}
     watched((run for run in routed if run.tokens == longest[run.width]), options.results, f"{options.scale}_routers")
-
-
-def run_why(plan: compare.Plan, machine: Machine, options: argparse.Namespace) -> None:
-    """Trains `why`, to a store of its own: these runs are no part of the comparison."""
-    experiments = [Experiment(task=options.task, plan=one, paths=tuple(options.paths)) for one in why(plan)]
-    with Store(options.store) as store:
-        with in_time(options.minutes):
-            measure(experiments, store, machine, Path(options.store).with_suffix(".parts"))
-        write_runs(store.runs(), options.results / f"experts_{options.scale}_why.csv")
 
 
 @contextmanager
@@ -142,18 +138,21 @@ def in_time(minutes: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def write_runs(runs: Iterable[Run], file: Path) -> None:
-    """A table of runs, without what is long."""
-    names = [field.name for field in fields(Run) if field.name not in LEFT_OUT]
-    write(file, ({name: getattr(run, name) for name in names} for run in runs))
+def heard(trunk: Trunk, event: Event) -> None:
+    if isinstance(event, Run):
+        print(described(event), flush=True)
 
 
 def told(progress: compare.Progress) -> None:
     if run := progress.run:
         left = f", {progress.seconds_left / 60:.0f} minutes left" if progress.seconds_left else ""
-        outcome = run.status if run.loss is None else f"{run.loss:.4f}"
-        what = f"{run.family} width {run.width} {run.tokens} tokens rate {run.rate:.4g} seed {run.seed} ({run.purpose})"
-        print(f"{progress.runs}/{progress.total} {what}: {outcome}{left}", flush=True)
+        print(f"{progress.runs}/{progress.total} {described(run)}{left}", flush=True)
+
+
+def described(run: Run) -> str:
+    outcome = run.status if run.loss is None else f"{run.loss:.4f}"
+    what = f"{run.family} width {run.width} {run.tokens} tokens rate {run.rate:.4g} seed {run.seed} ({run.purpose})"
+    return f"{what}: {outcome}"
 
 
 def health(steps: int, seeds: Iterable[int], machine: Machine, results: Path) -> None:
@@ -211,6 +210,8 @@ def main() -> None:
     parser.add_argument("--scale", choices=PLANS, default="small")
     parser.add_argument("--seeds", type=int, help="how many; a later call with more of them adds to it")
     parser.add_argument("--widths", type=int, nargs="+", help="only these; a later call with more of them adds to it")
+    parser.add_argument("--families", nargs="+", help="only these; a later call with more of them adds to it")
+    parser.add_argument("--wide-first", action="store_true", help="for many processes in a short time")
     parser.add_argument("--task", default="bytes")
     parser.add_argument("--paths", nargs="*", default=[])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -220,7 +221,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, default=Path("runs/experts.html"))
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of CSVs")
     parser.add_argument("--plan", action="store_true", help="say what it takes, instead")
-    parser.add_argument("--why", action="store_true", help="train what may explain the outcome, instead")
+    parser.add_argument("--checks", action="store_true", help="train what may explain the outcome, instead")
     parser.add_argument("--clock", action="store_true", help="time a step of each, instead")
     parser.add_argument("--health", type=int, nargs="?", const=1000, help="steps to watch routers for, instead")
     options = parser.parse_args()
@@ -229,6 +230,9 @@ def main() -> None:
         plan = replace(plan, seeds=tuple(range(options.seeds)))
     if options.widths:
         plan = replace(plan, widths=tuple(options.widths))
+    if options.families:
+        plan = replace(plan, families=tuple(options.families))
+    plan = replace(plan, wide_first=options.wide_first)
     machine = replace(Machine.here(options.device), workers=options.workers)
     if options.health:
         torch.set_num_threads(1)
@@ -236,9 +240,6 @@ def main() -> None:
         return
     if options.clock:
         clock(plan, machine, options)
-        return
-    if options.why:
-        run_why(plan, machine, options)
         return
     task = plan.cut(load(options.task, paths=options.paths))
     if options.plan:
