@@ -1,9 +1,9 @@
-"""Time of structured layers against `torch.nn.Linear` on one CPU thread, written as CSV.
+"""Time of structured layers against `torch.nn.Linear` on a CPU, written as CSV.
 
-    python benchmarks/cpu_forward.py [forward | few] [results.csv]
+    python benchmarks/cpu_forward.py [forward | few] [results.csv] [threads, by default 1]
 
 `einlinear bench` on the grid that the project is held to, and on few tokens, in float32 and in bfloat16: one process,
-medians of the thread's own CPU time (on a machine that others use, wall time measures them too).
+medians of the first thread's own CPU time (on a machine that others use, wall time measures them too).
 """
 
 import csv
@@ -28,16 +28,17 @@ GRIDS = {
 }
 
 
-def main(grid: str, path: Path) -> None:
-    torch.set_num_threads(1)
+def main(grid: str = "forward", path: str = "", threads: str = "1") -> None:
+    torch.set_num_threads(int(threads))
     torch.manual_seed(0)
     widths, counts, modes = GRIDS[grid]
+    file_path = Path(path) if path else RESULTS / f"cpu_{grid}.csv"
     rows: list[Row] = []
     for dtype in (torch.float32, torch.bfloat16):
         for width in widths:
             for tokens in counts:
                 rows += bench(FAMILIES, (width,), (tokens,), dtype=dtype, modes=modes)
-                with path.open("w", newline="") as file:
+                with file_path.open("w", newline="") as file:
                     writer = csv.DictWriter(file, rows[0].keys())
                     writer.writeheader()
                     writer.writerows(rows)
@@ -47,5 +48,4 @@ def main(grid: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    name = sys.argv[1] if sys.argv[1:] else "forward"
-    main(name, Path(sys.argv[2]) if sys.argv[2:] else RESULTS / f"cpu_{name}.csv")
+    main(*sys.argv[1:])

@@ -1,7 +1,7 @@
 """Every way to run a layer on one CPU thread, and dense, interleaved: what `einlinear.clock` is read off and held to.
 
-    python benchmarks/cpu_ways.py [results.csv]
-    python benchmarks/cpu_ways.py --fit
+    python benchmarks/cpu_ways.py [results.csv [dtype]]
+    python benchmarks/cpu_ways.py --fit [results.csv]
 
 Milliseconds: medians of the thread's own CPU time over rounds in which all ways of a case take turns. Goes on
 where a file that is there already ends. `held` marks widths that no constant was read off.
@@ -11,7 +11,7 @@ import csv
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy
@@ -35,19 +35,21 @@ FAMILIES = (
     el.Kronecker(),
     el.BLAST(blocks=4, rank=64),
 )
-FITTED = ((512, 512), (1024, 1024), (2048, 2048))
+FITTED = ((384, 384), (512, 512), (1024, 1024), (2048, 2048))
 HELD = ((768, 768), (1024, 4096), (4096, 1024), (1536, 1536))
 TOKENS = (1, 4, 16, 64, 256, 1024)
 LARGEST = 1024 * 2048 * 2048
 """Tokens times dense weights beyond which a case would take too long."""
+MADE = 1024 * 1024
+"""Dense weights beyond which, or for fewer than 64 tokens, the matrix is not made: that takes much too long."""
 RESULTS = Path(__file__).parent / "results" / "cpu_ways.csv"
-WAYS = ("dense", "rows", "columns", "blocked", "turned", "chain")
+WAYS = ("dense", "rows", "columns", "blocked", "turned", "native", "chain", "materialised")
 KEY = ("family", "d_in", "d_out", "tokens", "mode", "dtype")
 
 
-def cases() -> Iterator[tuple[el.Family, int, int, int, str, torch.dtype]]:
+def cases(dtypes: Sequence[torch.dtype]) -> Iterator[tuple[el.Family, int, int, int, str, torch.dtype]]:
     for widths in (*FITTED, *HELD):
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in dtypes:
             for tokens in TOKENS:
                 for mode in ("forward", "training"):
                     if tokens * widths[0] * widths[1] * (2 if mode == "training" else 1) <= LARGEST:
@@ -69,6 +71,8 @@ def measure(family: el.Family, d_in: int, d_out: int, tokens: int, mode: str, dt
 
     calls = {"dense": call(lambda: plain(x), [x, plain.weight], grad)}
     for kernel in KERNELS:
+        if kernel.name == "materialised" and (tokens < 64 or d_in * d_out > MADE):
+            continue
         if kernel.name in WAYS and kernel.refuses(structure, target) is None:
             run = kernel.prepare(structure)
             calls[kernel.name] = call(lambda run=run: run(factors, padded), [padded, *factors], wide)  # type: ignore[misc]
@@ -83,31 +87,32 @@ def measure(family: el.Family, d_in: int, d_out: int, tokens: int, mode: str, dt
     return {name: statistics.median(found[1:]) for name, found in times.items()}
 
 
-def main(path: Path = RESULTS) -> None:
+def main(path: str = str(RESULTS), dtype: str = "") -> None:
+    dtypes = [getattr(torch, dtype)] if dtype else [torch.float32, torch.bfloat16]
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    done = {tuple(row[name] for name in KEY) for row in read(path)} if path.exists() else set()
-    with path.open("a", newline="") as file:
+    done = {tuple(row[name] for name in KEY) for row in read(path)} if Path(path).exists() else set()
+    with Path(path).open("a", newline="") as file:
         writer = csv.DictWriter(file, ("held", *KEY, *WAYS, "device", "torch", "commit"))
         if not done:
             writer.writeheader()
-        for family, d_in, d_out, tokens, mode, dtype in cases():
-            here = provenance(torch.device("cpu"), dtype)
+        for family, d_in, d_out, tokens, mode, kind in cases(dtypes):
+            here = provenance(torch.device("cpu"), kind)
             key = {"family": str(family), "d_in": d_in, "d_out": d_out, "tokens": tokens, "mode": mode}
             key |= {name: here[name] for name in ("dtype", "device", "torch", "commit")}
             if tuple(str(key[name]) for name in KEY) not in done:
-                times = measure(family, d_in, d_out, tokens, mode, dtype)
+                times = measure(family, d_in, d_out, tokens, mode, kind)
                 found = {way: float(f"{ms:.4g}") for way, ms in times.items()}
                 writer.writerow({"held": int((d_in, d_out) in HELD), **key, **found})
                 file.flush()
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open() as file:
+def read(path: str) -> list[dict[str, str]]:
+    with Path(path).open() as file:
         return list(csv.DictReader(file))
 
 
-def fit(path: Path = RESULTS) -> None:
+def fit(path: str = str(RESULTS)) -> None:
     """Prints `einlinear.clock_cpu.COSTS`: non-negative factors, least in the sum of roots of relative errors."""
     samples: dict[tuple[str, int, bool], list[tuple[clock_cpu.Cost, float]]] = {}
     for row in read(path):
@@ -131,4 +136,4 @@ def fit(path: Path = RESULTS) -> None:
 
 
 if __name__ == "__main__":
-    fit() if sys.argv[1:] == ["--fit"] else main(*map(Path, sys.argv[1:]))
+    fit(*sys.argv[2:]) if sys.argv[1:2] == ["--fit"] else main(*sys.argv[1:])

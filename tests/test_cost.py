@@ -149,3 +149,18 @@ def test_costs_of_layers_too_large_to_allocate():
     structure = el.BTT(rank=1)(2**40, 2**40)
     assert el.parameters(structure) == 2 * 2**60
     assert el.generic_rank(structure) == 2**40
+
+
+@pytest.mark.parametrize("count", [el.flops, el.parameters, el.generic_rank, el.cheapest])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("btt", r"of 'btt': it is a text; .* el\.structure\('btt'\)\(512, 512\)"),
+        (el.Monarch(), r"it is a family; give it widths, as in Monarch\(\)\(512, 512\)"),
+        (el.Monarch, r"it is a family; give it widths, as in Monarch\(\)\(512, 512\)"),
+        (64, "it is of type int; pass a Structure, as in el"),
+    ],
+)
+def test_what_is_no_structure_is_refused_in_a_sentence(count, given, said):
+    with pytest.raises(el.StructureError, match=said):
+        count(given)

@@ -12,7 +12,7 @@ import einlinear
 
 ROOT = Path(einlinear.__file__).parent
 FLOORS = [
-    {"structure"},
+    {"structure", "toolchain"},
     {"family", "cost", "scaling", "links"},
     {"clock_cpu"},
     {"clock"},

@@ -63,3 +63,17 @@ def test_exponents_are_those_of_the_formulas():
 
 def test_exponents_are_plain_numbers(family):
     assert all(math.copysign(1, value) == 1 for value in el.taxonomy(family) if value == 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("btt", r"it is of type str; pass a family, as el\.structure\('btt'\)"),
+        (el.BTT()(64, 64), "a structure of one width, and exponents take a family"),
+        (el.Monarch, r"it is a class; pass a family, as el\.Monarch\(\)"),
+        (None, "it is of type NoneType; pass a family"),
+    ],
+)
+def test_what_is_no_family_is_refused_in_a_sentence(given, said):
+    with pytest.raises(el.StructureError, match=said):
+        el.taxonomy(given)

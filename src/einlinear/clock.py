@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from einlinear import clock_cpu
+from einlinear import clock_cpu, toolchain
 from einlinear.links import INTO, OUT_OF, STAGES, links
 from einlinear.structure import Structure, StructureError
 
@@ -125,6 +125,19 @@ def refuses_blocked(structure: Structure, here: Machine) -> str | None:
     if len(found) < 2 or any(link.spec not in STAGES for link in found):
         return "it takes two or more block-diagonal factors"
     return None
+
+
+def refuses_native(structure: Structure, here: Machine) -> str | None:
+    if not on_cpu(here):
+        return "it is compiled for CPUs"
+    found = links(structure)
+    if isinstance(found, str):
+        return found
+    if not all(
+        link.spec in STAGES or (link.spec == "mk,nk->mn" and link.view[1:] == link.weight[1:]) for link in found
+    ):
+        return "a factor is shared by several parts of its input"
+    return toolchain.refusal()
 
 
 def refuses_tiles(structure: Structure, here: Machine) -> str | None:
@@ -292,6 +305,7 @@ WAYS: dict[str, tuple[Refusal, Way]] = {
     "columns": (refuses_columns, measured("columns")),
     "blocked": (refuses_blocked, measured("blocked")),
     "turned": (refuses_blocked, measured("turned")),
+    "native": (refuses_native, measured("native")),
     "chain": (refuses_chain, chain),
     "reference": (refuses_nothing, reference),
     "materialised": (refuses_nothing, materialised),

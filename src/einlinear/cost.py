@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 from itertools import permutations
 
-from einlinear.structure import Structure
+from einlinear.structure import Structure, no_structure
 
 Network = dict[object, dict[object, float]]
 EMPTY = 1e-9
@@ -12,7 +12,11 @@ EMPTY = 1e-9
 
 
 def parameters(structure: Structure) -> int:
-    """The number of entries in all factors."""
+    """The number of entries in all factors.
+
+    Raises StructureError for what is no `Structure`, as all counts do.
+    """
+    _need(structure, "count the parameters of")
     return sum(math.prod(shape) for shape in structure.factor_shapes)
 
 
@@ -22,6 +26,7 @@ def flops(structure: Structure) -> int:
     Factors are applied in the order written; padding counts; a routed axis costs only its active
     entries. docs/mathematics.md section 1.
     """
+    _need(structure, "count the FLOPs of")
     sizes = {**structure.sizes}
     if structure.routed:
         sizes[structure.routed] = structure.active
@@ -43,11 +48,17 @@ def generic_rank(structure: Structure) -> int:
 
     A routed axis counts with its active entries.
     """
+    _need(structure, "find the rank of")
     sizes = {**structure.sizes}
     if structure.routed:
         sizes[structure.routed] = structure.active
     cut = math.prod(sizes[axis] for axis in _minimal_cut(structure, sizes))
     return min(cut, structure.d_in, structure.d_out)
+
+
+def _need(structure: Structure, doing: str) -> None:
+    if not isinstance(structure, Structure):
+        no_structure(doing, structure)
 
 
 def _minimal_cut(structure: Structure, sizes: dict[str, int]) -> set[str]:
@@ -103,6 +114,7 @@ def cheapest(structure: Structure, exhaustive: int = 6) -> Structure:
     run as it is written. Up to `exhaustive` factors every order is tried, beyond that only the
     given one and its reverse.
     """
+    _need(structure, "reorder the factors of")
     count = len(structure.factors)
     orders = permutations(range(count)) if count <= exhaustive else [range(count), range(count)[::-1]]
     candidates = (replace(structure, factors=tuple(structure.factors[k] for k in order)) for order in orders)

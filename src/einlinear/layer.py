@@ -100,7 +100,8 @@ class Linear(nn.Module):
     def effective_factors(self) -> list[Tensor]:
         """The factors as they are applied: capped where the layer has a cap."""
         if self.gains is None:
-            return list(self.factors)
+            held = self.factors._parameters  # asking the list for each of them takes as long as a small matmul
+            return [*held.values()] if len(held) == len(self.factors) else [*self.factors]  # type: ignore[list-item]
         capped = zip(self.factors, self.gains, self._ceilings, strict=True)
         return [factor * (gain / _excess(factor, ceiling)).to(factor.dtype) for factor, gain, ceiling in capped]
 

@@ -23,6 +23,18 @@ class StructureError(ValueError):
     """Anything a user can get wrong about a structure: its expression, sizes, widths or settings."""
 
 
+def no_structure(doing: str, given: object) -> NoReturn:
+    """Refuses what is not a `Structure` where one is needed, and names what to pass."""
+    if isinstance(given, str):
+        remedy = f"a text; name a family and give it widths, as in el.structure({given!r})(512, 512)"
+    elif callable(given):
+        name = given.__name__ + "()" if isinstance(given, type) else f"{given!r}"
+        remedy = f"a family; give it widths, as in {name}(512, 512)"
+    else:
+        remedy = f"of type {type(given).__name__}; pass a Structure, as in el.BTT(rank=2)(512, 512)"
+    raise StructureError(f"cannot {doing} {given!r}: it is {remedy}")
+
+
 @dataclass(frozen=True)
 class Step:
     """Applying one factor to the running state.

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from einlinear.cost import flops, generic_rank, parameters
 from einlinear.family import Family
-from einlinear.structure import Structure
+from einlinear.structure import Structure, StructureError
 
 WIDTHS = (2**60, 2**120, 2**240)
 """Widths that measure an exponent, each the square of the one before; lower orders vanish at them."""
@@ -17,7 +17,17 @@ def taxonomy(family: Family) -> tuple[float, float, float]:
     Exponents are read off the specs at three astronomically large widths d_in = d_out = d; nothing
     is allocated. Source: Searching for Efficient Linear Layers (2024), section 3; small ω and
     large ψ scale best there, and ν can vary with little harm. Logarithms count as exponent 0.
+
+    Raises StructureError for what is no family: a `Structure` has one width, and no exponents.
     """
+    if not isinstance(family, Family):
+        said = f"el.structure({family!r})" if isinstance(family, str) else "el.BTT(rank=2)"
+        kind = f"of type {type(family).__name__}"
+        if isinstance(family, Structure):
+            kind = "a structure of one width, and exponents take a family of all widths"
+        if isinstance(family, type) and issubclass(family, Family):
+            kind, said = "a class", f"el.{family.__name__}()"
+        raise StructureError(f"cannot place {family!r} in the taxonomy: it is {kind}; pass a family, as {said}")
     structures = [family(width, width) for width in WIDTHS]
     unit = math.log2(WIDTHS[0])
 

@@ -172,7 +172,8 @@ def test_rows_that_cannot_be_used_are_counted():
     table = from_frame(frame)
     assert len(table) == 3 and table.rows == 13
     assert table.dropped == {
-        "a number is missing or not finite": 6, "not positive": 3, "the same run again (every used column equal)": 1,
+        "no finite number in 'loss'": 3, "no finite number in 'tokens'": 3, "not above zero in 'loss'": 3,
+        "the same run again (every used column equal)": 1,
     }  # fmt: skip
     assert len(from_frame(pd.concat([FRAME, FRAME]).assign(seed=[0, 0, 0, 1, 1, 1]))) == 6
     assert table.without_highest(2).loss.tolist() == [2.2]
@@ -196,7 +197,12 @@ def test_a_store_of_this_library_leaves_trials_and_failures_out():
         ),
         ("params,loss\n1,2\n", "no column was recognised for tokens"),
         ("params,tokens,loss\n1,2,x\n", "no column was recognised for loss"),
-        ("params,tokens,loss\n1,2,-3\n", "no row can be used"),
+        ("params,tokens,loss\n1,2,-3\n", "every 'loss' is negative"),
+        ("params,tokens,loss\n1,0,3\n", "no row can be used .1 not above zero in 'tokens'"),
+        ("params,steps,batch size,loss\n1,2,3,4\n", "For tokens it may be 'steps' or 'batch size'; .* tokens=steps"),
+        ("params,tokens,my loss\n1,2,3\n", "For loss it may be 'my loss'.*--column \"loss=my loss\""),
+        ('[{"params": 1}]', "no column was recognised for loss and tokens"),
+        ("[1, 2", "not a table that can be read"),
         ("1e6,2e8,3.0\n2e6,4e8,2.5\n", "its first line holds numbers .* put a line such as params,tokens,loss"),
         ("params,tokens,loss\n1,2,3,4\n", "not a table that can be read"),
     ],

@@ -127,10 +127,10 @@ def _there(store: str) -> bool:
 
 
 def _stored(store: str, task: str) -> "Sequence[Run]":
-    """The task's runs in a store, which is not made where there is none."""
+    """The task's runs in a store, which is not made where there is none, or a file of no bytes."""
     from einlinear.lab.store import Store
 
-    if not _there(store):
+    if not _there(store) or ("://" not in store and Path(store).is_file() and not Path(store).stat().st_size):
         return ()
     with Store(store) as opened:
         return opened.runs(task=task)

@@ -14,7 +14,7 @@ from einlinear.cli.options import FIGURES, can_be_written
 
 def fit(
     runs: Annotated[
-        Path, typer.Argument(help="CSV or Parquet: params, tokens, loss; flops, family, seed, trunk, seconds.")
+        Path, typer.Argument(help="CSV, JSON or Parquet: params, tokens, loss; flops, family, seed, trunk, seconds.")
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print the law card as JSON (docs/laws.md).")] = False,
     baseline: Annotated[
@@ -27,6 +27,9 @@ def fit(
     delta: Annotated[float, typer.Option(min=1e-6, help="Of Huber's loss of ln L.")] = 1e-3,
     draws: Annotated[int, typer.Option(min=50, help="Of the bootstrap.")] = 1000,
     bits: Annotated[bool, typer.Option("--bits", help="The losses are in bits: turn them to nats.")] = False,
+    best_over: Annotated[
+        list[str] | None, typer.Option(help="A column of a setting that was tried, as lr: keep the best; repeatable.")
+    ] = None,
     about: Annotated[
         list[str] | None, typer.Option(help="What the runs do not tell, as in data=C4; repeatable.")
     ] = None,
@@ -44,7 +47,7 @@ def fit(
     if figure:
         from einlinear.lab.report import save_law_figure
 
-    table = read_table(runs, _pairs("column", column), bits=bits).without_highest(drop_highest)
+    table = read_table(runs, _pairs("column", column), bits=bits, best=best_over or ()).without_highest(drop_highest)
     with _bar("fitting") as tell:
         found = law_card(
             table, baseline=baseline, delta=delta, draws=draws, about=_pairs("about", about),

@@ -15,6 +15,7 @@ from einlinear.kernels.bottleneck import Bottleneck
 from einlinear.kernels.chain import Chain, Columns, Tiles
 from einlinear.kernels.kernel import CPU, CPU_HALF, CUDA, CUDA_HALF, Runner, Target
 from einlinear.kernels.kernel import Kernel as Kernel
+from einlinear.kernels.native import Native
 from einlinear.kernels.pair import Pair
 from einlinear.kernels.reference import Materialised, Reference, Rows
 from einlinear.kernels.routed import Routing as Routing
@@ -31,6 +32,7 @@ KERNELS: tuple[Kernel, ...] = (
     Columns(),
     Blocked(),
     Turned(),
+    Native(),
     Chain(),
     Reference(),
     Materialised(),

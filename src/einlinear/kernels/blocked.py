@@ -142,7 +142,7 @@ def _blocked(
     Returns:
         `[tokens, width]`, contiguous.
     """
-    chain, y = _chained(specs, views), x.new_empty(len(x), width)
+    chain, y = chained(specs, views), x.new_empty(len(x), width)
     run, prepared = None, 0
     for start in range(0, len(x), block):
         rows, out = x[start : start + block], y[start : start + block]
@@ -199,7 +199,7 @@ def blocked_backward(
     block: int,
 ) -> list[Tensor]:
     """The gradients of `x` and of each weight, where `needs` says so; empty ones elsewhere."""
-    chain, (needs_x, *needs_weights) = _chained(specs, views), needs
+    chain, (needs_x, *needs_weights) = chained(specs, views), needs
     dx = x.new_empty(x.shape if needs_x else 0)
     dweights = [w.new_empty(w.shape if needed else 0) for w, needed in zip(weights, needs_weights, strict=True)]
     scratch = Scratch.of(x)
@@ -238,7 +238,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, list[Tensor | None], Tensor | None, None, None, None, None]:  # type: ignore[no-untyped-def]  # noqa: ANN001
     x, *weights = ctx.saved_tensors
     if torch.is_grad_enabled():  # the operator has no derivative
-        dx, *dweights = _differentiable(grad, x, weights, _chained(ctx.specs, ctx.views))
+        dx, *dweights = differentiable(grad, x, weights, chained(ctx.specs, ctx.views))
     else:
         dx, *dweights = blocked_backward(grad, x, weights, ctx.specs, ctx.views, ctx.needs, ctx.block)
     asked = [g if needed else None for g, needed in zip((dx, *dweights), ctx.needs, strict=True)]
@@ -248,7 +248,7 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, list[Tensor | None], Te
 blocked.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _differentiable(grad: Tensor, x: Tensor, weights: Sequence[Tensor], chain: Chained) -> list[Tensor]:
+def differentiable(grad: Tensor, x: Tensor, weights: Sequence[Tensor], chain: Chained) -> list[Tensor]:
     """All gradients by operators that have derivatives, over all tokens at once."""
     states, dstates = _states(x, weights, chain), _upstream(grad, weights, chain)
     dx = _rows(pairwise(dstates[0], weights[0].conj(), _for_state(chain[0][1])), _for_state(chain[0][1]))
@@ -261,7 +261,7 @@ def _differentiable(grad: Tensor, x: Tensor, weights: Sequence[Tensor], chain: C
 
 @register_flop_formula(torch.ops.einlinear.blocked)
 def _(x: list[int], weights: list[list[int]], *_: object, **__: object) -> int:
-    return sum(_work(x, weights))
+    return sum(work(x, weights))
 
 
 @register_flop_formula(torch.ops.einlinear.blocked_backward)
@@ -275,13 +275,10 @@ def _(
     *_: object,
     **__: object,
 ) -> int:
-    """The states again, the gradient of each, and those of the weights that are asked for."""
-    work = _work(x, weights)
-    asked = sum(part for part, needed in zip((work[0], *work), needs, strict=True) if needed)
-    return sum(work[:-1]) + sum(work[1:]) + asked
+    return backward_work(x, weights, needs)
 
 
-def _work(x: Sequence[int], weights: Sequence[Sequence[int]]) -> list[int]:
+def work(x: Sequence[int], weights: Sequence[Sequence[int]]) -> list[int]:
     """FLOPs of each link."""
     found, (tokens, features) = [], x
     for *_, made, summed in weights:
@@ -290,7 +287,15 @@ def _work(x: Sequence[int], weights: Sequence[Sequence[int]]) -> list[int]:
     return found
 
 
-def _chained(specs: str, views: Sequence[int]) -> Chained:
+def backward_work(x: Sequence[int], weights: Sequence[Sequence[int]], needs: Sequence[bool]) -> int:
+    """The states again, the gradient of each, and those of the input and weights that are asked for."""
+    parts = work(x, weights)
+    asked = sum(part for part, needed in zip((parts[0], *parts), needs, strict=True) if needed)
+    return sum(parts[:-1]) + sum(parts[1:]) + asked
+
+
+def chained(specs: str, views: Sequence[int]) -> Chained:
+    """The links again, of what the operator was given."""
     chain, position = [], 0
     for spec in specs.split(";"):
         length = spec.index(",")

@@ -275,7 +275,9 @@ def _multiplier(table: Table, family: str, baseline: str, chosen: Mapping[str, l
     by_optima = all(chosen[name] for name in both)
     picked = (chosen[family] or [], chosen[baseline] or []) if by_optima else None
     found = compare_cells(cells[family], cells[baseline], names=(family, baseline), chosen=picked)
-    card = _compared(found) | {"frontier": "IsoFLOP optima" if by_optima else "cells near the lower hull"}
+    card = _compared(found) | {
+        "frontier": "IsoFLOP optima" if by_optima else "cells of about the best size for their cost"
+    }
     if table.seconds is not None:
         timed = {name: cells_of(rows[name], "seconds").get(name, []) for name in both}
         by_time = compare_cells(timed[family], timed[baseline], "seconds", names=(family, baseline))

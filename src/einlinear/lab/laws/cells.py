@@ -19,9 +19,10 @@ AXES: dict[Axis, str] = {
     "linear_flops": "FLOPs in linear layers",
 }
 
-SCATTERS = 4.0  # a cell counts as frontier up to so many standard deviations of the noise above the hull
-FARTHEST = 0.1  # but not beyond this share of the loss: then it was badly trained, not unlucky
-NEAR = 0.02  # the same as a share of the loss, where the noise is not known
+SCATTERS = 4.0  # a cell counts as frontier up to so many standard errors of its smoothed loss above the smoothed hull
+FARTHEST = 0.1  # of ln loss above the measured hull; a cell beyond was badly trained, or lies far from the optimum
+NEAR = 0.02  # as `SCATTERS`, where the noise is not known
+ROUNDING = 1e-9  # of ln loss
 
 
 class Measured(Protocol):
@@ -131,8 +132,8 @@ def slope(left: Cell, right: Cell) -> float:
     return math.log(right.loss / left.loss) / math.log(right.cost / left.cost)
 
 
-def near_hull(cells: Sequence[Cell], tolerance: float) -> list[Cell]:
-    """The cells at most `tolerance` in ln loss above their lower hull, which goes on to the right as it ended."""
+def above_hull(cells: Sequence[Cell]) -> Floats:
+    """How far each cell's ln loss `[cells]` lies above their lower hull, which goes on to the right as it ended."""
     vertices = lower_hull(cells)
     last = vertices[-1]
     steepness = slope(vertices[-2], last) if len(vertices) > 1 else 0.0
@@ -142,30 +143,44 @@ def near_hull(cells: Sequence[Cell], tolerance: float) -> list[Cell]:
         [math.log(cell.cost) for cell in ends],
         [math.log(cell.loss) for cell in ends],
     )
-    return [cell for cell, least in zip(cells, floor, strict=True) if math.log(cell.loss) <= least + tolerance + 1e-9]
+    return np.log([cell.loss for cell in cells]) - floor
+
+
+def near_hull(cells: Sequence[Cell], tolerance: float) -> list[Cell]:
+    """The cells at most `tolerance` in ln loss above their lower hull."""
+    above = above_hull(cells)
+    return [cell for cell, height in zip(cells, above, strict=True) if height <= tolerance + ROUNDING]
 
 
 def frontier_cells(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells of one family that its law is fitted to: those that noise alone may have put above the hull.
+    """The cells of one family that its law is fitted to: those whose size and tokens are about the best for their cost.
 
-    To fit the vertices alone would select the lucky runs and then measure the noise on them: the intervals
-    come out too narrow (coverage .82 to .87 in simulation). The noise is what a smooth surface in parameters
-    and tokens leaves of ln loss; where there are too few cells to tell, 2 % of the loss.
+    A smooth surface of ln loss over parameters and tokens tells which: the cells whose smoothed losses lie at most
+    `SCATTERS` times its scatter above their lower hull. Their own losses do not choose them, or lucky runs would be
+    selected and the noise then measured on them: the vertices of the hull cover .82 to .87 in simulation, and cells
+    near it bend the law, as those far from the optimum count too. Cells far above the hull were badly trained, and are
+    not asked; where there are too few cells for a surface, those within 2 % of the hull are taken.
     """
     if not cells:
         return []
-    size = np.log([max(1e-9, cell.runs[0].parameters) for cell in cells])
+    near = near_hull(cells, FARTHEST)
+    size = np.log([max(1e-9, cell.runs[0].parameters) for cell in near])
     size -= size.mean()
-    tokens = np.log([cell.tokens for cell in cells])
+    tokens = np.log([cell.tokens for cell in near])
     tokens -= tokens.mean()
-    surface = np.stack([np.ones(len(cells)), size, size**2, tokens, size * tokens], axis=1)
-    loss = np.log([cell.loss for cell in cells])
+    surface = np.stack([np.ones(len(near)), size, size**2, tokens, size * tokens, tokens**2], axis=1)
+    loss = np.log([cell.loss for cell in near])
     solution, _, rank, _ = np.linalg.lstsq(surface, loss)
-    freedom = len(cells) - int(rank)
+    freedom = len(near) - int(rank)
     if freedom < 1:
         return near_hull(cells, NEAR)
-    noise = math.sqrt(((loss - surface @ solution) ** 2).sum() / freedom)
-    return near_hull(cells, min(SCATTERS * noise, FARTHEST))
+    smooth = surface @ solution
+    noise = math.sqrt(((loss - smooth) ** 2).sum() / freedom)
+    smoothed = [replace(cell, loss=math.exp(value)) for cell, value in zip(near, smooth, strict=True)]
+    leverage = ((np.linalg.pinv(surface).T * surface).sum(axis=1)).clip(0.0, 1.0)
+    room = noise * np.maximum(1.0, SCATTERS * np.sqrt(leverage))
+    chosen = above_hull(smoothed) <= np.minimum(room, FARTHEST) + ROUNDING
+    return [cell for cell, kept in zip(near, chosen, strict=True) if kept]
 
 
 def cluster_labels(cells: Sequence[Cell]) -> Integers:

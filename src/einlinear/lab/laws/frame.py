@@ -1,7 +1,9 @@
-"""A file of runs as a data frame: CSV of any separator and encoding, or Parquet."""
+"""A file of runs as a data frame: CSV of any separator and encoding, JSON, or Parquet; gzipped or not."""
 
 import csv
+import gzip
 import io
+import json
 import re
 import warnings
 from pathlib import Path
@@ -27,15 +29,18 @@ def read_frame(path: Path) -> "pd.DataFrame":
         if path.suffix.lower() in (".parquet", ".pq"):
             return pd.read_parquet(path)
         content = path.read_bytes()
+        if content[:2] == b"\x1f\x8b":
+            content = gzip.decompress(content)
         if content[:4] == b"PAR1":
             return pd.read_parquet(io.BytesIO(content))
-        return _frame_of_text(_decoded(content))
-    except (ValueError, OSError, csv.Error, ImportError, pd.errors.ParserWarning) as error:
+        text = _decoded(content)
+        return _frame_of_json(text) if text.lstrip()[:1] in ("[", "{") else _frame_of_text(text)
+    except (ValueError, OSError, EOFError, csv.Error, ImportError, pd.errors.ParserWarning) as error:
         # pandas' own errors are ValueErrors
         cause = " ".join(str(error).split())
         raise TableError(
             f"Reading runs from {path}: it is not a table that can be read ({cause}); give a CSV with a line of "
-            "column names, or Parquet."
+            "column names, JSON records, or Parquet."
         ) from error
 
 
@@ -47,6 +52,17 @@ def _decoded(content: bytes) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
         return content.decode("cp1252", errors="replace")
+
+
+def _frame_of_json(text: str) -> "pd.DataFrame":
+    """A list of records, or one record a line; what is nested in a record gets a name with dots."""
+    try:
+        records = json.loads(text)
+    except ValueError:
+        records = [json.loads(line) for line in text.splitlines() if line.strip()]
+    if isinstance(records, dict):
+        return pd.DataFrame(records)  # a list for each column
+    return pd.json_normalize(records)
 
 
 def _frame_of_text(text: str) -> "pd.DataFrame":

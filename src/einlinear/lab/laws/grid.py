@@ -14,12 +14,14 @@ DECADES = 1.5  # of compute, below which a floor E is hardly seen
 DRIFT = 0.05  # in the exponent of a grid's centre against that of N*
 HORIZONS = 3  # rows of one size and seed that look like points of one curve
 AGREEMENT = 0.1
+OUTLIER = 10.0  # standard deviations above the surface, and at least
+HARDLY = 0.1  # of ln L, that no noise explains
 SAME = 0.002  # exponents that differ by less are one, however small the noise
 
 
 def design_warnings(table: Table) -> list[str]:
-    """Of the runs themselves."""
-    warnings = []
+    """Of the runs themselves, and what their reader has to say."""
+    warnings = list(table.warnings)
     ratio = table.tokens / table.parameters
     if len(table) > 3 and ratio.max() / ratio.min() < RATIO:
         warnings.append(
@@ -87,6 +89,16 @@ def fit_warnings(
         warnings.append(
             f"{fit.inside:.0%} of the residuals lie within delta = {fit.delta:g}: this is nearly a fit of least "
             "absolute deviations, and delta a choice; see the table."
+        )
+    spread = 1.4826 * float(np.median(np.abs(fit.residuals)))  # a normal law's standard deviation
+    far = np.flatnonzero(fit.residuals > max(OUTLIER * spread, HARDLY))
+    if len(far):
+        worst = far[fit.residuals[far].argmax()]
+        expected = table.loss[worst] * np.exp(-fit.residuals[worst])
+        warnings.append(
+            f"{len(far)} of {len(table)} losses lie far above the surface, the farthest {table.loss[worst]:.4g} at "
+            f"{table.parameters[worst]:.3g} params and {table.tokens[worst]:.3g} tokens, where {expected:.4g} is "
+            "expected: diverged, or read wrongly? Huber's loss hardly minds them; least squares and IsoFLOP curves do."
         )
     if 0.5 * table.loss.min() > surface.E:
         warnings.append(

@@ -6,6 +6,7 @@ optima. (Hoffmann et al. 2022, sections 3.1 and 3.2; the interpolating variant a
 2024, appendix on fitting.)
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -103,8 +104,8 @@ def isoflop(
             "an IsoFLOP design."
         )
     curves = _curves(parameters, flops, loss, groups)
-    scatter = _scatter(curves) if noise is None else noise
-    return _allocation(curves, method, scatter)
+    scatter, freedom = _scatter(curves) if noise is None else (noise, math.inf)
+    return _allocation(curves, method, scatter, freedom)
 
 
 def envelope(parameters: Floats, flops: Floats, loss: Floats) -> Allocation:
@@ -148,10 +149,10 @@ def envelope(parameters: Floats, flops: Floats, loss: Floats) -> Allocation:
     group = np.arange(len(curves)) % GROUPS
     left_out = [_line([b for b in read(group != g) if not b.reason]) for g in range(min(GROUPS, len(curves)))]
     slopes = np.array([other[0] for other in left_out if other is not None])
-    count = len(slopes)
-    deviation = float(np.sqrt((count - 1) / max(1, count) * ((slopes - slopes.mean()) ** 2).sum()))
-    known = count == len(left_out)
-    half = float(stats.t.ppf(0.975, max(1, count - 1))) * deviation if known else float("nan")
+    half, count = float("nan"), len(slopes)
+    if count == len(left_out):  # else some size is needed for there to be any optimum
+        deviation = np.sqrt((count - 1) / count * ((slopes - slopes.mean()) ** 2).sum())
+        half = float(stats.t.ppf(0.975, count - 1) * deviation)
     return Allocation(
         method="envelope", a=line[0], a_low=line[0] - half, a_high=line[0] + half, intercept=line[1],
         budgets=tuple(budgets), scatter=0.0,
@@ -188,12 +189,13 @@ def _curves(
     return curves
 
 
-def _scatter(curves: Sequence[tuple[float, Floats, Floats, Floats]]) -> float:
+def _scatter(curves: Sequence[tuple[float, Floats, Floats, Floats]]) -> tuple[float, float]:
     """Standard deviation of a run's ln L: how far each size lies from the cubic through its two neighbours each side.
 
-    Local, because a curve over a wide range of sizes is no polynomial, and its misfit is not noise.
+    Local, because a curve over a wide range of sizes is no polynomial, and its misfit is not noise. With it come its
+    degrees of freedom: neighbouring cubics share points, and count half (as its variance in simulation says).
     """
-    squares, count = 0.0, 0
+    squares, count, freedom = 0.0, 0, 0.0
     for _, sizes, losses, runs in curves:
         width = 5 if len(sizes) >= 5 else 4
         for first in range(len(sizes) - width + 1):
@@ -205,10 +207,13 @@ def _scatter(curves: Sequence[tuple[float, Floats, Floats, Floats]]) -> float:
             off = losses[part][~others][0] - weights @ losses[part][others]
             variance = 1 / runs[part][~others][0] + (weights**2 / runs[part][others]).sum()
             squares, count = squares + float(off**2 / variance), count + 1
-    return float(np.sqrt(squares / count)) if count else 0.0
+        freedom += max(1.0, (len(sizes) - width + 1) / 2)
+    return (float(np.sqrt(squares / count)), freedom) if count else (0.0, 0.0)
 
 
-def _allocation(curves: Sequence[tuple[float, Floats, Floats, Floats]], method: Method, scatter: float) -> Allocation:
+def _allocation(
+    curves: Sequence[tuple[float, Floats, Floats, Floats]], method: Method, scatter: float, freedom: float
+) -> Allocation:
     generator = np.random.default_rng(0)
     draws = DRAWS if scatter > 0 else 1
     budgets, optima = [], []
@@ -221,24 +226,40 @@ def _allocation(curves: Sequence[tuple[float, Floats, Floats, Floats]], method: 
     line = _line([budgets[number] for number in used])
     if line is None:
         reasons = "; ".join(dict.fromkeys(budget.reason for budget in budgets if budget.reason))
-        raise NoFit(f"Reading IsoFLOP curves: {len(used)} of {len(budgets)} budgets have a minimum inside their sizes "
-                    f"({reasons}); it takes two.")  # fmt: skip
+        raise NoFit(
+            f"Reading IsoFLOP curves: {len(used)} of {len(budgets)} budgets have a minimum inside their sizes"
+            f"{f' ({reasons})' if reasons else ''}; it takes two."
+        )
     cost = np.log([budgets[number].flops for number in used])
     weight = np.array([budgets[number].weight for number in used])
     drawn = np.array([optima[number] for number in used])
     drawn = np.where(np.isfinite(drawn), drawn, np.log([[budgets[number].optimum] for number in used]))
     spread = cost - np.average(cost, weights=weight)
     slopes = (weight * spread) @ drawn / (weight @ spread**2)
-    half = 1.96 * float(slopes.std())
-    if len(used) > 2:  # the draws know the noise, the budgets about their line also what else is wrong
-        best = np.log([budgets[number].optimum for number in used])
-        off = best - line[1] - line[0] * cost
-        error = np.sqrt((weight * off**2).sum() / (len(used) - 2) / (weight @ spread**2))
-        half = max(half, float(stats.t.ppf(0.975, len(used) - 2) * error))
+    best = np.log([budgets[number].optimum for number in used])
+    off = weight * (best - line[1] - line[0] * cost) ** 2
+    half = _half(float(slopes.var()), freedom, float(off.sum() / (weight @ spread**2)), len(used) - 2)
     return Allocation(
         method=method, a=line[0], a_low=line[0] - half, a_high=line[0] + half, intercept=line[1],
         budgets=tuple(budgets), scatter=scatter,
     )  # fmt: skip
+
+
+def _half(drawn: float, freedom: float, off: float, left: int) -> float:
+    """Half a 95 % interval from two estimates of one variance: that of the draws, which know the noise with so many
+    degrees of freedom, and that of the budgets about their line, `off / left`. They are pooled, as the wider of two
+    intervals covers 97 to 99 %; budgets that lie further off than noise explains speak for themselves.
+    """
+    known = freedom if drawn > 0 else 0.0
+    if known + left <= 0:
+        return math.inf if drawn <= 0 else 1.96 * math.sqrt(drawn)
+    if math.isinf(known):
+        pooled = 1.96 * math.sqrt(drawn)
+    else:
+        pooled = float(stats.t.ppf(0.975, known + left)) * math.sqrt((known * drawn + off) / (known + left))
+    if left > 0 and known > 0 and off / left > drawn * stats.f.ppf(0.95, left, min(known, 1e6)):
+        return max(pooled, float(stats.t.ppf(0.975, left)) * math.sqrt(off / left))
+    return pooled
 
 
 def _budget(flops: float, sizes: Floats, losses: Floats, method: Method, scatter: float, draws: int) -> Budget:

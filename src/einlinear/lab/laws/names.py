@@ -18,12 +18,13 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
         "numberofparams", "parametercount", "paramcount", "paramscount", "totalparams", "totalparameters", "ntotal",
         "modelsize", "modelparams", "modelparameters", "n", "trainableparams", "activeparams", "activeparameters",
         "nactive", "nonembeddingparams", "nonembeddingparameters", "paramsnonembedding", "nonembedparams", "param",
-        "size",
+        "size", "totalparametercount", "paramsnoembed", "paramsnoemb", "nnoemb",
     ),
     "tokens": (
         "tokens", "ntokens", "numtokens", "numberoftokens", "trainingtokens", "traintokens", "tokensseen",
         "tokencount", "totaltokens", "tokenstrained", "d", "data", "datasize", "datasetsize", "dataset", "examples",
         "samples", "nsamples", "numsamples", "token",
+        "imagesseen", "samplesseen", "examplesseen", "images", "nimages",
     ),
     "flops": (
         "flops", "flop", "trainingflops", "trainflops", "totalflops", "nflops", "trainingflop", "compute",
@@ -32,7 +33,8 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     ),
     "loss": (
         "loss", "valloss", "validationloss", "evalloss", "testloss", "finalloss", "finalvalloss", "finalevalloss",
-        "heldoutloss", "l", "nll", "crossentropy", "ce", "celoss", "lmloss", "losses", "trainloss", "trainingloss",
+        "heldoutloss", "l", "nll", "crossentropy", "ce", "celoss", "lmloss", "losses", "validloss", "lossval",
+        "lossvalidation", "devloss", "finalvalidationloss", "trainloss", "trainingloss", "finaltrainloss",
     ),
     "family": (
         "family", "structure", "architecture", "arch", "modelfamily", "variant", "group", "method", "layer",

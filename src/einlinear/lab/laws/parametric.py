@@ -29,6 +29,7 @@ AGREE = 1e-6  # starts within this share of the best objective found the same op
 FEWEST_AGREE = 3  # starts that have to find the optimum before it is called one
 FEWEST_RUNS = 7  # distinct (N, D): five unknowns, and something left to judge them by
 FEWEST_SIZES = 3
+UNKNOWNS = 5
 STARTS = 240
 LEAST = 0.005  # exponent; below it a term is a constant, and cannot be told from E
 FLOOR = 0.05  # of the lowest loss: draws start with no smaller E, as nothing pulls at one that has left the scale
@@ -82,7 +83,7 @@ class Draws:
 
     values: Floats
     clusters: int
-    inside: float  # share of the residuals within delta
+    squared: float  # share of the residuals within delta, the five that any fit can have there left aside
     best: Floats  # [7], of the data themselves
 
     def interval(self, name: str) -> tuple[float, float]:
@@ -91,12 +92,13 @@ class Draws:
         Least squares makes the noise look smaller than it is, by the numbers it fits, and its percentiles are taken
         further out: by Student's t, as Hesterberg (2015, "What Teachers Should Know About the Bootstrap") expands
         them, and by the factor n / (n - 5) of the jackknife. Least absolute deviations do not: what counts is the
-        share of residuals within delta. `benchmarks/law_coverage.py` measures what comes of it.
+        share of residuals within delta, of those but the five that such a fit goes through.
+        `benchmarks/law_coverage.py` measures what comes of it.
         """
         normal = stats.norm.ppf((1 + LEVEL) / 2)
-        left = max(2, self.clusters - 5)
+        left = max(2, self.clusters - UNKNOWNS)
         wide = stats.t.ppf((1 + LEVEL) / 2, left) * self.clusters / left
-        tail = float(stats.norm.sf(normal + self.inside * (wide - normal)))
+        tail = float(stats.norm.sf(normal + self.squared * (wide - normal)))
         low, high = np.nanquantile(self.values[:, NAMES.index(name)], [tail, 1 - tail])
         return float(low), float(high)
 
@@ -181,7 +183,8 @@ def bootstrap(
         found, _ = problem.minimise(np.repeat(start[None], size, axis=0))
         values[first : first + size] = _columns(found, *_centres(fit), fit.loss.min())
         progress(first + size)
-    return Draws(values=values, clusters=number, inside=fit.inside, best=best[0])
+    squared = max(0.0, fit.inside * count - UNKNOWNS) / max(1, count - UNKNOWNS)
+    return Draws(values=values, clusters=number, squared=squared, best=best[0])
 
 
 def _centres(fit: Parametric) -> tuple[float, float]:

@@ -9,7 +9,8 @@ was left out and each number that was made from others is in `columns`, `dropped
 
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,35 +23,55 @@ from einlinear.lab.laws.minimise import Floats
 from einlinear.lab.laws.names import BITS, PERPLEXITY, SPELLINGS, plain, read_name
 from einlinear.lab.laws.numbers import Commas, Marks, commas_of, read_numbers
 from einlinear.lab.laws.table import Table, TableError, size_labels
+from einlinear.lab.laws.unfinished import keep_finished
+from einlinear.lab.laws.untold import best_over, untold
 
 with extra("lab"):
     import pandas as pd  # type: ignore[import-untyped]
 
+FEWEST_TOKENS, MOST_TOKENS = 1e-4, 1e7  # per parameter, beyond which one of the two is in another unit
+EMPTY = 0.5  # a column with fewer numbers than this share of another one's goes behind it
 NUMBERS = ("parameters", "tokens", "flops", "loss", "seconds")  # roles; the others are labels
 
 
-def read_table(path: str | os.PathLike[str], columns: Mapping[str, str] | None = None, *, bits: bool = False) -> Table:
-    """Reads finished runs from a CSV (any of , ; tab |) or a Parquet file.
+def read_table(
+    path: str | os.PathLike[str], columns: Mapping[str, str] | None = None, *, bits: bool = False,
+    best: Sequence[str] = (),
+) -> Table:  # fmt: skip
+    """Reads finished runs from a CSV (any of , ; tab |), a JSON list or JSON lines of records, or a Parquet file.
 
     Args:
         path: the file.
         columns: which column to take for a role where its name does not tell: `{"loss": "val/ce"}`. Roles are
             parameters (or params), tokens, flops, loss, family, seed, trunk, seconds, device.
         bits: the losses are in bits; they are turned to nats.
+        best: columns of settings that were tried: of the runs that are equal but for these, the best is kept.
 
     Raises:
         TableError: for a file that cannot be read, or lacks parameters, loss, or both tokens and FLOPs.
     """
     frame = read_frame(Path(path))
-    return from_frame(frame, columns, bits=bits, source=Path(path).name)
+    return from_frame(frame, columns, bits=bits, best=best, source=Path(path).name)
 
 
 def from_frame(
-    frame: "pd.DataFrame", columns: Mapping[str, str] | None = None, *, bits: bool = False, source: str = ""
-) -> Table:
+    frame: "pd.DataFrame", columns: Mapping[str, str] | None = None, *, bits: bool = False, best: Sequence[str] = (),
+    source: str = "",
+) -> Table:  # fmt: skip
     """As `read_table`, from a pandas DataFrame."""
     reader = _Reader(frame, dict(columns or {}), source)
-    return reader.table(bits)
+    return reader.table(bits, best)
+
+
+LIKELY = {  # parts of names that may well be it, for whoever has to choose
+    "parameters": r"param|size|width", "tokens": r"token|\bstep|sample|image|batch|epoch",
+    "loss": r"loss|nll|entropy|ppl|perplex|bpb|ce\\b",
+}  # fmt: skip
+HINTS = {"tokens": "; steps want to be multiplied by the tokens of a batch"}
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"' if " " in text else text
 
 
 class _Reader:
@@ -66,6 +87,7 @@ class _Reader:
         self.taken: set[str] = set()
         self.unclear: list[str] = []  # sentences on names that say too little
         self.notes: list[str] = []
+        self.warnings: list[str] = []
         self.columns: dict[str, str] = {}
         self.dropped: dict[str, int] = {}
         self.rows = len(frame)
@@ -74,16 +96,20 @@ class _Reader:
         for role, column in self.given.items():
             if role not in SPELLINGS:
                 raise TableError(f"Reading runs{self._of()}: there is no role '{role}', only {', '.join(SPELLINGS)}.")
-            if column not in self.frame.columns:
-                raise TableError(
-                    f"Reading runs{self._of()}: there is no column '{column}' for {role}; the file has "
-                    f"{', '.join(map(str, frame.columns))}."
-                )
+            self._present(column, f" for {role}")
 
-    def table(self, bits: bool) -> Table:
+    def _present(self, column: str, what: str) -> None:
+        if column not in self.frame.columns:
+            raise TableError(
+                f"Reading runs{self._of()}: there is no column '{column}'{what}; the file has "
+                f"{', '.join(map(str, self.frame.columns))}."
+            )
+
+    def table(self, bits: bool, best: Sequence[str] = ()) -> Table:
         if not self.rows:
             raise TableError(f"Reading runs{self._of()}: it has column names and no rows.")
-        self._keep_finished()
+        self.frame, self.dropped, told = keep_finished(self.frame)
+        self.taken |= told
         parameters, flops = self._numbers("parameters"), self._numbers("flops")
         tokens, seconds = self._numbers("tokens"), self._numbers("seconds")
         loss, unit = self._loss(bits)
@@ -111,11 +137,16 @@ class _Reader:
             seed=self._labels("seed"), trunk=self._labels("trunk"), device=self._labels("device"),
             unit=unit, source=self.source, rows=self.rows,
         )  # fmt: skip
-        table = self._clean(table)
+        for name in best:
+            self._present(name, " to keep the best over")
+        table = self._clean(table, list(best))
         unused = [str(name) for name in self.frame.columns if str(name) not in self.taken]
         if unused:
             self.notes.append(f"Columns not used: {', '.join(unused)}.")
-        return replace(table, columns=self.columns, dropped=self.dropped, notes=tuple(self.notes))
+            self.warnings += untold(self.frame[unused], table)
+        return replace(
+            table, columns=self.columns, dropped=self.dropped, notes=tuple(self.notes), warnings=tuple(self.warnings)
+        )
 
     def _unrecognised(self, missing: list[str]) -> str:
         columns = [str(name) for name in self.frame.columns]
@@ -126,25 +157,17 @@ class _Reader:
             )
         unclear = "".join(f" {sentence}." for sentence in dict.fromkeys(self.unclear))
         role = "params" if missing[0] == "parameters" else missing[0]
+        likely = {name: [c for c in columns if re.search(LIKELY[name], c, re.I)] for name in missing}
+        hints = "".join(
+            f" For {name} it may be {' or '.join(repr(c) for c in found[:6])}{HINTS.get(name, '')}."
+            for name, found in likely.items() if found
+        )  # fmt: skip
+        example = next((found[0] for found in [likely[missing[0]]] if found), "NAME")
         return (
             f"Reading runs{self._of()}: no column was recognised for {' and '.join(missing)}; the columns are "
-            f"{', '.join(columns)}.{unclear} Rename one, or say which it is, as in --column {role}=NAME."
+            f"{', '.join(columns)}.{unclear}{hints} Rename one, or say which it is, as in --column "
+            f"{_quoted(f'{role}={example}')}."
         )
-
-    def _keep_finished(self) -> None:
-        """Tables of this library say which runs are trials of a rate, and which did not finish."""
-        for name, keep, reason in (
-            ("purpose", {"measure"}, "not measurements but trials of a rate"),
-            ("status", {"done", "finished", "completed", "ok"}, "not finished"),
-        ):
-            found = next((c for c in self.frame.columns if plain(str(c)) == name), None)
-            if found is not None:
-                values = self.frame[found].astype(str).str.lower()
-                chosen = values.isin(keep)
-                if chosen.any() and not chosen.all():
-                    self.dropped[f"{reason} ('{found}')"] = int((~chosen).sum())
-                    self.frame = self.frame[chosen]
-                self.taken.add(str(found))
 
     def _column(self, role: str, bases: tuple[str, ...] | None = None) -> str | None:
         """The name of the column for a role, or of one of these bare names; those passed over are noted."""
@@ -163,7 +186,9 @@ class _Reader:
                 self.unclear.append(f"'{column}' does not say of which base its logarithms are: name it log10_ or ln_")
                 continue
             found.append(column)
-        found.sort(key=lambda column: order.index(read_name(column).base))
+        known = {c: int(np.isfinite(self._read(c)[0]).sum()) if role in NUMBERS else 1 for c in found}
+        full = EMPTY * max(known.values(), default=0)
+        found.sort(key=lambda column: (known[column] < full, order.index(read_name(column).base)))
         if len(found) > 1:
             others = ", ".join(f"'{c}'" for c in found[1:])
             self.notes.append(f"For {role} '{found[0]}' was taken, not {others}; --column {role}=NAME chooses another.")
@@ -266,15 +291,33 @@ class _Reader:
         )
         return replace(table, trunk=one)
 
-    def _clean(self, table: Table) -> Table:
-        numbers = {"params": table.parameters, "tokens": table.tokens, "flops": table.flops, "loss": table.loss}
-        finite = np.all([np.isfinite(v) for v in numbers.values()], axis=0)
+    def _where(self, table: Table, chosen: NDArray[np.bool_] | NDArray[np.int64]) -> Table:
+        """The rows that are chosen, of the table and of the frame beside it."""
+        self.frame = self.frame.iloc[np.flatnonzero(chosen) if chosen.dtype == bool else chosen]
+        return table.where(chosen)
+
+    def _usable(self, table: Table) -> Table:
+        """The rows with all their numbers; each other one is counted under what it lacks."""
+        made = {role for role, column in self.columns.items() if column.startswith(("= flops", "= 6"))}
+        fine = np.ones(len(table), dtype=bool)
+        for role in ("parameters", "tokens", "flops", "loss"):
+            values, column = getattr(table, role), self.columns[role].removeprefix("= ")
+            if role in made:
+                continue
+            for bad, reason in ((~np.isfinite(values), "no finite number"), (~(values > 0), "not above zero")):
+                if (bad & fine).any():
+                    self.dropped[f"{reason} in '{column}'"] = int((bad & fine).sum())
+                    fine &= ~bad
+        if len(table) and (table.loss[np.isfinite(table.loss)] < 0).all() and np.isfinite(table.loss).any():
+            raise TableError(
+                f"Reading runs{self._of()}: every '{self.columns['loss']}' is negative; a loss is above zero. If these "
+                "are log-likelihoods, give them without the minus."
+            )
+        return self._where(table, fine)
+
+    def _clean(self, table: Table, best: list[str]) -> Table:
         with np.errstate(invalid="ignore"):
-            positive = np.all([v > 0 for v in numbers.values()], axis=0)
-        for mask, reason in ((~finite, "a number is missing or not finite"), (finite & ~positive, "not positive")):
-            if mask.any():
-                self.dropped[reason] = int(mask.sum())
-        table = table.where(finite & positive)
+            table = self._usable(table)
         if table.seconds is not None:
             with np.errstate(invalid="ignore"):
                 known = np.isfinite(table.seconds) & (table.seconds > 0)
@@ -289,13 +332,28 @@ class _Reader:
         once = np.array(sorted(first.values()), dtype=np.int64)
         if len(once) < len(rows):
             self.dropped["the same run again (every used column equal)"] = len(rows) - len(once)
-            table = table.where(once)
+            table = self._where(table, once)
         if len(table) == 0:
             why = "; ".join(f"{count} {reason}" for reason, count in self.dropped.items()) or "it has none"
             raise TableError(f"Reading runs{self._of()}: no row can be used ({why}).")
+        if best:
+            chosen = best_over(self.frame[best], replace(table, columns=self.columns))
+            if not chosen.all():
+                tried = " and ".join(f"'{name}'" for name in best)
+                self.dropped[f"not the best over {tried} at their size and tokens"] = int((~chosen).sum())
+                table = self._where(table, chosen)
+            self.taken |= set(best)
         if table.trunk is not None:
             table = self._trunks_of_one_size(table)
-        if table.parameters.max() < 1e5 and table.tokens.max() < 1e7:
+        per_parameter = float(np.median(table.tokens / table.parameters))
+        if not FEWEST_TOKENS <= per_parameter <= MOST_TOKENS:
+            names = " and ".join(f"'{self.columns[role].removeprefix('= ')}'" for role in ("tokens", "parameters"))
+            self.warnings.append(
+                f"The runs have {per_parameter:.2g} tokens per parameter (median): is one of {names} in thousands, "
+                "millions or billions? Say so in its name, as in 'tokens (B)'; exponents do not depend on it, but A, "
+                "B, G and FLOPs do."
+            )
+        elif table.parameters.max() < 1e5 and table.tokens.max() < 1e7:
             self.notes.append(
                 f"Parameters reach {table.parameters.max():.4g} and tokens {table.tokens.max():.4g}: taken as they are."
                 " Exponents and multipliers do not depend on their units, A, B and a given FLOPs do."

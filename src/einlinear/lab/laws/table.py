@@ -34,6 +34,7 @@ class Table:
     columns: Mapping[str, str] = field(default_factory=dict)  # role: column of the file, or "= formula"
     dropped: Mapping[str, int] = field(default_factory=dict)  # reason: rows left out
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # of what may make nonsense of a fit
 
     def __len__(self) -> int:
         return len(self.loss)

@@ -1,0 +1,139 @@
+"""The C++ of this package, compiled once on each machine by the compiler that is there; where none is, it goes without.
+
+torch, Triton and `torch.compile` build parts of themselves so. What is built is kept in the user's cache
+(`$XDG_CACHE_HOME/einlinear`), named by everything that it was made of. `EINLINEAR_NATIVE=0` turns this off.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from functools import lru_cache
+from pathlib import Path
+
+SOURCE = Path(__file__).parent / "kernels" / "native.cpp"
+OPTIONS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-ffp-contract=fast",
+    "-fPIC",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-Wno-psabi",
+)
+
+
+@lru_cache
+def compiler() -> str | None:
+    """The path of a C++ compiler."""
+    if os.name != "posix" or os.environ.get("EINLINEAR_NATIVE", "1") == "0":
+        return None
+    names = (os.environ.get("CXX", ""), "g++", "clang++", "c++")
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+def refusal() -> str | None:
+    """Why there is no compiled code, or None."""
+    if os.environ.get("EINLINEAR_NATIVE", "1") == "0":
+        return "EINLINEAR_NATIVE=0 turns compiled code off"
+    return None if compiler() else "no C++ compiler was found; install g++ or clang++, or name one by CXX"
+
+
+@lru_cache
+def library() -> ctypes.CDLL | None:
+    """The compiled code, or None, with a warning, where it could not be had."""
+    found = compiler()
+    if found is None:
+        return None
+    try:
+        return _declared(ctypes.CDLL(str(_built(found, _threads()))))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or error
+        warnings.warn(
+            f"compiled code cannot be had, slower ways run instead: {found} on {SOURCE} said: {str(said)[-500:]}; "
+            f"name another compiler by CXX, or set EINLINEAR_NATIVE=0",
+            stacklevel=2,
+        )
+        return None
+
+
+def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
+    """Its functions with the types of what they take."""
+    number, address, packed = ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p
+    for mode in ("forward", "backward"):
+        size = getattr(found, f"einlinear_{mode}_memory")
+        size.argtypes, size.restype = (number, packed, number, number), number
+    for kind in ("float32", "bfloat16", "float16"):
+        forward, backward = (getattr(found, f"einlinear_{mode}_{kind}") for mode in ("forward", "backward"))
+        forward.argtypes = (number, packed, packed, address, number, address, address, number, number, address)
+        backward.argtypes = (number, *2 * (packed,), *2 * (address, number), address, packed, *2 * (number,), address)
+        forward.restype = backward.restype = None
+    return found
+
+
+def _threads() -> bool:
+    """Whether the threads that torch has can be used: those of GNU's OpenMP, made known to what is loaded after it."""
+    try:
+        with open("/proc/self/maps") as maps:
+            loaded = {line.split()[-1] for line in maps if "libgomp" in line}
+    except OSError:
+        return False
+    for path in loaded:
+        ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
+    return len(loaded) == 1
+
+
+def _built(compiler: str, threads: bool) -> Path:
+    """The path of the compiled code, which is made where it is not there yet."""
+    options = (*OPTIONS, *(("-fopenmp",) if threads else ()))
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    made_of = (SOURCE.read_text(), *options, compiler, version, _processor())
+    name = f"native-{hashlib.sha256('|'.join(made_of).encode()).hexdigest()[:32]}.so"
+    home = _own(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "einlinear")
+    if home is not None and _trusted(home / name):
+        return home / name
+    with tempfile.TemporaryDirectory() as folder:
+        # Linked without -fopenmp: it is torch's threads that are meant, not another set of them.
+        compiled, linked = Path(folder) / "native.o", Path(folder) / name
+        for step in ([*options, "-c", str(SOURCE), "-o", str(compiled)], ["-shared", str(compiled), "-o", str(linked)]):
+            subprocess.run([compiler, *step], capture_output=True, text=True, check=True, timeout=300)
+        kept = (home or Path(tempfile.mkdtemp(prefix="einlinear-"))) / name
+        fresh = kept.with_suffix(f".{os.getpid()}")
+        shutil.copy(linked, fresh)
+        fresh.chmod(0o700)
+        fresh.replace(kept)  # whole or not at all, if other processes do the same
+    return kept
+
+
+def _own(folder: Path) -> Path | None:
+    """A folder that nobody else can write to, made if need be."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if _trusted(folder) else None
+
+
+def _trusted(path: Path) -> bool:
+    """Whether it is there, is this user's, and nobody else can write to it: what is loaded from it will be run."""
+    try:
+        found = path.stat()
+    except OSError:
+        return False
+    return found.st_uid == os.getuid() and not found.st_mode & 0o022 and os.access(path, os.R_OK | os.W_OK)
+
+
+def _processor() -> str:
+    """What `-march=native` goes by."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return "".join(
+                sorted({line for line in lines if line.startswith(("model", "flags", "Features", "CPU part"))})
+            )
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
