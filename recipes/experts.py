@@ -70,7 +70,7 @@ PLANS = {
     # Blocks of a BTT at these widths are multiples of eight, as its kernels want them.
     "h200": compare.Plan(
         families=(*FAMILIES[:1], *FAMILIES[2:], everywhere(16, 1), everywhere(4, 4)),
-        widths=(64, 128, 256, 384, 512),
+        widths=(64, 128, 256, 512),
         depth=2,
         horizons=tuple(BATCH * steps for steps in (200, 400, 800, 1600)),
         rates=(2**-8, 2**-7, 2**-6),
@@ -88,8 +88,10 @@ HEALTHY = ("mixture(of='btt', experts=16, active=2)", "moe(experts=16, active=2)
 
 
 def checks(plan: compare.Plan, task: Task, rates: Mapping[str, float]) -> list[Trunk]:
-    """What may cost experts their loss, to the longest horizon: how strongly they are evened out, at the base width, and
-    half and twice the tuned rate at twice that width."""
+    """What may cost experts their loss, to the longest horizon.
+
+    At the base width, how strongly they are evened out; at twice that width, half and twice the tuned rate.
+    """
     longest = replace(plan, horizons=plan.horizons[-1:], seeds=plan.seeds[:1])
     narrow = replace(longest, families=(everywhere(16, 2),), widths=(plan.recipe.base_width,))
     wider = replace(longest, families=("dense", everywhere(16, 2)), widths=(2 * plan.recipe.base_width,))
