@@ -116,7 +116,7 @@ def run(plan: compare.Plan, task: Task, machine: Machine, options: argparse.Name
             else:
                 done = compare.compare(plan, task, store, machine=machine, folder=folder, progress=told)
             print(f"all {len(done)} runs are done", flush=True)
-        runs = store.runs()
+        runs = store.runs(task=task.name, fingerprint=task.fingerprint)
     write_report(runs, options.report, command="python recipes/experts.py", plan=plan)
     names = [field.name for field in fields(Run) if field.name not in LEFT_OUT]
     write(
