@@ -5,7 +5,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from functools import partial
 from itertools import groupby
@@ -22,12 +22,14 @@ from einlinear.lab.report.charts import INK, Specification, finished, plotted
 from einlinear.lab.report.page import quantity, save_picture
 from einlinear.lab.run import Run
 from einlinear.lab.studies import priced, read_steps
+from einlinear.lab.train import Recipe
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "experts.md"
 NAMES = {STANDARD: "standard mixture, E = 8"} | {everywhere(e, 2): f"BTT-MoE, E = {e}" for e in (4, 8, 16)}
 OTHERS = {everywhere(e, k): f"BTT-MoE, E = {e}, k = {k}" for e, k in ((16, 1), (4, 4))}  # than two active
 BASELINES = ("dense", STANDARD, "btt(rank=2)")
+EVENED = {"balance": Recipe.balance, "rebalance": Recipe.rebalance}  # where a setup does not say
 AXES: tuple[Axis, ...] = ("flops", "seconds")
 
 
@@ -65,7 +67,7 @@ def table(scale: str) -> str:
         "| | runs | best loss | base rate | " + " | ".join(f"{head}: FLOPs | seconds" for head in heads) + " |",
         "|---|---|---|---|" + "---|---|" * len(BASELINES),
     ]
-    for family in dict.fromkeys(run.family for run in runs):
+    for family in ranked(runs):
         own = [run for run in runs if run.family == family and run.purpose == "measure" and run.loss is not None]
         if not own:
             continue
@@ -89,15 +91,18 @@ def over(runs: list[Run], family: str, base: str, axis: Axis) -> str:
 
 
 def verdict(scale: str) -> str:
-    """The claim in one sentence: BTT-MoE against dense and the standard mixture, by training FLOPs."""
-    runs, words, told = results(scale), set[str](), []
+    """The claim in a sentence for each baseline and cost, by BTT-MoE of two active experts."""
+    runs, lines = results(scale), []
     for base in BASELINES[:2]:
-        found = {family: multiplier(runs, family, base, "flops") for family in NAMES if family != STANDARD}
-        words |= {"no value" if one.reason else one.verdict for one in found.values()}
-        each = ", ".join(f"{one} with {NAMES[family].removeprefix('BTT-MoE, ')}" for family, one in found.items())
-        told.append(f"over {named(base)} BTT-MoE reaches {each}")
-    said = {("better",): "Holds", ("worse",): "Does not hold"}.get(tuple(words), "Undecided")
-    return f"**{said} at this scale**: at equal loss, by training FLOPs, {'; '.join(told)}."
+        for axis in AXES:
+            found = {family: multiplier(runs, family, base, axis) for family in NAMES if family != STANDARD}
+            words = {"no value" if one.reason else one.verdict for one in found.values()}
+            said = {("better",): "holds", ("worse",): "does not hold"}.get(tuple(words), "undecided")
+            each = ", ".join(f"{one} ({named(family).partition(', ')[2]})" for family, one in found.items())
+            by = "training FLOPs" if axis == "flops" else "seconds"
+            told = f"At equal loss, {named(base)} takes {each} of what BTT-MoE takes."
+            lines.append(f"* Over {named(base)}, by {by}: **{said} at this scale**. {told}")
+    return "\n".join(lines)
 
 
 def protocol(scale: str) -> str:
@@ -187,13 +192,15 @@ def health_by_width(scale: str) -> str:
 
 
 def losses(scale: str) -> str:
-    """The loss of every family at each width's longest horizon, means over seeds, and its FLOPs in those of dense."""
+    """The loss of every family at each width's longest horizon that BTT-MoE has, means over seeds, and its FLOPs in
+    those of dense."""
     runs = [run for run in results(scale) if run.purpose == "measure" and run.loss is not None]
     widths = sorted({run.width for run in runs})
-    longest = {width: max(run.tokens for run in runs if run.width == width) for width in widths}
+    everyone = {width: [run for run in runs if run.width == width and run.family in NAMES] for width in widths}
+    longest = {width: _common(own) for width, own in everyone.items()}
     heads = (f"width {width}, {quantity(longest[width])} tokens: loss | FLOPs" for width in widths)
     lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|---|" * len(widths)]
-    for family in dict.fromkeys(run.family for run in runs):
+    for family in ranked(runs):
         cells = []
         for width in widths:
             at = [run for run in runs if (run.width, run.tokens) == (width, longest[width])]
@@ -207,6 +214,18 @@ def losses(scale: str) -> str:
     return "\n".join(lines)
 
 
+def _common(runs: Sequence[Run]) -> int:
+    """The longest horizon that all families have."""
+    horizons = [{run.tokens for run in runs if run.family == family} for family in {run.family for run in runs}]
+    return max(set.intersection(*horizons))
+
+
+def ranked(runs: Sequence[Run]) -> list[str]:
+    """The families of runs, as the page orders them."""
+    order = ["dense", "btt", "btt(rank=2)", *NAMES, *OTHERS]
+    return sorted({run.family for run in runs}, key=order.index)
+
+
 def moves(scale: str) -> str:
     """BTT-MoE over dense with every number of experts and active ones, on every axis, and without a law."""
     runs = results(scale)
@@ -215,11 +234,30 @@ def moves(scale: str) -> str:
         "| | FLOPs | without a law | FLOPs of linear layers | parameters | seconds |",
         "|---|---|---|---|---|---|",
     ]
-    for family in dict.fromkeys(run.family for run in runs):
+    for family in ranked(runs):
         if family in NAMES | OTHERS and family != STANDARD:
             first, *rest = (over(runs, family, "dense", axis) for axis in axes)
             check = multiplier(runs, family, "dense", "flops").crosscheck
-            lines.append(f"| {named(family)} | {first} | {check:.2f}× | " + " | ".join(rest) + " |")
+            met = "–" if math.isnan(check) else f"{check:.2f}×"
+            lines.append(f"| {named(family)} | {first} | {met} | " + " | ".join(rest) + " |")
+    return "\n".join(lines)
+
+
+def checks(scale: str) -> str:
+    """The runs that no law uses: what they changed, and what came out, beside the run that they check."""
+    runs = results(scale)
+    lines = ["| | width | base rate | weight of the loss | step of the bias | loss |", "|---|---|---|---|---|---|"]
+    found = [run for run in runs if run.purpose == "check"]
+    cells = {(run.family, run.width, run.tokens) for run in found}
+    for run in sorted(runs, key=lambda run: (run.family, run.width, run.rate, run.setup)):
+        if (run.family, run.width, run.tokens) not in cells or run.purpose == "tune" or run.seed:
+            continue
+        setup, name = json.loads(run.setup), named(run.family)
+        mark = "**" if run.purpose == "measure" else ""
+        evened = [setup.get(key, value) if run.family != "dense" else "–" for key, value in EVENED.items()]
+        loss = run.status if run.loss is None else f"{run.loss:.4f}"
+        cells_of_run = (name, run.width, f"2^{math.log2(run.rate):.0f}", *evened, loss)
+        lines.append("| " + " | ".join(f"{mark}{cell}{mark}" for cell in cells_of_run) + " |")
     return "\n".join(lines)
 
 
@@ -228,7 +266,7 @@ def tuned(scale: str) -> str:
     trials = [run for run in results(scale) if run.purpose == "tune"]
     rates = sorted({run.rate for run in trials})
     lines = ["| | " + " | ".join(f"2^{math.log2(rate):.0f}" for rate in rates) + " |", "|---|" + "---|" * len(rates)]
-    for family in dict.fromkeys(run.family for run in trials):
+    for family in ranked(trials):
         found = {run.rate: run.loss for run in trials if run.family == family}
         best = min(loss for loss in found.values() if loss is not None)
         cells = []
@@ -247,7 +285,7 @@ PARTS = {"health": health_table} | {
     f"{part.__name__} {scale}": partial(part, scale)
     for scale, parts in {
         "small": (protocol, table, verdict),
-        "h200": (protocol, table, verdict, moves, losses, tuned, health_by_width),
+        "h200": (protocol, table, verdict, moves, losses, tuned, checks, health_by_width),
     }.items()
     for part in parts
     if done(scale)
