@@ -6,22 +6,24 @@ import math
 import re
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
-from functools import partial
+from dataclasses import fields, replace
+from functools import cache, partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import altair as alt
+import numpy as np
 from experts import PLANS, RESULTS, STANDARD, everywhere
 
-from einlinear.lab.laws import Axis, multiplier
-from einlinear.lab.report import save_figure
+from einlinear.lab.laws import Axis, Multiplier, multiplier
+from einlinear.lab.laws.cells import Cell, hull
+from einlinear.lab.report import save_figure, write_report
 from einlinear.lab.report.charts import INK, Specification, finished, plotted
 from einlinear.lab.report.page import quantity, save_picture
 from einlinear.lab.run import Run
-from einlinear.lab.studies import priced, read_steps
+from einlinear.lab.studies import read_steps
 from einlinear.lab.train import Recipe
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -44,14 +46,29 @@ def read(file: Path) -> list[dict[str, str]]:
 
 
 def results(scale: str) -> list[Run]:
-    """The runs of a scale; their seconds are steps times what a step takes (`experts.clock`)."""
+    """The runs of a scale; their seconds are steps times what a step takes alone (`experts.clock`).
+
+    Steps that were timed at another depth count by their blocks. A family that was not timed at every width of its runs
+    has no seconds.
+    """
     kinds: dict[str, Any] = {field.name: field.type for field in fields(Run)}
     runs = []
     for row in read(RESULTS / f"experts_{scale}.csv"):
         loss = float(row.pop("loss")) if row["loss"] else None
         runs.append(Run(loss=loss, **{name: kinds[name](value) for name, value in row.items()}))
     file = RESULTS / f"experts_{scale}_clock.csv"
-    return priced(runs, read_steps(file)) if file.exists() else runs
+    if not file.exists():
+        return runs
+    of_block = {(one.family, one.width): one.seconds / one.depth for one in read_steps(file)}
+    untimed = {run.family for run in runs if (run.family, run.width) not in of_block}
+    return [
+        replace(
+            run,
+            seconds=0.0 if run.family in untimed
+            else of_block[run.family, run.width] * run.depth * run.tokens / _batch(run),
+        )
+        for run in runs
+    ]  # fmt: skip
 
 
 def _batch(run: Run) -> int:
@@ -84,10 +101,16 @@ def over(runs: list[Run], family: str, base: str, axis: Axis) -> str:
     """A multiplier with its interval and, in bold, where it decides."""
     if not any(run.family == base and run.purpose == "measure" for run in runs):
         return "–"
-    found = multiplier(runs, family, base, axis)
+    found = fitted(tuple(runs), family, base, axis)
     if found.reason:
         return "–"
     return f"**{found}**" if found.verdict != "undecided" else f"{found}"
+
+
+@cache
+def fitted(runs: tuple[Run, ...], family: str, base: str, axis: Axis) -> Multiplier:
+    """One fit for all the tables that show it."""
+    return multiplier(runs, family, base, axis)
 
 
 def verdict(scale: str) -> str:
@@ -95,12 +118,15 @@ def verdict(scale: str) -> str:
     runs, lines = results(scale), []
     for base in BASELINES[:2]:
         for axis in AXES:
-            found = {family: multiplier(runs, family, base, axis) for family in NAMES if family != STANDARD}
-            words = {"no value" if one.reason else one.verdict for one in found.values()}
+            found = {family: fitted(tuple(runs), family, base, axis) for family in NAMES if family != STANDARD}
+            words = {one.verdict for one in found.values() if not one.reason}
             said = {("better",): "holds", ("worse",): "does not hold"}.get(tuple(words), "undecided")
-            each = ", ".join(f"{one} ({named(family).partition(', ')[2]})" for family, one in found.items())
+            each = ", ".join(
+                f"{named(family).partition(', ')[2]}: {'not timed' if one.reason else one}"
+                for family, one in found.items()
+            )
             by = "training FLOPs" if axis == "flops" else "seconds"
-            told = f"At equal loss, {named(base)} takes {each} of what BTT-MoE takes."
+            told = f"At equal loss, {named(base)} takes so many times what BTT-MoE takes: {each}."
             lines.append(f"* Over {named(base)}, by {by}: **{said} at this scale**. {told}")
     return "\n".join(lines)
 
@@ -113,13 +139,19 @@ def protocol(scale: str) -> str:
     flops = [run.flops for run in measured]
     widths, horizons = ({getattr(run, name) for run in measured} for name in ("width", "tokens"))
     return (
-        f"{len(runs)} runs, of them {len(runs) - len(measured)} to tune or failed: `{runs[0].task}`, GPTs of depth "
+        f"{len(runs)} runs, of them {len(runs) - len(measured)} to tune, to check or failed: `{runs[0].task}`, GPTs of depth "
         f"{plan.depth} and widths {', '.join(map(str, sorted(widths)))}, batches of "
-        f"{_batch(runs[0])} tokens, horizons of {', '.join(map(quantity, sorted(horizons)))} tokens "
+        f"{_batch(runs[0])} tokens, {_lengths(sorted(horizons), len(plan.horizons))} tokens "
         f"(each a cooled-down branch), seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, "
-        f"{quantity(min(flops))} to {quantity(max(flops))} training FLOPs, on {runs[0].device}; commit "
-        f"{runs[0].commit[:7]}."
+        f"{quantity(min(flops))} to {quantity(max(flops))} training FLOPs, on {runs[0].device}; "
+        f"commit {' and '.join(dict.fromkeys(run.commit[:7] for run in runs))}."
     )
+
+
+def _lengths(horizons: Sequence[int], count: int) -> str:
+    if len(horizons) <= count:
+        return f"horizons of {', '.join(map(quantity, horizons))}"
+    return f"{count} horizons at each width, from {quantity(horizons[0])} to {quantity(horizons[-1])}"
 
 
 def health_chart() -> Specification:
@@ -214,6 +246,48 @@ def losses(scale: str) -> str:
     return "\n".join(lines)
 
 
+def windows(scale: str) -> str:
+    """Multipliers by training FLOPs with the shortest one or two horizons of each width left out."""
+    runs = results(scale)
+    measured = [run for run in runs if run.purpose == "measure"]
+    widths = {run.width for run in measured}
+    horizons = {width: sorted({run.tokens for run in measured if run.width == width}) for width in widths}
+    heads = [f"{what}: over dense | over standard" for what in ("all", "without the shortest", "the two longest")]
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|---|" * len(heads)]
+    for family in ranked(measured):
+        if family in ("dense", STANDARD) or len({run.width for run in measured if run.family == family}) < 2:
+            continue
+        cells = []
+        for first in range(3):
+            kept = [run for run in measured if run.tokens >= horizons[run.width][first]]
+            cells += [over(kept, family, base, "flops") for base in BASELINES[:2]]
+        lines.append(f"| {named(family)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+LOSSES = (1.7, 1.6, 1.5, 1.4, 1.3, 1.25, 1.2)
+
+
+def by_loss(scale: str) -> str:
+    """What dense layers cost over what a family costs at a loss, by straight lines along both hulls: no law."""
+    hulls = hull(results(scale))
+    lines = ["| | " + " | ".join(f"{loss:g} nats" for loss in LOSSES) + " |", "|---|" + "---|" * len(LOSSES)]
+    for family, cells in sorted(hulls.items(), key=lambda one: ranked_key(one[0])):
+        if family != "dense" and len(cells) > 2:
+            ratios = (_cost(hulls["dense"], loss) / _cost(cells, loss) for loss in LOSSES)
+            told = ("–" if math.isnan(ratio) else f"{ratio:.2f}×" for ratio in ratios)
+            lines.append(f"| {named(family)} | " + " | ".join(told) + " |")
+    return "\n".join(lines)
+
+
+def _cost(cells: Sequence[Cell], loss: float) -> float:
+    """Where a hull reaches a loss; nan where it does not."""
+    falling = sorted(cells, key=lambda cell: cell.loss)
+    places = [math.log(cell.loss) for cell in falling]
+    costs = [math.log(cell.cost) for cell in falling]
+    return math.exp(float(np.interp(math.log(loss), places, costs, math.nan, math.nan)))
+
+
 def _common(runs: Sequence[Run]) -> int:
     """The longest horizon that all families have."""
     horizons = [{run.tokens for run in runs if run.family == family} for family in {run.family for run in runs}]
@@ -222,8 +296,11 @@ def _common(runs: Sequence[Run]) -> int:
 
 def ranked(runs: Sequence[Run]) -> list[str]:
     """The families of runs, as the page orders them."""
-    order = ["dense", "btt", "btt(rank=2)", *NAMES, *OTHERS]
-    return sorted({run.family for run in runs}, key=order.index)
+    return sorted({run.family for run in runs}, key=ranked_key)
+
+
+def ranked_key(family: str) -> int:
+    return ["dense", "btt", "btt(rank=2)", *NAMES, *OTHERS].index(family)
 
 
 def moves(scale: str) -> str:
@@ -237,7 +314,7 @@ def moves(scale: str) -> str:
     for family in ranked(runs):
         if family in NAMES | OTHERS and family != STANDARD:
             first, *rest = (over(runs, family, "dense", axis) for axis in axes)
-            check = multiplier(runs, family, "dense", "flops").crosscheck
+            check = fitted(tuple(runs), family, "dense", "flops").crosscheck
             met = "–" if math.isnan(check) else f"{check:.2f}×"
             lines.append(f"| {named(family)} | {first} | {met} | " + " | ".join(rest) + " |")
     return "\n".join(lines)
@@ -285,7 +362,7 @@ PARTS = {"health": health_table} | {
     f"{part.__name__} {scale}": partial(part, scale)
     for scale, parts in {
         "small": (protocol, table, verdict),
-        "h200": (protocol, table, verdict, moves, losses, tuned, checks, health_by_width),
+        "h200": (protocol, table, verdict, windows, by_loss, moves, losses, tuned, checks, health_by_width),
     }.items()
     for part in parts
     if done(scale)
@@ -303,6 +380,9 @@ def main() -> None:
     for scale in PLANS:
         if done(scale):
             save_figure(results(scale), DOCS / "img" / f"experts_{scale}.svg")
+    if done("h200"):
+        unpriced = [replace(run, seconds=0.0) for run in results("h200")]  # the page measures nothing by them
+        write_report(unpriced, DOCS / "experts_h200.html", command="python recipes/experts_page.py")
 
 
 if __name__ == "__main__":
