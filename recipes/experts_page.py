@@ -139,8 +139,8 @@ def protocol(scale: str) -> str:
     flops = [run.flops for run in measured]
     widths, horizons = ({getattr(run, name) for run in measured} for name in ("width", "tokens"))
     return (
-        f"{len(runs)} runs, of them {len(runs) - len(measured)} to tune, to check or failed: `{runs[0].task}`, GPTs of depth "
-        f"{plan.depth} and widths {', '.join(map(str, sorted(widths)))}, batches of "
+        f"{len(runs)} runs, of them {len(runs) - len(measured)} to tune, to check or failed: `{runs[0].task}`, GPTs of "
+        f"depth {plan.depth} and widths {', '.join(map(str, sorted(widths)))}, batches of "
         f"{_batch(runs[0])} tokens, {_lengths(sorted(horizons), len(plan.horizons))} tokens "
         f"(each a cooled-down branch), seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, "
         f"{quantity(min(flops))} to {quantity(max(flops))} training FLOPs, on {runs[0].device}; "
@@ -381,8 +381,7 @@ def main() -> None:
         if done(scale):
             save_figure(results(scale), DOCS / "img" / f"experts_{scale}.svg")
     if done("h200"):
-        unpriced = [replace(run, seconds=0.0) for run in results("h200")]  # the page measures nothing by them
-        write_report(unpriced, DOCS / "experts_h200.html", command="python recipes/experts_page.py")
+        write_report(results("h200"), DOCS / "experts_h200.html", command="python recipes/experts_page.py")
 
 
 if __name__ == "__main__":
