@@ -3,6 +3,7 @@
     python recipes/experts.py --plan                  # what it takes here, before any of it is trained
     python recipes/experts.py                         # small, on a CPU
     python recipes/experts.py --scale h200 --task text --paths corpus/ --workers 4 --minutes 9
+    python recipes/experts.py --checks                # other rates, and experts evened out less
     python recipes/experts.py --health                # routers of 16 experts on `bytes`, 1000 steps
     python recipes/experts.py --clock                 # seconds of a step, once the machine does nothing else
 
@@ -15,13 +16,15 @@ import argparse
 import csv
 import json
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 
 from einlinear.lab import compare
+from einlinear.lab.crew import Event
 from einlinear.lab.data import Task, load
 from einlinear.lab.forecast import forecast
 from einlinear.lab.machine import Machine
@@ -30,6 +33,7 @@ from einlinear.lab.run import Run
 from einlinear.lab.store import Store
 from einlinear.lab.studies import Experiment, timed, write_steps
 from einlinear.lab.studies.pricing import Timed
+from einlinear.lab.sweep import Sweep
 from einlinear.lab.train import Recipe, Trunk, train
 
 STANDARD = "moe(experts=8, active=2)"
@@ -62,11 +66,11 @@ PLANS = {
         context=64,
         seeds=(0, 1),
     ),
-    # Budgets over two decades and more. A window of minutes on a shared GPU: models of two blocks, wide ones first.
+    # Budgets over two decades and more. A window of minutes on a shared GPU: models of two blocks.
     # Blocks of a BTT at these widths are multiples of eight, as its kernels want them.
     "h200": compare.Plan(
-        families=(*FAMILIES[:1], *FAMILIES[2:], everywhere(16, 1)),
-        widths=(64, 128, 256, 384, 512),
+        families=(*FAMILIES[:1], *FAMILIES[2:], everywhere(16, 1), everywhere(4, 4)),
+        widths=(64, 128, 256, 512),
         depth=2,
         horizons=tuple(BATCH * steps for steps in (200, 400, 800, 1600)),
         rates=(2**-8, 2**-7, 2**-6),
@@ -76,7 +80,6 @@ PLANS = {
         seeds=(0, 1),
         extensions=2,
         growth=0.75,
-        wide_first=True,
     ),
 }
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -84,19 +87,36 @@ LEFT_OUT = ("curve", "routers", "spec")  # what the store keeps and a table of r
 HEALTHY = ("mixture(of='btt', experts=16, active=2)", "moe(experts=16, active=2)")
 
 
+def checks(plan: compare.Plan, task: Task, rates: Mapping[str, float]) -> list[Trunk]:
+    """What may cost experts their loss, to the longest horizon.
+
+    At the base width, how strongly they are evened out; at twice that width, half and twice the tuned rate.
+    """
+    longest = replace(plan, horizons=plan.horizons[-1:], seeds=plan.seeds[:1])
+    narrow = replace(longest, families=(everywhere(16, 2),), widths=(plan.recipe.base_width,))
+    wider = replace(longest, families=("dense", everywhere(16, 2)), widths=(2 * plan.recipe.base_width,))
+    evened = [(0.1, 0.001), (0.1, 0.0), (0.01, 0.01), (0.01, 0.001), (0.01, 0.0)]  # the plan's are 0.1 and 0.01
+    recipes = [replace(plan.recipe, balance=balance, rebalance=step) for balance, step in evened]
+    trunks = [replace(trunk, recipe=recipe) for trunk in narrow.trunks(task, rates) for recipe in recipes]
+    trunks += [
+        replace(trunk, rate=rate) for trunk in wider.trunks(task, rates) for rate in (trunk.rate / 2, trunk.rate * 2)
+    ]
+    return [replace(trunk, purpose="check") for trunk in trunks]
+
+
 def run(plan: compare.Plan, task: Task, machine: Machine, options: argparse.Namespace) -> None:
     """Trains until all is done or the minutes are over; writes what there is either way."""
-    signal.signal(signal.SIGALRM, signal.default_int_handler)
     with Store(options.store) as store:
         folder = Path(options.store).with_suffix(".parts")
-        try:
-            signal.setitimer(signal.ITIMER_REAL, 60 * options.minutes)
-            done = compare.compare(plan, task, store, machine=machine, folder=folder, progress=told)
+        with in_time(options.minutes):
+            if options.checks:
+                with Sweep(task, store, machine, folder, heard) as sweep:
+                    _, (rates,) = compare.tune([plan], task, sweep.train)
+                    done = sweep.train(checks(plan, task, rates))
+            else:
+                done = compare.compare(plan, task, store, machine=machine, folder=folder, progress=told)
             print(f"all {len(done)} runs are done", flush=True)
-        except KeyboardInterrupt:
-            print("stopped; the same command goes on from here", flush=True)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        runs = store.runs()
+        runs = store.runs(task=task.name, fingerprint=task.fingerprint)
     write_report(runs, options.report, command="python recipes/experts.py", plan=plan)
     names = [field.name for field in fields(Run) if field.name not in LEFT_OUT]
     write(
@@ -107,12 +127,34 @@ def run(plan: compare.Plan, task: Task, machine: Machine, options: argparse.Name
     watched((run for run in routed if run.tokens == longest[run.width]), options.results, f"{options.scale}_routers")
 
 
+@contextmanager
+def in_time(minutes: float) -> Iterator[None]:
+    """Interrupts what is within it after so many minutes, if not 0, and says so; or where the user does."""
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+        yield
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", flush=True)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def heard(trunk: Trunk, event: Event) -> None:
+    if isinstance(event, Run):
+        print(described(event), flush=True)
+
+
 def told(progress: compare.Progress) -> None:
     if run := progress.run:
         left = f", {progress.seconds_left / 60:.0f} minutes left" if progress.seconds_left else ""
-        outcome = run.status if run.loss is None else f"{run.loss:.4f}"
-        what = f"{run.family} width {run.width} {run.tokens} tokens rate {run.rate:.4g} seed {run.seed} ({run.purpose})"
-        print(f"{progress.runs}/{progress.total} {what}: {outcome}{left}", flush=True)
+        print(f"{progress.runs}/{progress.total} {described(run)}{left}", flush=True)
+
+
+def described(run: Run) -> str:
+    outcome = run.status if run.loss is None else f"{run.loss:.4f}"
+    what = f"{run.family} width {run.width} {run.tokens} tokens rate {run.rate:.4g} seed {run.seed} ({run.purpose})"
+    return f"{what}: {outcome}"
 
 
 def health(steps: int, seeds: Iterable[int], machine: Machine, results: Path) -> None:
@@ -170,6 +212,8 @@ def main() -> None:
     parser.add_argument("--scale", choices=PLANS, default="small")
     parser.add_argument("--seeds", type=int, help="how many; a later call with more of them adds to it")
     parser.add_argument("--widths", type=int, nargs="+", help="only these; a later call with more of them adds to it")
+    parser.add_argument("--families", nargs="+", help="only these; a later call with more of them adds to it")
+    parser.add_argument("--wide-first", action="store_true", help="for many processes in a short time")
     parser.add_argument("--task", default="bytes")
     parser.add_argument("--paths", nargs="*", default=[])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -179,6 +223,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, default=Path("runs/experts.html"))
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of CSVs")
     parser.add_argument("--plan", action="store_true", help="say what it takes, instead")
+    parser.add_argument("--checks", action="store_true", help="train what may explain the outcome, instead")
     parser.add_argument("--clock", action="store_true", help="time a step of each, instead")
     parser.add_argument("--health", type=int, nargs="?", const=1000, help="steps to watch routers for, instead")
     options = parser.parse_args()
@@ -187,6 +232,9 @@ def main() -> None:
         plan = replace(plan, seeds=tuple(range(options.seeds)))
     if options.widths:
         plan = replace(plan, widths=tuple(options.widths))
+    if options.families:
+        plan = replace(plan, families=tuple(options.families))
+    plan = replace(plan, wide_first=options.wide_first)
     machine = replace(Machine.here(options.device), workers=options.workers)
     if options.health:
         torch.set_num_threads(1)

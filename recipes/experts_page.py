@@ -2,31 +2,42 @@
 
 import csv
 import json
+import math
 import re
 import statistics
-from collections.abc import Iterator
-from dataclasses import fields
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from functools import cache, partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import altair as alt
+import numpy as np
 from experts import PLANS, RESULTS, STANDARD, everywhere
 
-from einlinear.lab.laws import Axis, multiplier
-from einlinear.lab.report import save_figure
+from einlinear.lab.laws import Axis, Multiplier, multiplier
+from einlinear.lab.laws.cells import Cell, hull
+from einlinear.lab.report import save_figure, write_report
 from einlinear.lab.report.charts import INK, Specification, finished, plotted
 from einlinear.lab.report.page import quantity, save_picture
 from einlinear.lab.run import Run
-from einlinear.lab.studies import priced, read_steps
+from einlinear.lab.studies import read_steps
+from einlinear.lab.train import Recipe
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "experts.md"
 NAMES = {STANDARD: "standard mixture, E = 8"} | {everywhere(e, 2): f"BTT-MoE, E = {e}" for e in (4, 8, 16)}
+OTHERS = {everywhere(e, k): f"BTT-MoE, E = {e}, k = {k}" for e, k in ((16, 1), (4, 4))}  # than two active
 BASELINES = ("dense", STANDARD, "btt(rank=2)")
+EVENED = {"balance": Recipe.balance, "rebalance": Recipe.rebalance}  # where a setup does not say
 AXES: tuple[Axis, ...] = ("flops", "seconds")
+
+
+def named(family: str) -> str:
+    """A family as the page calls it."""
+    return (NAMES | OTHERS).get(family, family)
 
 
 def read(file: Path) -> list[dict[str, str]]:
@@ -35,14 +46,29 @@ def read(file: Path) -> list[dict[str, str]]:
 
 
 def results(scale: str) -> list[Run]:
-    """The runs of a scale; their seconds are steps times what a step takes (`experts.clock`)."""
+    """The runs of a scale; their seconds are steps times what a step takes alone (`experts.clock`).
+
+    Steps that were timed at another depth count by their blocks. A family that was not timed at every width of its runs
+    has no seconds.
+    """
     kinds: dict[str, Any] = {field.name: field.type for field in fields(Run)}
     runs = []
     for row in read(RESULTS / f"experts_{scale}.csv"):
         loss = float(row.pop("loss")) if row["loss"] else None
         runs.append(Run(loss=loss, **{name: kinds[name](value) for name, value in row.items()}))
     file = RESULTS / f"experts_{scale}_clock.csv"
-    return priced(runs, read_steps(file)) if file.exists() else runs
+    if not file.exists():
+        return runs
+    of_block = {(one.family, one.width): one.seconds / one.depth for one in read_steps(file)}
+    untimed = {run.family for run in runs if (run.family, run.width) not in of_block}
+    return [
+        replace(
+            run,
+            seconds=0.0 if run.family in untimed
+            else of_block[run.family, run.width] * run.depth * run.tokens / _batch(run),
+        )
+        for run in runs
+    ]  # fmt: skip
 
 
 def _batch(run: Run) -> int:
@@ -53,17 +79,17 @@ def _batch(run: Run) -> int:
 def table(scale: str) -> str:
     """Every family's multipliers over each baseline, with intervals, and its best loss."""
     runs = results(scale)
-    heads = [f"over {NAMES.get(base, base)}" for base in BASELINES]
+    heads = [f"over {named(base)}" for base in BASELINES]
     lines = [
         "| | runs | best loss | base rate | " + " | ".join(f"{head}: FLOPs | seconds" for head in heads) + " |",
         "|---|---|---|---|" + "---|---|" * len(BASELINES),
     ]
-    for family in dict.fromkeys(run.family for run in runs):
+    for family in ranked(runs):
         own = [run for run in runs if run.family == family and run.purpose == "measure" and run.loss is not None]
         if not own:
             continue
         best = min(run.loss for run in own if run.loss is not None)
-        cells = [NAMES.get(family, family), f"{len(own)}", f"{best:.3f}", f"{own[0].rate:.4g}"]
+        cells = [named(family), f"{len(own)}", f"{best:.3f}", f"{own[0].rate:.4g}"]
         for base in BASELINES:
             for axis in AXES:
                 cells.append("1" if family == base else over(runs, family, base, axis))
@@ -75,22 +101,34 @@ def over(runs: list[Run], family: str, base: str, axis: Axis) -> str:
     """A multiplier with its interval and, in bold, where it decides."""
     if not any(run.family == base and run.purpose == "measure" for run in runs):
         return "–"
-    found = multiplier(runs, family, base, axis)
+    found = fitted(tuple(runs), family, base, axis)
     if found.reason:
         return "–"
     return f"**{found}**" if found.verdict != "undecided" else f"{found}"
 
 
+@cache
+def fitted(runs: tuple[Run, ...], family: str, base: str, axis: Axis) -> Multiplier:
+    """One fit for all the tables that show it."""
+    return multiplier(runs, family, base, axis)
+
+
 def verdict(scale: str) -> str:
-    """The claim in one sentence: BTT-MoE against dense and the standard mixture, by training FLOPs."""
-    runs, words, told = results(scale), set[str](), []
+    """The claim in a sentence for each baseline and cost, by BTT-MoE of two active experts."""
+    runs, lines = results(scale), []
     for base in BASELINES[:2]:
-        found = {family: multiplier(runs, family, base, "flops") for family in NAMES if family != STANDARD}
-        words |= {"no value" if one.reason else one.verdict for one in found.values()}
-        each = ", ".join(f"{one} with {NAMES[family].removeprefix('BTT-MoE, ')}" for family, one in found.items())
-        told.append(f"over {NAMES.get(base, base)} BTT-MoE reaches {each}")
-    said = {("better",): "Holds", ("worse",): "Does not hold"}.get(tuple(words), "Undecided")
-    return f"**{said} at this scale**: at equal loss, by training FLOPs, {'; '.join(told)}."
+        for axis in AXES:
+            found = {family: fitted(tuple(runs), family, base, axis) for family in NAMES if family != STANDARD}
+            words = {one.verdict for one in found.values() if not one.reason}
+            said = {("better",): "holds", ("worse",): "does not hold"}.get(tuple(words), "undecided")
+            each = ", ".join(
+                f"{named(family).partition(', ')[2]}: {'not timed' if one.reason else one}"
+                for family, one in found.items()
+            )
+            by = "training FLOPs" if axis == "flops" else "seconds"
+            told = f"At equal loss, {named(base)} takes so many times what BTT-MoE takes: {each}."
+            lines.append(f"* Over {named(base)}, by {by}: **{said} at this scale**. {told}")
+    return "\n".join(lines)
 
 
 def protocol(scale: str) -> str:
@@ -101,13 +139,19 @@ def protocol(scale: str) -> str:
     flops = [run.flops for run in measured]
     widths, horizons = ({getattr(run, name) for run in measured} for name in ("width", "tokens"))
     return (
-        f"{len(runs)} runs, of them {len(runs) - len(measured)} to tune or failed: `{runs[0].task}`, GPTs of depth "
-        f"{plan.depth} and widths {', '.join(map(str, sorted(widths)))}, batches of "
-        f"{_batch(runs[0])} tokens, horizons of {', '.join(map(quantity, sorted(horizons)))} tokens "
+        f"{len(runs)} runs, of them {len(runs) - len(measured)} to tune, to check or failed: `{runs[0].task}`, GPTs of "
+        f"depth {plan.depth} and widths {', '.join(map(str, sorted(widths)))}, batches of "
+        f"{_batch(runs[0])} tokens, {_lengths(sorted(horizons), len(plan.horizons))} tokens "
         f"(each a cooled-down branch), seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, "
-        f"{quantity(min(flops))} to {quantity(max(flops))} training FLOPs, on {runs[0].device}; commit "
-        f"{runs[0].commit[:7]}."
+        f"{quantity(min(flops))} to {quantity(max(flops))} training FLOPs, on {runs[0].device}; "
+        f"commit {' and '.join(dict.fromkeys(run.commit[:7] for run in runs))}."
     )
+
+
+def _lengths(horizons: Sequence[int], count: int) -> str:
+    if len(horizons) <= count:
+        return f"horizons of {', '.join(map(quantity, horizons))}"
+    return f"{count} horizons at each width, from {quantity(horizons[0])} to {quantity(horizons[-1])}"
 
 
 def health_chart() -> Specification:
@@ -180,13 +224,15 @@ def health_by_width(scale: str) -> str:
 
 
 def losses(scale: str) -> str:
-    """The loss of every family at each width's longest horizon, means over seeds, and its FLOPs in those of dense."""
+    """The loss of every family at each width's longest horizon that BTT-MoE has, means over seeds, and its FLOPs in
+    those of dense."""
     runs = [run for run in results(scale) if run.purpose == "measure" and run.loss is not None]
     widths = sorted({run.width for run in runs})
-    longest = {width: max(run.tokens for run in runs if run.width == width) for width in widths}
+    everyone = {width: [run for run in runs if run.width == width and run.family in NAMES] for width in widths}
+    longest = {width: _common(own) for width, own in everyone.items()}
     heads = (f"width {width}, {quantity(longest[width])} tokens: loss | FLOPs" for width in widths)
     lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|---|" * len(widths)]
-    for family in dict.fromkeys(run.family for run in runs):
+    for family in ranked(runs):
         cells = []
         for width in widths:
             at = [run for run in runs if (run.width, run.tokens) == (width, longest[width])]
@@ -196,12 +242,130 @@ def losses(scale: str) -> str:
                 cells += [f"{mean:.4f}", f"{own[0].flops / dense[0].flops:.2f}"]
             else:
                 cells += ["–", "–"]
-        lines.append(f"| {NAMES.get(family, family)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {named(family)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def windows(scale: str) -> str:
+    """Multipliers by training FLOPs with the shortest one or two horizons of each width left out."""
+    runs = results(scale)
+    measured = [run for run in runs if run.purpose == "measure"]
+    widths = {run.width for run in measured}
+    horizons = {width: sorted({run.tokens for run in measured if run.width == width}) for width in widths}
+    heads = [f"{what}: over dense | over standard" for what in ("all", "without the shortest", "the two longest")]
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|---|" * len(heads)]
+    for family in ranked(measured):
+        if family in ("dense", STANDARD) or len({run.width for run in measured if run.family == family}) < 2:
+            continue
+        cells = []
+        for first in range(3):
+            kept = [run for run in measured if run.tokens >= horizons[run.width][first]]
+            cells += [over(kept, family, base, "flops") for base in BASELINES[:2]]
+        lines.append(f"| {named(family)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+LOSSES = (1.7, 1.6, 1.5, 1.4, 1.3, 1.25, 1.2)
+
+
+def by_loss(scale: str) -> str:
+    """What dense layers cost over what a family costs at a loss, by straight lines along both hulls: no law."""
+    hulls = hull(results(scale))
+    lines = ["| | " + " | ".join(f"{loss:g} nats" for loss in LOSSES) + " |", "|---|" + "---|" * len(LOSSES)]
+    for family, cells in sorted(hulls.items(), key=lambda one: ranked_key(one[0])):
+        if family != "dense" and len(cells) > 2:
+            ratios = (_cost(hulls["dense"], loss) / _cost(cells, loss) for loss in LOSSES)
+            told = ("–" if math.isnan(ratio) else f"{ratio:.2f}×" for ratio in ratios)
+            lines.append(f"| {named(family)} | " + " | ".join(told) + " |")
+    return "\n".join(lines)
+
+
+def _cost(cells: Sequence[Cell], loss: float) -> float:
+    """Where a hull reaches a loss; nan where it does not."""
+    falling = sorted(cells, key=lambda cell: cell.loss)
+    places = [math.log(cell.loss) for cell in falling]
+    costs = [math.log(cell.cost) for cell in falling]
+    return math.exp(float(np.interp(math.log(loss), places, costs, math.nan, math.nan)))
+
+
+def _common(runs: Sequence[Run]) -> int:
+    """The longest horizon that all families have."""
+    horizons = [{run.tokens for run in runs if run.family == family} for family in {run.family for run in runs}]
+    return max(set.intersection(*horizons))
+
+
+def ranked(runs: Sequence[Run]) -> list[str]:
+    """The families of runs, as the page orders them."""
+    return sorted({run.family for run in runs}, key=ranked_key)
+
+
+def ranked_key(family: str) -> int:
+    return ["dense", "btt", "btt(rank=2)", *NAMES, *OTHERS].index(family)
+
+
+def moves(scale: str) -> str:
+    """BTT-MoE over dense with every number of experts and active ones, on every axis, and without a law."""
+    runs = results(scale)
+    axes: tuple[Axis, ...] = ("flops", "linear_flops", "parameters", "seconds")
+    lines = [
+        "| | FLOPs | without a law | FLOPs of linear layers | parameters | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for family in ranked(runs):
+        if family in NAMES | OTHERS and family != STANDARD:
+            first, *rest = (over(runs, family, "dense", axis) for axis in axes)
+            check = fitted(tuple(runs), family, "dense", "flops").crosscheck
+            met = "–" if math.isnan(check) else f"{check:.2f}×"
+            lines.append(f"| {named(family)} | {first} | {met} | " + " | ".join(rest) + " |")
+    return "\n".join(lines)
+
+
+def checks(scale: str) -> str:
+    """The runs that no law uses: what they changed, and what came out, beside the run that they check."""
+    runs = results(scale)
+    lines = ["| | width | base rate | weight of the loss | step of the bias | loss |", "|---|---|---|---|---|---|"]
+    found = [run for run in runs if run.purpose == "check"]
+    cells = {(run.family, run.width, run.tokens) for run in found}
+    for run in sorted(runs, key=lambda run: (run.family, run.width, run.rate, run.setup)):
+        if (run.family, run.width, run.tokens) not in cells or run.purpose == "tune" or run.seed:
+            continue
+        setup, name = json.loads(run.setup), named(run.family)
+        mark = "**" if run.purpose == "measure" else ""
+        evened = [setup.get(key, value) if run.family != "dense" else "–" for key, value in EVENED.items()]
+        loss = run.status if run.loss is None else f"{run.loss:.4f}"
+        cells_of_run = (name, run.width, f"2^{math.log2(run.rate):.0f}", *evened, loss)
+        lines.append("| " + " | ".join(f"{mark}{cell}{mark}" for cell in cells_of_run) + " |")
+    return "\n".join(lines)
+
+
+def tuned(scale: str) -> str:
+    """The loss of every trial; in bold the best rate of a family."""
+    trials = [run for run in results(scale) if run.purpose == "tune"]
+    rates = sorted({run.rate for run in trials})
+    lines = ["| | " + " | ".join(f"2^{math.log2(rate):.0f}" for rate in rates) + " |", "|---|" + "---|" * len(rates)]
+    for family in ranked(trials):
+        found = {run.rate: run.loss for run in trials if run.family == family}
+        best = min(loss for loss in found.values() if loss is not None)
+        cells = []
+        for rate in rates:
+            text = "–" if rate not in found else "diverged" if found[rate] is None else f"{found[rate]:.4f}"
+            cells.append(f"**{text}**" if found.get(rate) == best else text)
+        lines.append(f"| {named(family)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def done(scale: str) -> bool:
+    return (RESULTS / f"experts_{scale}.csv").exists()
+
+
 PARTS = {"health": health_table} | {
-    f"{part.__name__} {scale}": partial(part, scale) for scale in ("small",) for part in (protocol, table, verdict)
+    f"{part.__name__} {scale}": partial(part, scale)
+    for scale, parts in {
+        "small": (protocol, table, verdict),
+        "h200": (protocol, table, verdict, windows, by_loss, moves, losses, tuned, checks, health_by_width),
+    }.items()
+    for part in parts
+    if done(scale)
 }
 
 
@@ -213,7 +377,11 @@ def main() -> None:
         )
     PAGE.write_text(text)
     save_picture(health_chart(), DOCS / "img" / "experts_health.svg")
-    save_figure(results("small"), DOCS / "img" / "experts_small.svg")
+    for scale in PLANS:
+        if done(scale):
+            save_figure(results(scale), DOCS / "img" / f"experts_{scale}.svg")
+    if done("h200"):
+        write_report(results("h200"), DOCS / "experts_h200.html", command="python recipes/experts_page.py")
 
 
 if __name__ == "__main__":

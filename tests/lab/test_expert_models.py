@@ -61,7 +61,10 @@ def test_steps_move_biases_and_evaluation_nothing(task: Sequences) -> None:
         pass
     before = [bias.clone() for bias in biases]
     assert any((bias != 0).any() for bias in biases)
+    routers = [module for module in training.update.working.modules() if isinstance(module, el.Router)]
+    latest = [router.latest for router in routers]
     training.evaluate()
+    assert all(router.latest is before for router, before in zip(routers, latest, strict=True))
     assert all((a == b).all() for a, b in zip(before, biases, strict=True))
 
 

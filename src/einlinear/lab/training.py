@@ -102,11 +102,14 @@ class Training:
     def evaluate(self) -> float:
         """The mean loss over the task's validation set, nats per token (per example)."""
         total, count = torch.zeros((), dtype=torch.float64), 0
+        # Routers remember training alone: a recorded graph goes on writing to the tensors that it found there.
+        self.update.working.eval()
         with torch.compiler.set_stance("force_eager"):  # batches of other sizes would be compiled anew
             for inputs, targets in self.data.validation_batches(max(1, EVALUATED // window(self.task))):
                 loss = self.update.loss(sent(inputs, self.device), sent(targets, self.device))
                 total += len(inputs) * loss.double().cpu()
                 count += len(inputs)
+        self.update.working.train()
         mean = (total / count).item()
         if not math.isfinite(mean):
             raise Failure("diverged", f"validation loss {mean} at step {self.step}")

@@ -28,9 +28,11 @@ INK = "currentColor"
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right")
 STEPS = 48  # points of a fitted curve
+WIDE = 400  # height from which a figure of losses takes the whole width of the page
+LONGEST = 270  # pixels of a family's name: numbers of experts, at its end, must not be cut off
 
 
-def loss_chart(summary: Summary, axis: Axis, height: int = 400) -> Specification:
+def loss_chart(summary: Summary, axis: Axis, height: int = WIDE) -> Specification:
     """Loss against one cost: the runs' means, each family's hull, and its fitted law with a 95 % band."""
     points: Rows = []
     hulls: Rows = []
@@ -87,7 +89,8 @@ def loss_chart(summary: Summary, axis: Axis, height: int = 400) -> Specification
     )  # fmt: skip
     dim = alt.condition(chosen, alt.value(1), alt.value(0.08))
     lines = [layer.encode(x=x, y=y, color=colour, opacity=dim) for layer in (law, hull)]
-    return finished(alt.layer(band, *lines, dots), height, f"Validation loss against {AXES[axis]}")
+    columns = 2 if height >= WIDE else 1
+    return finished(alt.layer(band, *lines, dots), height, f"Validation loss against {AXES[axis]}", columns)
 
 
 def multiplier_chart(summary: Summary) -> Specification:
@@ -100,8 +103,9 @@ def multiplier_chart(summary: Summary) -> Specification:
     ]
     values = [row[name] for row in rows for name in ("low", "high")] + [0.8, 1.25]
     x = logarithmic(alt.X, "low", f"cost of {summary.baseline} over its own", values, "~g")
+    names = alt.Axis(title=None, labelLimit=LONGEST)
     base = plotted(rows).encode(
-        y=alt.Y("family:N", sort=[family.family for family in summary.families], title=None),
+        y=alt.Y("family:N", sort=[family.family for family in summary.families], axis=names),
         yOffset=alt.YOffset("kind:N", sort=list(kinds.values())),
         color=alt.Color("family:N", scale=_scale(summary, "colour"), legend=None),
     )
@@ -195,7 +199,7 @@ def shaped(summary: Summary) -> alt.Shape:
     return alt.Shape("family:N", scale=_scale(summary, "shape"), title=None)
 
 
-def finished(chart: alt.LayerChart | alt.FacetChart, height: int, description: str) -> Specification:
+def finished(chart: alt.LayerChart | alt.FacetChart, height: int, description: str, columns: int = 2) -> Specification:
     """A chart as the page shows it: as wide as its place, in the page's ink."""
     plain = {
         "font": "system-ui, sans-serif",
@@ -206,8 +210,9 @@ def finished(chart: alt.LayerChart | alt.FacetChart, height: int, description: s
             "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "titlePadding": 10,
         },
         "legend": {
-            "orient": "top", "columns": 2, "columnPadding": 18, "symbolSize": 80, "symbolOpacity": 1,
-            "symbolBaseFillColor": INK, "labelColor": INK, "titleColor": INK, "labelFontSize": 12.5, "labelLimit": 240,
+            "orient": "top", "columns": columns, "columnPadding": 18, "symbolSize": 80, "symbolOpacity": 1,
+            "symbolBaseFillColor": INK, "labelColor": INK, "titleColor": INK, "labelFontSize": 12.5,
+            "labelLimit": LONGEST,
         },
     }  # fmt: skip
     specification: Specification = chart.properties(width="container", height=height, description=description).to_dict()
