@@ -147,6 +147,16 @@ def test_the_best_rate_of_an_uneven_landscape_is_found_wherever_the_grid_lies(be
     assert best_rates(rates, losses[None]) == pytest.approx([best], abs=0.11)  # by a parabola .25 to .33 too low
 
 
+def test_seeds_that_only_some_rates_have_shift_no_rate_against_another() -> None:
+    """Seed 1 has higher losses throughout, and is there near the best rate alone: the best rate stays the same."""
+    even = landscape(0.0, 0.4, 0.001)
+    high = [replace(run, loss=run.loss * (1.05 if run.seed else 1.0)) for run in even]
+    some = [run for run in high if run.seed == 0 or 2**-9 <= run.rate <= 2**-6]
+    assert len(some) < len(high)
+    found, wanted = (rate_transfer(runs) for runs in (some, even))
+    assert [part.value for part in found.parts] == pytest.approx([part.value for part in wanted.parts], abs=0.02)
+
+
 def test_the_loss_at_a_carried_rate_is_between_those_of_its_neighbours() -> None:
     rates = np.arange(-8.0, -3.0)
     small, large = (rates + 5.75) ** 2, np.array([5.0, 4.0, 2.0, math.inf, math.inf])

@@ -64,6 +64,9 @@ def worth(runs: Sequence[Run], questions: Sequence[Question], baseline: str = "d
                     what=what, value=found.value, low=found.low, high=found.high, claimed="above", bound=bound,
                     ratio=True,
                 ))  # fmt: skip
+        if question.claimed and not any(name.endswith(question.claimed) for name in names if name != baseline):
+            what = f"the multiplier of {question.claimed} over {baseline} ({question.title})"
+            parts.append(Part(what=what, value=math.nan, low=math.nan, high=math.nan, claimed="above", bound=bound))
     failed = sum(run.status != "done" for run in runs if run.purpose == "measure")
     if failed:
         notes.append(f"{failed} measurement runs did not finish; no law uses them.")
