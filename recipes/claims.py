@@ -195,7 +195,9 @@ REVERSE = Study(
         "Multipliers over dense, in seconds and in FLOPs, of Monarch, and of Monarch whose last 20 % or 50 % of steps "
         "are dense; each is tuned. The switch is where a horizon leaves the constant rate; the optimizer's moments "
         "start anew for the products, and all else goes on. Seconds are steps times the median time of a step, "
-        "measured in turns after the runs. Holds if the multiplier of the 20 % finish is above 1 in both."
+        "measured in turns apart from the runs. Holds if the multiplier of the 20 % finish is above 1: over dense of "
+        "its own width, as in the paper, at every width; and over dense of any width, by a law, in seconds and in FLOPs. "
+        "(The comparison at equal width was added after the first runs were seen.)"
     ),
     scales={
         "small": reversing(
@@ -219,6 +221,7 @@ REVERSE = Study(
         ),
     },
     judge=partial(worth, questions=(
+        Question(axis="seconds", claimed="last 20% dense", by_width=True),
         Question(axis="seconds", claimed="last 20% dense"), Question(axis="flops", claimed="last 20% dense"),
     )),
     priced=True,
