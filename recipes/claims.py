@@ -196,8 +196,8 @@ REVERSE = Study(
         "are dense; each is tuned. The switch is where a horizon leaves the constant rate; the optimizer's moments "
         "start anew for the products, and all else goes on. Seconds are steps times the median time of a step, "
         "measured in turns apart from the runs. Holds if the multiplier of the 20 % finish is above 1: over dense of "
-        "its own width, as in the paper, at every width; and over dense of any width, by a law, in seconds and in FLOPs. "
-        "(The comparison at equal width was added after the first runs were seen.)"
+        "its own width, as in the paper, at every width; and over dense of any width, by a law, in seconds and in "
+        "FLOPs. (The comparison at equal width was added after the first runs were seen.)"
     ),
     scales={
         "small": reversing(
