@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from einlinear.lab.laws import AXES, Axis, multiplier
+from einlinear.lab.laws import AXES, Axis, Multiplier, multiplier
 from einlinear.lab.laws.cells import Cell, cells_of, lower_hull
 from einlinear.lab.run import Run
 from einlinear.lab.studies.evidence import Finding, Part, Table
@@ -46,6 +46,7 @@ class _Answer:
     low: float = math.nan
     high: float = math.nan
     check: float = math.nan
+    remark: str = ""  # what a reader of the number should know
     reason: str = ""
 
     @property
@@ -76,6 +77,7 @@ def worth(runs: Sequence[Run], questions: Sequence[Question], baseline: str = "d
                 notes.append(f"{question.title}, {one.name}: no multiplier, {one.reason}.")
             else:
                 check = "–" if math.isnan(one.check) else f"{one.check:.2f}"
+                notes += [f"{question.title}, {one.name}: {one.remark}."] if one.remark else []
                 rows.append((question.title, one.name, f"{one.value:.2f}", f"{one.low:.2f} to {one.high:.2f}", check))
         for one in claimed:
             what = f"the multiplier of {one.name} over {baseline} ({question.title})"
@@ -115,10 +117,21 @@ def _by_law(runs: Sequence[Run], axis: Axis, baseline: str) -> list[_Answer]:
     found = [multiplier(runs, name, baseline, axis, allow_mixed_data=True) for name in names if name != baseline]
     return [
         _Answer(
-            about=one.family, value=one.value, low=one.low, high=one.high, check=one.crosscheck, reason=one.reason
+            about=one.family, value=one.value, low=one.low, high=one.high, check=one.crosscheck,
+            remark=_not_parallel(one), reason=one.reason,
         )
         for one in found
     ]  # fmt: skip
+
+
+def _not_parallel(found: Multiplier) -> str:
+    if not found.trend:
+        return ""
+    (early, late), first, last = found.trend, found.loss_high, found.loss_low
+    return (
+        f"the two curves are not parallel (p = {found.exponent_p:.1g}), so that no one number is true: it goes from "
+        f"{early:.2f} at a loss of {first:.2g} to {late:.2f} at {last:.2g}, and the interval covers that"
+    )
 
 
 def _by_width(groups: Mapping[str, Sequence[Cell]], baseline: str) -> list[_Answer]:
