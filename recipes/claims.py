@@ -144,8 +144,8 @@ IMAGES = Study(
         "Compute multipliers over dense (how many times its FLOPs dense needs for the same loss), each family at its "
         "own best rate. Holds if that of BTT is above 1, by the training loss on augmented 8 × 8 digits (moved by a "
         "pixel, with noise) and by the loss on fresh examples of a random teacher. Rates are those of the least "
-        "validation loss, also where training losses are compared. The rows on the longest trainings are the paper's own "
-        "comparison, in which only the width is traded for compute."
+        "validation loss, also where training losses are compared. The rows on the longest trainings are the "
+        "paper's own comparison, in which only the width is traded for compute."
     ),
     scales={
         "small": tuple(
