@@ -14,7 +14,7 @@ import torch
 
 import einlinear as el
 from einlinear.lab import sweep as sweeping
-from einlinear.lab.compare import Plan, Progress, compare, default_plan
+from einlinear.lab.compare import Plan, Progress, compare, default_plan, tune
 from einlinear.lab.data import Examples, Sequences, Task, load
 from einlinear.lab.machine import Machine
 from einlinear.lab.models import counted
@@ -125,6 +125,32 @@ def test_a_single_rate_is_taken_as_given(task: Sequences, store: Store, monkeypa
     monkeypatch.setattr(sweeping, "train", Trainer(valley(0.02)))
     compare(replace(PLAN, rates=(0.5,)), task, store, machine=HERE)
     assert {(run.rate, run.purpose) for run in store.runs()} == {(0.5, "measure")}
+
+
+def test_rates_of_several_plans_are_tuned_together(task: Sequences) -> None:
+    """Each at its own best, trials that two share once; one rate is no trial; a grid grows `extensions` times."""
+    plan = Plan(
+        families=("dense", "btt"), widths=(16,), depth=1, horizons=(64,), rates=(2**-9, 2**-8, 2**-7), tuning=64,
+        recipe=Recipe(batch=8, base_width=16, base_depth=1), extensions=2,
+    )  # fmt: skip
+    naive = replace(plan, families=("btt",), recipe=replace(plan.recipe, structure_aware=False))
+    single = replace(plan, families=("btt",), rates=(2**-5,))
+    asked = []
+
+    def trained(trunks: list[Trunk]) -> list[Run]:
+        asked.append(len(trunks))
+        best = {("dense", True): -8.0, ("btt", True): -6.0, ("btt", False): -1.0}
+        return [
+            replace(
+                trunk.run(task, *trunk.horizons),
+                loss=1 + abs(math.log2(trunk.rate) - best[trunk.family, trunk.recipe.structure_aware]),
+            )
+            for trunk in trunks
+        ]  # fmt: skip
+
+    runs, rates = tune([plan, naive, single, replace(plan, seeds=(0, 1))], task, trained)
+    assert rates == [{"dense": 2**-8, "btt": 2**-6}, {"btt": 2**-5}, {"btt": 2**-5}, {"dense": 2**-8, "btt": 2**-6}]
+    assert asked == [9, 11, 13] and len(runs) == 13
 
 
 def test_the_same_command_trains_nothing_twice(task: Sequences, store: Store, tmp_path: Path) -> None:

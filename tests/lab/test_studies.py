@@ -5,6 +5,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 
@@ -147,6 +148,16 @@ def test_the_best_rate_of_an_uneven_landscape_is_found_wherever_the_grid_lies(be
     assert best_rates(rates, losses[None]) == pytest.approx([best], abs=0.11)  # by a parabola .25 to .33 too low
 
 
+def test_seeds_that_only_some_rates_have_shift_no_rate_against_another() -> None:
+    """Seed 1 has higher losses throughout, and is there near the best rate alone: the best rate stays the same."""
+    even = landscape(0.0, 0.4, 0.001)
+    high = [replace(run, loss=run.loss * (1.05 if run.seed else 1.0)) for run in even]
+    some = [run for run in high if run.seed == 0 or 2**-9 <= run.rate <= 2**-6]
+    assert len(some) < len(high)
+    found, wanted = (rate_transfer(runs) for runs in (some, even))
+    assert [part.value for part in found.parts] == pytest.approx([part.value for part in wanted.parts], abs=0.02)
+
+
 def test_the_loss_at_a_carried_rate_is_between_those_of_its_neighbours() -> None:
     rates = np.arange(-8.0, -3.0)
     small, large = (rates + 5.75) ** 2, np.array([5.0, 4.0, 2.0, math.inf, math.inf])
@@ -196,6 +207,38 @@ def test_the_training_loss_is_asked_for_where_the_claim_says_so(simulate) -> Non
     ]
     found = worth(runs, [Question(axis="flops", claimed="btt", training=True)])
     assert found.parts[0].value == pytest.approx(2.0, rel=1e-3)
+
+
+def trained(truth: float, noise: float, seed: int) -> list[Run]:
+    """Three horizons of two seeds at two widths; a structure costs 1 / truth of dense at equal loss and width."""
+    random = np.random.default_rng(seed)
+    runs = []
+    for family, width, replica in product(("dense", "btt"), (32, 64), (0, 1)):
+        common = random.normal()
+        for tokens in (100, 200, 400):
+            seconds = tokens * width / (truth if family == "btt" else 1.0)
+            ln = -0.3 * math.log(tokens * (1.3 if family == "btt" else 1.0)) - 0.2 * math.log(width)
+            runs.append(Run(
+                task="t", fingerprint="", family=family, width=width, depth=1, tokens=tokens, rate=0.1, seed=replica,
+                seconds=seconds * (1.3 if family == "btt" else 1.0), trunk=f"{family}{width}{replica}",
+                loss=math.exp(ln + noise * (0.9 * common + 0.45 * random.normal())),
+            ))  # fmt: skip
+    return runs
+
+
+def test_at_equal_width_the_multiplier_needs_no_law() -> None:
+    asked = [Question(axis="seconds", claimed="btt", by_width=True)]
+    found = worth(trained(0.5, 0.0001, 0), asked)
+    assert [part.value for part in found.parts] == pytest.approx([0.5, 0.5], rel=1e-2)
+    assert found.verdict == "does not hold" and "btt at width 64" in found.sentence
+    held = [part.low <= 1.3 <= part.high for n in range(150) for part in worth(trained(1.3, 0.02, n), asked).parts]
+    assert 0.92 <= np.mean(held) <= 0.995
+
+
+def test_what_is_claimed_and_was_not_run_is_undecided(simulate) -> None:
+    asked = [Question(axis="flops", claimed=name) for name in ("btt", "kronecker")]
+    found = worth(simulate({"dense": 1.0, "btt": 2.0}, noise=0.002), asked)
+    assert [part.outcome for part in found.parts] == ["holds", "open"] and found.verdict == "undecided"
 
 
 POINTS = {

@@ -160,30 +160,40 @@ def tune(
     Those of all plans and families are trained together, by `train`, which gives the runs of trunks; then what their
     grids grow by.
     """
-    grids = {(number, family): plan.rates for number, plan in enumerate(plans) for family in plan.families}
-    best: dict[tuple[int, str], float | None] = {slot: rates[0] for slot, rates in grids.items()}
+    grids = [_Grid(plan, family, plan.rates) for plan in plans for family in plan.families]
     runs: dict[object, Run] = {}
-    before: object = None
-    while grids != before:
-        trials = {
-            slot: [plans[slot[0]].trial(task, slot[1], rate) for rate in rates]
-            for slot, rates in grids.items()
-            if len(rates) > 1
-        }
-        found = train(list(dict.fromkeys(trial for of_slot in trials.values() for trial in of_slot)))
-        runs |= {run.key: run for run in found}
-        for slot, of_slot in trials.items():
-            best[slot] = _best([runs[trial.run(task, *trial.horizons).key] for trial in of_slot])
-        before, grids = grids, {
-            slot: _grown(rates, best[slot]) if 1 < len(rates) < len(plan.rates) + plan.extensions else rates
-            for slot, rates in grids.items()
-            for plan in [plans[slot[0]]]
-        }  # fmt: skip
-    rates_of = [
-        {family: rate for family in plan.families if (rate := best[number, family]) is not None}
-        for number, plan in enumerate(plans)
-    ]
-    return list(runs.values()), rates_of
+    growing = True
+    while growing:
+        trials = dict.fromkeys(trial for grid in grids for trial in grid.trials(task))
+        runs |= {run.key: run for run in train(list(trials))}
+        growing = any([grid.grow(task, runs) for grid in grids])
+    rates = [{grid.family: grid.best for grid in grids if grid.plan is plan and grid.best} for plan in plans]
+    return list(runs.values()), rates
+
+
+@dataclass
+class _Grid:
+    """The rates that a plan tries for a family, and the best one so far; None where the model always diverges."""
+
+    plan: Plan
+    family: str
+    rates: tuple[float, ...]
+    best: float | None = None
+
+    def trials(self, task: Task) -> list[Trunk]:
+        """What is to be tried; nothing for a single rate."""
+        return [self.plan.trial(task, self.family, rate) for rate in self.rates if len(self.rates) > 1]
+
+    def grow(self, task: Task, runs: Mapping[object, Run]) -> bool:
+        """Finds the best rate by the runs of all trials, by key; True if there are more to try."""
+        if len(self.rates) == 1:
+            (self.best,) = self.rates
+            return False
+        self.best = _best([runs[trial.run(task, *trial.horizons).key] for trial in self.trials(task)])
+        before = self.rates
+        if len(before) < len(self.plan.rates) + self.plan.extensions:
+            self.rates = _grown(before, self.best)
+        return self.rates != before
 
 
 def _best(trials: Sequence[Run]) -> float | None:

@@ -87,12 +87,31 @@ def _axes(drawn: Drawn) -> tuple[list[str], list[int]]:
 
 
 def gathered(runs: Sequence[Run]) -> Losses:
-    """ln losses of runs by family and width, then rate."""
-    losses: dict[tuple[str, int], dict[float, list[float]]] = {}
-    for run in sorted(runs, key=lambda run: (run.width, run.rate)):
+    """ln losses of runs by family and width, then rate; where some rates lack some seeds, as if all had them all."""
+    losses: dict[tuple[str, int], dict[float, dict[int, float]]] = {}
+    for run in sorted(runs, key=lambda run: (run.width, run.rate, run.seed)):
         value = math.log(run.loss) if run.loss else math.inf
-        losses.setdefault((run.family, run.width), {}).setdefault(run.rate, []).append(value)
-    return losses
+        losses.setdefault((run.family, run.width), {}).setdefault(run.rate, {})[run.seed] = value
+    return {key: _level(cells) for key, cells in losses.items()}
+
+
+def _level(cells: Mapping[float, Mapping[int, float]]) -> dict[float, list[float]]:
+    """Losses less what is particular to their seed, going by the rates that have every seed: these keep their means.
+
+    A seed settles start and data, and so shifts all rates of a width alike; a rate with few seeds would be shifted
+    against the others.
+    """
+    seeds = {seed for of_rate in cells.values() for seed in of_rate}
+    whole = [
+        of_rate for of_rate in cells.values() if of_rate.keys() == seeds and np.isfinite([*of_rate.values()]).all()
+    ]
+    if not whole:
+        return {rate: [*of_rate.values()] for rate, of_rate in cells.items()}
+    own = {seed: np.mean([of_rate[seed] - np.mean([*of_rate.values()]) for of_rate in whole]) for seed in seeds}
+    return {
+        rate: [value if of_rate.keys() == seeds else float(value - own[seed]) for seed, value in of_rate.items()]
+        for rate, of_rate in cells.items()
+    }
 
 
 def pooled_noise(losses: Losses) -> float:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -44,9 +45,9 @@ def ordering(runs: Sequence[Run], baseline: str = "dense") -> Finding:
             "family": name, "omega": omega, "psi": psi, "nu": nu, "value": found.value, "low": found.low,
             "high": found.high, "crosscheck": found.crosscheck, "extrapolation": found.extrapolation,
         })  # fmt: skip
-    slopes = regression(
-        np.array([[point[axis] for axis in AXES] for point in points]), np.log([point["value"] for point in points])
-    )
+    x, y = np.array([[p[axis] for axis in AXES] for p in points]), np.log([p["value"] for p in points])
+    slopes = regression(x, y)
+    notes += _leaning(x, y, [p["family"] for p in points])
     claimed = {"omega": ("below", 0.0), "psi": ("above", 0.0), "nu": ("within", LITTLE)}
     parts = tuple(
         Part(
@@ -78,6 +79,23 @@ def ordering(runs: Sequence[Run], baseline: str = "dense") -> Finding:
         figure=ordering_figure(points),
         notes=tuple(notes),
     )
+
+
+def _leaning(x: Floats, y: Floats, names: Sequence[str]) -> list[str]:
+    """How far each slope leans on one point: what it would be with one left out, at most and at least."""
+    without = {}
+    for point, name in enumerate(names):
+        rest = np.arange(len(names)) != point
+        with suppress(ValueError):  # those left do not settle the slopes
+            without[name] = [value for value, _, _ in regression(x[rest], y[rest])]
+    if not without:
+        return []
+    found = []
+    for number, axis in enumerate(AXES):
+        least, most = (choose(without, key=lambda name: without[name][number]) for choose in (min, max))
+        ends = (f"{without[name][number]:+.2f} without {name}" for name in (least, most))
+        found.append(f"The slope over {SIGNS[axis]}, with one point left out: from {' to '.join(ends)}.")
+    return found
 
 
 def regression(x: Floats, y: Floats) -> list[tuple[float, float, float]]:
