@@ -66,8 +66,8 @@ class Recorded:
         return float(fresh.max() - fresh[found.ranking[0]])
 
 
-def recorded(path: Path, half: str = "all") -> Recorded:
-    """The runs of a record whose candidates were trained to every rung with every seed."""
+def recorded(path: Path, half: str = "all", last: int = 9) -> Recorded:
+    """The runs of a record whose candidates were trained to every rung with every seed; of them the last rungs."""
     frame = pd.read_csv(path)
     rungs = sorted(frame["tokens"].unique())
     plain, others = frame[frame["family"] == "dense"], frame[frame["family"] != "dense"]
@@ -87,6 +87,7 @@ def recorded(path: Path, half: str = "all") -> Recorded:
         variances[number, rung, seeds.index(seed)] = worth.variance
         costs[number, rung] = row.flops
     # A horizon of h steps begins to cool down at 0.8 h, and the next one goes on from there.
+    values, variances, costs, rungs = values[:, -last:], variances[:, -last:], costs[:, -last:], rungs[-last:]
     shares = [1.0] + [1 - 0.8 * before / after for before, after in pairwise(rungs)]
     unit = plain[(plain["width"] == WIDTH) & (plain["tokens"] == rungs[-1])]["flops"].iloc[0]
     return Recorded([*place], features(pool), values, variances, costs, shares, float(unit))
@@ -117,6 +118,7 @@ def main() -> None:
     parser.add_argument("--records", nargs="+", default=["teacher", "bytes"])
     parser.add_argument("--searches", nargs="+", choices=SEARCHES, default=["guided", "random"])
     parser.add_argument("--half", choices=sorted(HALVES), default="all")
+    parser.add_argument("--last", type=int, default=9, help="rungs to search along, from the end")
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS)
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where the records are")
@@ -126,19 +128,19 @@ def main() -> None:
     with options.out.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([
-            "record", "half", "search", "budget", "repeats", "candidates", "seeds", "regret", "regret_less_random",
-            "low", "high", "commit",
+            "record", "half", "rungs", "search", "budget", "repeats", "candidates", "seeds", "regret",
+            "regret_less_random", "low", "high", "commit",
         ])  # fmt: skip
         for record in options.records:
-            runs = recorded(options.folder / f"search_runs_{record}.csv", options.half)
+            runs = recorded(options.folder / f"search_runs_{record}.csv", options.half, options.last)
             for budget in options.budgets:
                 regrets = replay(runs, budget, options.repeats, options.searches)
                 for name, regret in regrets.items():
                     less = regret - regrets["random"]
                     half = 1.96 * less.std(ddof=1) / np.sqrt(len(less))
                     row = [
-                        record, options.half, name, f"{budget:g}", options.repeats, len(runs.families),
-                        runs.values.shape[2], f"{regret.mean():.4f}", f"{less.mean():.4f}",
+                        record, options.half, runs.costs.shape[1], name, f"{budget:g}", options.repeats,
+                        len(runs.families), runs.values.shape[2], f"{regret.mean():.4f}", f"{less.mean():.4f}",
                         f"{less.mean() - half:.4f}", f"{less.mean() + half:.4f}", commit,
                     ]  # fmt: skip
                     writer.writerow(row)

@@ -10,7 +10,7 @@ import numpy as np
 import einlinear as el
 from einlinear.lab.compare import Plan
 from einlinear.lab.compare import default_plan as default_comparison
-from einlinear.lab.data import Task
+from einlinear.lab.data import Sequences, Task
 from einlinear.lab.laws import Axis
 from einlinear.lab.laws.minimise import Floats
 from einlinear.lab.train import Trunk
@@ -147,15 +147,21 @@ class SearchPlan:
 
 
 def default_search(task: Task, device: str = "cpu") -> SearchPlan:
-    """A search that says something within ten minutes of two cores, or of one GPU."""
-    plan = default_comparison(task, device)
+    """A search that says something within ten minutes of two cores, or of one GPU.
+
+    Text is explored along the last two horizons alone: before them losses rank candidates by hardly more than their
+    cost (docs/search.md).
+    """
+    plan, horizons = default_comparison(task, device), 2 if isinstance(task, Sequences) else 5
     if device == "cpu":
         recipe = replace(plan.recipe, batch=max(1, plan.recipe.batch // 2), base_depth=1)
         confirmation = replace(
             plan, families=("dense",), widths=(32, 64, 128), depth=1, horizons=(80_000, 160_000, 320_000),
             tuning=160_000, seeds=(1, 2), recipe=recipe, extensions=2,
         )  # fmt: skip
-        horizons = tuple(20_000 * 2**k for k in range(5))
-        return SearchPlan(confirmation=confirmation, width=64, horizons=horizons, budget=8)
-    confirmation = replace(plan, families=("dense",), seeds=(1, 2), widths=(256, 512, 1024))
-    return SearchPlan(confirmation=confirmation, width=256, horizons=tuple(2**k for k in range(16, 21)), budget=16)
+        width, last, budget = 64, 320_000, 10
+    else:
+        confirmation = replace(plan, families=("dense",), seeds=(1, 2), widths=(256, 512, 1024))
+        width, last, budget = 256, 2**20, 20
+    rungs = tuple(last // 2**k for k in range(horizons))
+    return SearchPlan(confirmation=confirmation, width=width, horizons=rungs, budget=budget)
