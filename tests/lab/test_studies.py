@@ -235,6 +235,13 @@ def test_at_equal_width_the_multiplier_needs_no_law() -> None:
     assert 0.92 <= np.mean(held) <= 0.995
 
 
+def test_curves_that_are_not_parallel_are_said_to_be(simulate) -> None:
+    runs = simulate({"dense": 1.0, "btt": 2.0}, noise=0.0005, own_exponents={"btt": 0.2})
+    (note,) = worth(runs, [Question(axis="flops", claimed="btt")]).notes
+    assert "the two curves are not parallel" in note and "no one number is true" in note
+    assert not worth(simulate({"dense": 1.0, "btt": 2.0}), [Question(axis="flops", claimed="btt")]).notes
+
+
 def test_what_is_claimed_and_was_not_run_is_undecided(simulate) -> None:
     asked = [Question(axis="flops", claimed=name) for name in ("btt", "kronecker")]
     found = worth(simulate({"dense": 1.0, "btt": 2.0}, noise=0.002), asked)
@@ -262,6 +269,11 @@ def test_an_ordering_gives_each_verdict(simulate, omega, psi, scatter, expected)
     assert found.verdict == expected, found.sentence
     if scatter < 0.1:
         assert [p.value for p in found.parts] == pytest.approx([omega, psi, 0], abs=0.2)
+        for note, part in zip(found.notes[-3:], found.parts, strict=True):  # no point matters much
+            assert "with one point left out" in note
+            assert [float(n) for n in re.findall(r"(?:from|to) ([+-].*?) without", note)] == pytest.approx(
+                [part.value] * 2, abs=0.3
+            )
 
 
 def test_regression_is_least_squares_with_students_intervals() -> None:

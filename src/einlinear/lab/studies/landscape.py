@@ -28,9 +28,10 @@ def rate_transfer(runs: Sequence[Run], baseline: str = "dense") -> Finding:
     """The drift of each family's best base rate over widths, by the structure-aware rule and by the naive one.
 
     A best rate is the lowest point of a cubic of ln loss over log rate (`best_rates`). Intervals are percentiles over
-    draws of the cells' means, with the noise of a run pooled over cells near the best: in simulations of even and
-    uneven landscapes they cover .93 to 1. Runs of one seed share their start and their data, so that the noise of
-    differences is less: the intervals are on the wide side.
+    draws of the cells' means, with the noise of a run pooled over cells near the best. In simulations those of drifts
+    cover .95 to 1; those of differences between the rules .95 to 1 too, but .85 where the landscape is uneven and the
+    noise so small that a cubic's misfit shows beside it (`benchmarks/study_coverage.py`). Runs of one seed share their
+    start and their data, so that the noise of differences is less: the intervals are on the wide side.
     """
     found = gathered(labelled(runs))
     losses = dict(sorted(found.items(), key=lambda item: (item[0][0] != baseline, item[0])))
