@@ -428,9 +428,22 @@ def test_explain_lists_every_kernel_with_its_time_or_its_reason(family):
         assert (kernel.refuses(structure.canonical) or "fits, modelled ") in line
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 3, 70, 520, 1500, 2048, 2049, 10**7])
+def test_what_is_explained_is_what_runs(zen, tokens):
+    for family in (el.BTT(rank=4), el.BTT(rank=16), el.Monarch(blocks=4), el.LowRank(rank=64)):
+        found = zen(structure := family(256, 256), compiled=False)
+        for choice, dtype in ((found.cpu, torch.float32), (found.cpu_half, torch.bfloat16)):
+            told = el.explain(structure, dtype=dtype, tokens=tokens)
+            name = told.split("by '")[1].split("'")[0]
+            kernel = next(kernel for kernel in KERNELS if kernel.name == name)
+            assert choice(tokens, False) == kernel.prepare(structure), told
+
+
 def test_explain_of_something_else():
     with pytest.raises(TypeError, match="cannot explain a int: pass a Structure"):
         el.explain(3)
+    with pytest.raises(TypeError, match="in 'bfloat16': pass a torch.dtype"):
+        el.explain(el.BTT()(16, 16), dtype="bfloat16")
 
 
 # Refusals

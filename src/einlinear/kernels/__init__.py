@@ -128,14 +128,18 @@ def _choice(structure: Structure, target: Target) -> Choice:
     for training in (False, True):
         limits: list[tuple[float, Runner]] = []
         for limit in (*LIMITS, math.inf):
-            tokens = round(limit) if limit < math.inf else 2 * LIMITS[-1]  # most often it is a limit
-            kernel = _fastest(fitting, structure, tokens, target, training)
+            kernel = _fastest(fitting, structure, _judged(limit), target, training)
             run = runners.setdefault(kernel, kernel.prepare(structure))
             if limits and limits[-1][1] is run:
                 limits.pop()
             limits.append((limit, run))
         choices.append(tuple(limits))
     return Choice(*choices)
+
+
+def _judged(tokens: float) -> int:
+    """The number of tokens by which the choice for so many is made: their limit, as most often it is a limit."""
+    return next((limit for limit in LIMITS if tokens <= limit), 2 * LIMITS[-1])
 
 
 def _fastest(
@@ -163,17 +167,20 @@ def _(
     tokens: int = 1024,
     training: bool = False,
 ) -> str:
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"cannot explain how a structure runs in {dtype!r}: pass a torch.dtype, as torch.bfloat16")
     if structure.routed:
         return explain_routed(structure, tokens, device, dtype)
-    canonical, target = structure.canonical, Target.of(device, dtype)
+    canonical, target, judged = structure.canonical, Target.of(device, dtype), _judged(tokens)
     refusals = {kernel: kernel.refuses(canonical, target) for kernel in KERNELS}
     fitting = [kernel for kernel in KERNELS if refusals[kernel] is None]
-    chosen = _fastest(fitting, canonical, tokens, target, training)
+    chosen = _fastest(fitting, canonical, judged, target, training)
     dense = dense_seconds(structure.d_in, structure.d_out, tokens, target.machine, training)
     mode = "forward and backward" if training else "forward"
+    bound = "" if judged == tokens else f", as up to {judged}"
     lines = [
         f"{structure!r}",
-        f"runs {tokens} tokens by '{chosen.name}' on {device} in {dtype}, {mode}; modelled: {target.machine.name}",
+        f"runs {tokens} tokens{bound} by '{chosen.name}' on {device} in {dtype}, {mode}; modelled: {target.machine.name}",
     ]
     for kernel, verdict in refusals.items():
         if verdict is None:

@@ -210,7 +210,7 @@ def finished(chart: alt.LayerChart | alt.FacetChart, height: int, description: s
             "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "titlePadding": 10,
         },
         "legend": {
-            "orient": "top", "columns": columns, "columnPadding": 18, "symbolSize": 80, "symbolOpacity": 1,
+            "orient": "top", "columns": columns, "columnPadding": 44, "symbolSize": 80, "symbolOpacity": 1,
             "symbolBaseFillColor": INK, "labelColor": INK, "titleColor": INK, "labelFontSize": 12.5,
             "labelLimit": LONGEST,
         },
