@@ -1,8 +1,8 @@
 """`Linear` under everything that torch does to a layer: compilers, precisions, devices, copies and transforms."""
 
 import copy
-import math
 import io
+import math
 import pickle
 
 import pytest

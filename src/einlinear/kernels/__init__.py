@@ -139,7 +139,7 @@ def _choice(structure: Structure, target: Target) -> Choice:
 
 def _judged(tokens: float) -> int:
     """The number of tokens by which the choice for so many is made: their limit, as most often it is a limit."""
-    return next((limit for limit in LIMITS if tokens <= limit), 2 * LIMITS[-1])
+    return int(next((limit for limit in LIMITS if tokens <= limit), 2 * LIMITS[-1]))
 
 
 def _fastest(
@@ -180,7 +180,8 @@ def _(
     bound = "" if judged == tokens else f", as up to {judged}"
     lines = [
         f"{structure!r}",
-        f"runs {tokens} tokens{bound} by '{chosen.name}' on {device} in {dtype}, {mode}; modelled: {target.machine.name}",
+        f"runs {tokens} tokens{bound} by '{chosen.name}' on {device} in {dtype}, {mode}; "
+        f"modelled: {target.machine.name}",
     ]
     for kernel, verdict in refusals.items():
         if verdict is None:
