@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from einlinear.lab.report import live, page, print_summary, save_figure, watch, write_report
+from einlinear.lab.report.charts import label
 from einlinear.lab.report.maps import places
 from einlinear.lab.report.routers import family_health
 from einlinear.lab.run import Run
@@ -96,6 +97,22 @@ def test_the_charts_hold_the_runs_and_the_laws(study, parsed):
         assert f'id="{name}"' in parsed.source
     sizes = {json.dumps(row) for rows in charts["flops"]["datasets"].values() for row in rows if "seeds" in row}
     assert len(sizes) == sum(run.purpose == "measure" and run.status == "done" for run in study)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("btt(rank=2)", "btt(rank=2)"),
+        ("theta(theta=(0.3333, 0.0, 0.6667, 0.0, 0.3333, 0.6667, 0.0))", "θ(1/3, 0, 2/3, 0, 1/3, 2/3, 0)"),
+        ("theta(theta=(1.0, 0.25, 0.0, 0.4, 0.75, 0.0, 0.1))", "θ(1, 1/4, 0, 2/5, 3/4, 0, 1/10)"),
+        (
+            "mixture(of='theta(theta=(0.5, 0.5, 0.0, 0.5, 0.5, 0.0, 0.0))', experts=4, active=2)",
+            "mixture(of='θ(1/2, 1/2, 0, 1/2, 1/2, 0, 0)', experts=4, active=2)",
+        ),
+    ],
+)
+def test_figures_name_exponents_as_fractions(family, name):
+    assert label(family) == name
 
 
 def test_without_javascript_the_main_figures_are_there(parsed):

@@ -4,8 +4,11 @@ Text and the baseline take the colour of the page (`currentColor`), so that one 
 a dark one and paper.
 """
 
+import json
 import math
+import re
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any, TypeVar
 
 import numpy as np
@@ -103,7 +106,7 @@ def multiplier_chart(summary: Summary) -> Specification:
     ]
     values = [row[name] for row in rows for name in ("low", "high")] + [0.8, 1.25]
     x = logarithmic(alt.X, "low", f"cost of {summary.baseline} over its own", values, "~g")
-    names = alt.Axis(title=None, labelLimit=LONGEST)
+    names = alt.Axis(title=None, labelLimit=LONGEST, labelExpr=_label_expression(summary))
     base = plotted(rows).encode(
         y=alt.Y("family:N", sort=[family.family for family in summary.families], axis=names),
         yOffset=alt.YOffset("kind:N", sort=list(kinds.values())),
@@ -191,12 +194,32 @@ def _ticks(low: float, high: float) -> list[float]:
 
 def coloured(summary: Summary) -> alt.Color:
     """Each family in its own colour."""
-    return alt.Color("family:N", scale=_scale(summary, "colour"), title=None)
+    return alt.Color("family:N", scale=_scale(summary, "colour"), legend=legend(summary))
 
 
 def shaped(summary: Summary) -> alt.Shape:
     """Each family with its own mark."""
-    return alt.Shape("family:N", scale=_scale(summary, "shape"), title=None)
+    return alt.Shape("family:N", scale=_scale(summary, "shape"), legend=legend(summary))
+
+
+def label(family: str) -> str:
+    """A family as figures name it: the exponents of θ as fractions, θ(1/2, 0, 1/2, 1/2, 1/2, 0, 0)."""
+
+    def exponents(found: re.Match[str]) -> str:
+        values = [Fraction(value).limit_denominator(12) for value in found[1].split(",")]
+        return f"θ({', '.join(map(str, values))})"
+
+    return re.sub(r"theta\(theta=\(([\d., ]+)\)\)", exponents, family)
+
+
+def _label_expression(summary: Summary) -> str:
+    """Vega's expression for the label of a family."""
+    return f"{json.dumps({family.family: label(family.family) for family in summary.families})}[datum.label]"
+
+
+def legend(summary: Summary, **options: Any) -> alt.Legend:
+    """A legend of families."""
+    return alt.Legend(title=None, labelExpr=_label_expression(summary), **options)
 
 
 def finished(chart: alt.LayerChart | alt.FacetChart, height: int, description: str, columns: int = 2) -> Specification:

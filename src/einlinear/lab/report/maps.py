@@ -6,7 +6,7 @@ from typing import Any
 
 import einlinear as el
 from einlinear.lab.extras import extra
-from einlinear.lab.report.charts import INK, Rows, Specification, finished, plotted
+from einlinear.lab.report.charts import INK, Rows, Specification, finished, label, plotted
 from einlinear.lab.summary import Summary
 
 with extra("lab"):
@@ -41,7 +41,10 @@ def taxonomy_chart(summary: Summary) -> Specification:
     rows = places(summary)
     values = [abs(math.log2(row["multiplier"])) for row in rows if row["multiplier"]]
     reach = max([0.5, *values])
-    rows = [row | {"value": math.log2(row["multiplier"]) if row["multiplier"] else None} for row in rows]
+    rows = [
+        row | {"label": label(row["family"]), "value": math.log2(row["multiplier"]) if row["multiplier"] else None}
+        for row in rows
+    ]
     axis: dict[str, Any] = {"grid": True, "tickCount": 5, "format": ".2~f"}
     base = plotted(rows).encode(
         x=alt.X("omega:Q", scale=alt.Scale(domain=[-0.08, 1.6 * max([0.3, *(row["omega"] for row in rows)]) + 0.1]),
@@ -59,5 +62,5 @@ def taxonomy_chart(summary: Summary) -> Specification:
         tooltip=["family:N", "psi:Q", "nu:Q", "omega:Q",
                  *(alt.Tooltip(f"{name}:Q", format=".3f") for name in ("multiplier", "low", "high"))],
     )  # fmt: skip
-    names = base.mark_text(align="left", dx=14, color=INK, fontSize=12).encode(text="family:N")
+    names = base.mark_text(align="left", dx=14, color=INK, fontSize=12).encode(text="label:N")
     return finished(alt.layer(dots, names), 320, "Families by their exponents")

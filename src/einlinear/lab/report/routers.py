@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from einlinear.lab.extras import extra
-from einlinear.lab.report.charts import INK, Rows, Specification, coloured, finished, plotted
+from einlinear.lab.report.charts import INK, Rows, Specification, coloured, finished, legend, plotted
 from einlinear.lab.run import Run
 from einlinear.lab.summary import Summary
 
@@ -184,7 +184,6 @@ def _families(summary: Summary, rows: Rows, columns: int | None = None) -> alt.C
     """Each family in its own colour, those without routers left out of the legend."""
     there = {row["family"] for row in rows}
     shown = [family.family for family in summary.families if family.family in there]
-    legend = alt.Legend(values=shown, labelLimit=320)
-    if columns:
-        legend.columns = columns
-    return coloured(summary).legend(legend)
+    return coloured(summary).legend(
+        legend(summary, values=shown, labelLimit=320, **({"columns": columns} if columns else {}))
+    )

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from einlinear.lab.extras import extra
 from einlinear.lab.laws import Axis
-from einlinear.lab.report.charts import INK, Rows, Specification, coloured, finished, logarithmic, plotted
+from einlinear.lab.report.charts import INK, Rows, Specification, coloured, finished, legend, logarithmic, plotted
 from einlinear.lab.search.explain import in_words, parts, verdict
 from einlinear.lab.search.looked import Exploration, Looked
 from einlinear.lab.summary import Summary
@@ -231,7 +231,7 @@ def _confirmed(summary: Summary, found: Exploration) -> alt.Color:
     """The colours that confirmed families have in every figure."""
     there = {one.family for one in found.looked if one.confirmed}
     shown = [family.family for family in summary.families if family.family in there]
-    return coloured(summary).legend(alt.Legend(values=shown, labelLimit=420, columns=1))
+    return coloured(summary).legend(legend(summary, values=shown, labelLimit=420, columns=1))
 
 
 def _around(values: Sequence[float]) -> list[float]:
