@@ -1,4 +1,7 @@
-"""Figures and tables of docs/experts.md from the results of recipes/experts.py: `python recipes/experts_page.py`."""
+"""Figures and tables of docs/experts.md, and the report on the runs of an H200, from the results of recipes/experts.py.
+
+python recipes/experts_page.py    # writes runs/experts_h200.html beside the page
+"""
 
 import csv
 import json
@@ -28,6 +31,7 @@ from einlinear.lab.train import Recipe
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "experts.md"
+REPORT = Path("runs/experts_h200.html")  # not in the docs: most of it is the code that draws its figures
 NAMES = {STANDARD: "standard mixture, E = 8"} | {everywhere(e, 2): f"BTT-MoE, E = {e}" for e in (4, 8, 16)}
 OTHERS = {everywhere(e, k): f"BTT-MoE, E = {e}, k = {k}" for e, k in ((16, 1), (4, 4))}  # than two active
 BASELINES = ("dense", STANDARD, "btt(rank=2)")
@@ -381,7 +385,7 @@ def main() -> None:
         if done(scale):
             save_figure(results(scale), DOCS / "img" / f"experts_{scale}.svg")
     if done("h200"):
-        write_report(results("h200"), DOCS / "experts_h200.html", command="python recipes/experts_page.py")
+        write_report(results("h200"), REPORT, command="python recipes/experts_page.py")
 
 
 if __name__ == "__main__":
