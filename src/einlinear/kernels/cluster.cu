@@ -4,17 +4,8 @@
 // registers, makes its part of the state of a tile of tokens, sends it into the shared memory of those that read it,
 // and makes its part of the result. The letters of a BTT: first factor [g, (r f), a], second one [f, e, (g r)].
 //
-// The host defines G A R F E, CLUSTER, TOKENS (in a tile), STAGES (tiles of input on their way), STATES (tiles of the
+// What the machine does in one instruction is in hopper.cuh. The host defines G A R F E, CLUSTER, TOKENS (in a tile), STAGES (tiles of input on their way), STATES (tiles of the
 // state in shared memory), WARPS, and whether there is a BIAS and numbers are BFLOAT16 (or float16).
-
-typedef unsigned int u32;
-typedef unsigned short u16;
-
-#if BFLOAT16
-#define TYPE "bf16"
-#else
-#define TYPE "f16"
-#endif
 
 constexpr int GS = G / CLUSTER, FS = F / CLUSTER;
 constexpr int ROWS = R * F, SUMS = G * R, ROUNDED = (SUMS + 31) / 32 * 32;
@@ -25,6 +16,7 @@ constexpr int KT = A / 32;                   // sums of the first factor, 32 at 
 constexpr int ET = E / 8;                    // tiles of 8 features of a slice of the result
 constexpr int NW = FS * ET / WARPS;          // those of one warp
 constexpr int P = NW < ET ? NW : ET, FW = NW / P;
+constexpr int RUN = P % 4 == 0 ? 4 : P % 2 == 0 ? 2 : 1;
 constexpr int ST = ROUNDED / 32;
 constexpr int GW = MT > RT ? MT / RT : 1;    // slices of the input that a warp reads
 constexpr int LINE = GW * A * 2;             // and their bytes, for one token
@@ -38,71 +30,22 @@ static_assert(G % CLUSTER == 0 && F % CLUSTER == 0 && A % 32 == 0 && ROWS % 16 =
 static_assert(MT * WARPS == GS * RT && (MT % RT == 0 || RT % MT == 0), "a warp has rows of whole slices, or of one");
 static_assert(NW * WARPS == FS * ET && FW * P == NW && ET % P == 0, "a warp has features of whole slices, or of one");
 
-__device__ __forceinline__ u32 shared(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ u32 pack(float low, float high) {
-  u32 made;
-  asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(made) : "f"(high), "f"(low));
-  return made;
-}
-
-// The two numbers in a register.
-__device__ __forceinline__ float2 widened(u32 two) {
-#if BFLOAT16
-  return make_float2(__uint_as_float(two << 16), __uint_as_float(two & 0xffff0000u));
-#else
-  float2 made;
-  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }" : "=f"(made.x), "=f"(made.y) : "r"(two));
-  return made;
-#endif
-}
-
-__device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-__device__ __forceinline__ uint4 load(u32 from) {
-  uint4 v;
-  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
-  return v;
-}
-
-__device__ __forceinline__ void load_turned(u32 (&a)[4], u32 from) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(from) : "memory");
-}
-
-__device__ __forceinline__ void initialise(u32 barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(count) : "memory");
-}
-
-__device__ __forceinline__ void wait(u32 barrier, u32 parity) {
-  asm volatile("{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @done bra.uni over; bra.uni again; over: }"
-               :: "r"(barrier), "r"(parity) : "memory");
-}
-
-__device__ __forceinline__ u32 of_rank(u32 address, u32 rank) {
-  u32 there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
-  return there;
-}
-
 // The order in which a tile's tokens lie in shared memory: those that a thread holds follow each other in the state.
 __device__ __forceinline__ int token_at(int row) { return ((row & 7) >> 1) * (2 * NT) + 2 * (row >> 3) + (row & 1); }
+
+// The features that a thread has of P tiles of 8: RUN pairs follow each other, and those of its four threads, such that a
+// store fills whole sectors.
+__device__ __forceinline__ int feature_at(int q, int tile) { return tile / RUN * (8 * RUN) + q * (2 * RUN) + tile % RUN * 2; }
 
 // Where the state's row of one sum lies: those that one instruction reads lie in different banks.
 __device__ __forceinline__ int place(int sum) { return (sum & ~31) | ((sum & 7) << 2) | ((sum >> 3) & 3); }
 
 extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(WARPS * 32, 1)
 void layer(const u16* x, const u16* first, const u16* second, const u16* bias, u16* y, int tokens, int x_token) {
-  extern __shared__ __align__(128) unsigned char memory[];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, q = lane % 4;
-  u32 rank, cluster, clusters;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  asm("mov.u32 %0, %%clusterid.x;" : "=r"(cluster));
-  asm("mov.u32 %0, %%nclusterid.x;" : "=r"(clusters));
+  const int warp = thread() / 32, lane = thread() % 32, row = lane / 4, q = lane % 4;
+  const u32 rank = cluster_rank(), cluster = cluster_index(), clusters = cluster_count();
   // Of each tile of the state: whether it is there, and whether it was read.
-  const u32 whole = shared(memory), read = whole + 8 * STATES;
+  const u32 whole = shared_memory(), read = whole + 8 * STATES;
   const u32 inputs = whole + 128 + warp * STAGES * INPUT, states = whole + 128 + WARPS * STAGES * INPUT;
   const int tiles = (tokens + TOKENS - 1) / TOKENS, mine = cluster < tiles ? (tiles - 1 - cluster) / clusters + 1 : 0;
 
@@ -116,23 +59,22 @@ void layer(const u16* x, const u16* first, const u16* second, const u16* bias, u
         const int at = (n * 32 + lane) / (LINE / 16), chunk = (n * 32 + lane) % (LINE / 16);
         const int token = (cluster + i * clusters) * TOKENS + token_at(at);
         const u32 into = inputs + (i % STAGES) * INPUT + at * LINE + ((LINE % 128 ? chunk : chunk ^ (at & 1) * 4) * 16);
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                     :: "r"(into), "l"(source + (size_t)min(token, tokens - 1) * x_token + chunk * 8), "r"(token < tokens ? 16 : 0) : "memory");
+        copy_there(into, source + (size_t)min(token, tokens - 1) * x_token + chunk * 8, token < tokens);
       }
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    copies_end();
   };
 #pragma unroll
   for (int i = 0; i < STAGES; i++) fetch(i);
 
   if (ROUNDED > SUMS)  // what is summed beyond the state counts as zeros
-    for (int at = threadIdx.x * 16; at < STATES * STATE; at += WARPS * 32 * 16)
-      asm volatile("st.shared.v4.b32 [%0], {%1,%1,%1,%1};" :: "r"(states + at), "r"(0) : "memory");
-  if (threadIdx.x == 0) {
+    for (int at = thread() * 16; at < STATES * STATE; at += WARPS * 32 * 16)
+      store(states + at, make_uint4(0, 0, 0, 0));
+  if (thread() == 0) {
     for (int i = 0; i < STATES; i++) initialise(whole + 8 * i, 1), initialise(read + 8 * i, WARPS * CLUSTER);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_are_there();
   }
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  cluster_arrive();
 
   // The sums of a matmul come in any order that both operands share: here a thread's eight numbers of 32 follow each other.
   u32 wa[MT][KT][2][4], wb[FW][P][ST][2][2];
@@ -151,20 +93,19 @@ void layer(const u16* x, const u16* first, const u16* second, const u16* bias, u
     for (int j = 0; j < P; j++)
 #pragma unroll
       for (int k = 0; k < ST; k++) {
-        const int e = (warp * NW + w * P) * 8 + (row >> 1) * (2 * P) + 2 * j + (row & 1);
+        const int e = (warp * NW + w * P) * 8 + feature_at(row >> 1, j) + (row & 1);
         const uint4 v = k * 32 + q * 8 < SUMS ? *(const uint4*)(second + (size_t)(rank * FS * E + e) * SUMS + k * 32 + q * 8)
                                               : make_uint4(0, 0, 0, 0);
         wb[w][j][k][0][0] = v.x, wb[w][j][k][0][1] = v.y, wb[w][j][k][1][0] = v.z, wb[w][j][k][1][1] = v.w;
       }
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  cluster_wait();
 
   for (int i = 0; i <= mine; i++) {
     if (i < mine) {
       const u32 input = inputs + (i % STAGES) * INPUT, there = whole + 8 * (i % STATES), state = states + (i % STATES) * STATE;
-      if (threadIdx.x == 0)
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(there), "r"(FS * SUMS * TOKENS * 2) : "memory");
-      asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 1) : "memory");
-      __syncwarp();
+      if (thread() == 0) expect(there, FS * SUMS * TOKENS * 2);
+      copies_wait<STAGES - 1>();
+      warp_sync();
       u32 xb[NT][KT][2][2];
 #pragma unroll
       for (int u = 0; u < MT; u++) {
@@ -179,7 +120,7 @@ void layer(const u16* x, const u16* first, const u16* second, const u16* bias, u
               xb[j][k][0][0] = v.x, xb[j][k][0][1] = v.y, xb[j][k][1][0] = v.z, xb[j][k][1][1] = v.w;
             }
           if (u + RT >= MT) {
-            __syncwarp();
+            warp_sync();
             fetch(i + STAGES);
           }
           if (u == 0 && i >= STATES) wait(read + 8 * (i % STATES), (i / STATES - 1) & 1);
@@ -199,12 +140,8 @@ void layer(const u16* x, const u16* first, const u16* second, const u16* bias, u
 #pragma unroll
           for (int j = 0; j < NT; j++) v[j] = pack(made[j][2 * h], made[j][2 * h + 1]);
           const int turn = (sum >> SHIFT) & (CHUNKS - 1);
-          if constexpr (NT == 2)
-            asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1,%2}, [%3];"
-                         :: "r"(into + (((q >> 1) ^ turn) * 16) + (q & 1) * 8), "r"(v[0]), "r"(v[1]), "r"(barrier) : "memory");
-          else
-            asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4}, [%5];"
-                         :: "r"(into + ((q ^ turn) * 16)), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(barrier) : "memory");
+          if constexpr (NT == 2) send(into + (((q >> 1) ^ turn) * 16) + (q & 1) * 8, make_uint2(v[0], v[1]), barrier);
+          else send(into + ((q ^ turn) * 16), make_uint4(v[0], v[1], v[2], v[3]), barrier);
         }
       }
     }
@@ -214,7 +151,7 @@ void layer(const u16* x, const u16* first, const u16* second, const u16* bias, u
       wait(whole + 8 * at, ((i - 1) / STATES) & 1);
 #pragma unroll
       for (int w = 0; w < FW; w++) {
-        const int part = warp * NW + w * P, f = part / ET, e = rank * FS * E + part * 8 + q * (2 * P);
+        const int part = warp * NW + w * P, f = part / ET, e = rank * FS * E + part * 8;
 #pragma unroll
         for (int m = 0; m < TOKENS / 16; m++) {
           float made[P][4];
@@ -231,7 +168,7 @@ void layer(const u16* x, const u16* first, const u16* second, const u16* bias, u
           if (BIAS) {
 #pragma unroll
             for (int j = 0; j < P; j++) {
-              const float2 added = widened(*(const u32*)(bias + e + 2 * j));
+              const float2 added = widened(*(const u32*)(bias + e + feature_at(q, j)));
               made[j][0] += added.x, made[j][1] += added.y, made[j][2] += added.x, made[j][3] += added.y;
             }
           }
@@ -244,17 +181,18 @@ void layer(const u16* x, const u16* first, const u16* second, const u16* bias, u
               for (int j = 0; j < P; j++) v[j] = pack(made[j][2 * h], made[j][2 * h + 1]);
               u16* to = y + (size_t)token * (F * E) + e;
 #pragma unroll
-              for (int j = 0; j < P; j += P % 4 == 0 ? 4 : P % 2 == 0 ? 2 : 1)
-                if constexpr (P % 4 == 0) *(uint4*)(to + 2 * j) = make_uint4(v[j], v[j + 1], v[j + 2], v[j + 3]);
-                else if constexpr (P % 2 == 0) *(uint2*)(to + 2 * j) = make_uint2(v[j], v[j + 1]);
-                else *(u32*)(to + 2 * j) = v[j];
+              for (int j = 0; j < P; j += RUN)
+                if constexpr (P % 4 == 0) *(uint4*)(to + feature_at(q, j)) = make_uint4(v[j], v[j + 1], v[j + 2], v[j + 3]);
+                else if constexpr (P % 2 == 0) *(uint2*)(to + feature_at(q, j)) = make_uint2(v[j], v[j + 1]);
+                else *(u32*)(to + feature_at(q, j)) = v[j];
             }
           }
         }
       }
-      __syncwarp();
-      if (lane < CLUSTER) asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" :: "r"(of_rank(read + 8 * at, lane)) : "memory");
+      warp_sync();
+      if (lane < CLUSTER) arrive(of_rank(read + 8 * at, lane));
     }
   }
-  asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  cluster_arrive();
+  cluster_wait();
 }

@@ -19,7 +19,7 @@ from einlinear.kernels.kernel import CPU, InTriton, Runner, Target
 from einlinear.kernels.pair import by_stages, gradients_again
 from einlinear.structure import Structure
 
-SOURCE = Path(__file__).with_name("cluster.cu")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("hopper.cuh", "cluster.cu"))
 
 
 class Cluster(InTriton):
@@ -101,7 +101,7 @@ def _(x: list[int], first: list[int], second: list[int], *_: object, **__: objec
 
 def _launch(found: Cut, x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None, y: Tensor) -> None:
     run = nvrtc.function(
-        SOURCE, "layer", defines(found, first.shape, second.shape, bias is not None, x.dtype),
+        SOURCES, "layer", defines(found, first.shape, second.shape, bias is not None, x.dtype),
         found.size, 32 * WARPS, found.memory, torch.cuda.current_device(),
     )  # fmt: skip
     x, tiles = _read(x, 8), -(-len(x) // found.tokens)

@@ -20,22 +20,23 @@ def refusal() -> str | None:
     return None if found else "cuda-bindings is not installed; pip install cuda-bindings"
 
 
-def compiled(source: Path, defines: Defines, architecture: str) -> bytes:
-    """Machine code for an `architecture` such as "sm_90". No GPU is needed.
+def compiled(sources: tuple[Path, ...], defines: Defines, architecture: str) -> bytes:
+    """Machine code of files that follow each other, for an `architecture` such as "sm_90". No GPU is needed.
 
     Raises:
         RuntimeError: with what the compiler said.
     """
     from cuda.bindings import nvrtc
 
-    program = _checked(nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 0, [], []))
+    text, name = b"".join(source.read_bytes() for source in sources), sources[-1].name
+    program = _checked(nvrtc.nvrtcCreateProgram(text, name.encode(), 0, [], []))
     options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{name}={value}" for name, value in defines)]
     try:
         _checked(nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options]))
     except RuntimeError as error:
         log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
         _checked(nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError(f"cannot compile {source.name} with {' '.join(options)}: {log.decode()}") from error
+        raise RuntimeError(f"cannot compile {name} with {' '.join(options)}: {log.decode()}") from error
     code: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
     _checked(nvrtc.nvrtcGetCUBIN(program, code))
     _checked(nvrtc.nvrtcDestroyProgram(program))
@@ -66,13 +67,13 @@ class Function:
 
 @lru_cache(maxsize=1024)
 def function(
-    source: Path, name: str, defines: Defines, cluster: int, threads: int, memory: int, device: int
+    sources: tuple[Path, ...], name: str, defines: Defines, cluster: int, threads: int, memory: int, device: int
 ) -> Function:
     """The kernel `name`, compiled for the current device, whose number is `device`."""
     from cuda.bindings import driver
 
     major, minor = torch.cuda.get_device_capability(device)
-    module = _checked(driver.cuModuleLoadData(compiled(source, defines, f"sm_{major}{minor}")))
+    module = _checked(driver.cuModuleLoadData(compiled(sources, defines, f"sm_{major}{minor}")))
     handle = _checked(driver.cuModuleGetFunction(module, name.encode()))
     dynamic = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _checked(driver.cuFuncSetAttribute(handle, dynamic, memory))
