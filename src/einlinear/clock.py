@@ -50,8 +50,8 @@ CUDA_HALF = Machine(
 AGAIN = 32768
 """Up to so many numbers of input, one launch runs a two-factor layer, making its state again where it is read."""
 
-RESIDENT = 124
-"""Multiprocessors that clusters fill; some stay idle where a group of them is no multiple of a cluster."""
+RESIDENT = {1: 132, 2: 66, 4: 31, 8: 15}
+"""Clusters of so many multiprocessors that run at once: they lie in groups of 16 or 18, which are not always filled."""
 
 WIDEST = 128
 """The largest rank whose state one program holds."""
@@ -253,10 +253,12 @@ def cluster(structure: Structure, tokens: int, here: Machine, training: bool) ->
     """One launch; each cluster fetches its factors, and then goes from tile to tile of the tokens."""
     found = cut(structure.matrix_shapes[0], structure.matrix_shapes[1])
     assert isinstance(found, Cut)
-    (read, state), (_, made) = (step[4:] for step in _steps(structure))
-    rounds = math.ceil(math.ceil(tokens / found.tokens) / (RESIDENT // found.size))
-    moved, passed = (here.bytes * found.tokens * width / found.size for width in (read + made, state))
-    forward = 4.5e-6 + here.bytes * found.weights / 3e10 + rounds * (0.25e-6 + moved / 4.9e10 + passed / 5.4e10)
+    (_, state), (_, made) = (step[4:] for step in _steps(structure))
+    passed, written = (here.bytes * found.tokens * width / found.size for width in (state, made))
+    taken = found.tokens * found.line
+    rounds = math.ceil(math.ceil(tokens / found.tokens) / RESIDENT[found.size])
+    each, filling = taken / 6.4e10 + passed / 5.0e10 + written / 2.6e10, (taken + passed + written) / 1.04e11
+    forward = 2.3e-6 + here.bytes * found.weights / 5.7e10 + rounds * each + min(rounds - 1, 3) * filling
     return forward + (_again(structure, tokens, here) if training else 0.0)
 
 

@@ -29,6 +29,8 @@ class Cut:
     tokens: int
     weights: int
     """Numbers of both factors that one multiprocessor keeps."""
+    line: int
+    """Bytes of a token's input that it reads; some of them twice, where several warps make state of one slice."""
     memory: int
     """Bytes of shared memory."""
 
@@ -60,8 +62,8 @@ def _cut(size: int, tokens: int, first: tuple[int, int, int], second: tuple[int,
         return None
     sums = -(-sums // 32) * 32
     weights = int(mine[0]) * width // 4 + int(mine[1]) * sums // 8
-    line = 2 * width * max(1, int(mine[0]) // each[0])
-    memory = 128 + WARPS * TILES * tokens * line + TILES * later * (sums + 1) * tokens * 2
+    line = WARPS * 2 * width * max(1, int(mine[0]) // each[0])
+    memory = 128 + TILES * tokens * line + TILES * later * (sums + 1) * tokens * 2
     if weights + tokens * width // 64 > REGISTERS or weights > 128 or memory > SHARED:
         return None
-    return Cut(size, tokens, weights * WARPS * 32 * 2, memory)
+    return Cut(size, tokens, weights * WARPS * 32 * 2, line, memory)

@@ -65,9 +65,9 @@ INSTRUCTION void load_turned(u32 (&a)[4], u32 from) {
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(from) : "memory");
 }
 
-// 16 bytes from memory, or zeros; what was asked for until `copies_end` is one group.
-INSTRUCTION void copy_there(u32 to, const void* from, bool real) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(real ? 16 : 0) : "memory");
+// 16 bytes from memory; what was asked for until `copies_end` is one group.
+INSTRUCTION void copy_there(u32 to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(to), "l"(from) : "memory");
 }
 
 INSTRUCTION void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
