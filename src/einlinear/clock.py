@@ -50,7 +50,7 @@ CUDA_HALF = Machine(
 AGAIN = 32768
 """Up to so many numbers of input, one launch runs a two-factor layer, making its state again where it is read."""
 
-RESIDENT = {1: 132, 2: 66, 4: 31, 8: 15}
+RESIDENT = {1: 132, 2: 66, 4: 30, 8: 15}
 """Clusters of so many multiprocessors that run at once: they lie in groups of 16 or 18, which are not always filled."""
 
 WIDEST = 128

@@ -70,6 +70,10 @@ void cluster_arrive() {
 }
 void cluster_wait() { while (turn == now->turn) yield(); }
 
+template <class T> void write(u16* to, T v) {
+  if ((uintptr_t)to % sizeof v) abort();
+  memcpy(to, &v, sizeof v);
+}
 void store(u32 to, uint4 v) { memcpy(place_of(to), &v, 16); }
 uint4 load(u32 from) { uint4 v; memcpy(&v, place_of(from), 16); return v; }
 
@@ -195,9 +199,10 @@ static void emulate(int clusters, int memory, bool copies_late, const std::funct
       makecontext(&fiber.at, begin, 0);
     }
     std::minstd_rand random(index_ + 1);
+    int block = 0, warp = 0;
     for (bool busy = true; busy;) {
       busy = false;
-      const int block = random() % (CLUSTER + 1), warp = random() % (2 * WARPS);  // one, or all of them
+      if (random() % 8 == 0) block = random() % (CLUSTER + 1), warp = random() % (2 * WARPS);  // one, or all of them
       for (auto& fiber : fibers) {
         busy |= !fiber.done;
         const bool chosen = (block == CLUSTER || block == fiber.rank) && (warp >= WARPS || warp == fiber.thread / 32);

@@ -182,9 +182,9 @@ void layer(const u16* x, const u16* first, const u16* second, const u16* bias, u
               u16* to = y + (size_t)token * (F * E) + e;
 #pragma unroll
               for (int j = 0; j < P; j += PAIRS)
-                if constexpr (PAIRS == 4) *(uint4*)(to + feature_at(q, j)) = make_uint4(v[j], v[j + 1], v[j + 2], v[j + 3]);
-                else if constexpr (PAIRS == 2) *(uint2*)(to + feature_at(q, j)) = make_uint2(v[j], v[j + 1]);
-                else *(u32*)(to + feature_at(q, j)) = v[j];
+                if constexpr (PAIRS == 4) write(to + feature_at(q, j), make_uint4(v[j], v[j + 1], v[j + 2], v[j + 3]));
+                else if constexpr (PAIRS == 2) write(to + feature_at(q, j), make_uint2(v[j], v[j + 1]));
+                else write(to + feature_at(q, j), v[j]);
             }
           }
         }

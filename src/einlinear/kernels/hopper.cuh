@@ -65,6 +65,17 @@ INSTRUCTION void load_turned(u32 (&a)[4], u32 from) {
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(from) : "memory");
 }
 
+// Into memory. Left to itself the compiler takes a vector apart where its registers do not follow each other.
+INSTRUCTION void write(u16* to, u32 v) { asm volatile("st.global.b32 [%0], %1;" :: "l"(to), "r"(v) : "memory"); }
+
+INSTRUCTION void write(u16* to, uint2 v) {
+  asm volatile("st.global.v2.b32 [%0], {%1,%2};" :: "l"(to), "r"(v.x), "r"(v.y) : "memory");
+}
+
+INSTRUCTION void write(u16* to, uint4 v) {
+  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" :: "l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
 // 16 bytes from memory; what was asked for until `copies_end` is one group.
 INSTRUCTION void copy_there(u32 to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(to), "l"(from) : "memory");
