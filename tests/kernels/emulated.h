@@ -38,9 +38,13 @@ static std::vector<Fiber> fibers;
 static Fiber* now;
 static ucontext_t scheduler;
 static int index_, count_, arrived, turn;
-static bool late;
+static bool late, moved;
 
 static void yield() { swapcontext(&now->at, &scheduler); }
+static void until(const std::function<bool()>& met) {
+  while (!met()) yield();
+  moved = true;
+}
 static Block& block() { return blocks[now->rank]; }
 static unsigned char* place_of(u32 address) {
   if ((address & 0xfffff) + 16 > blocks[0].memory.size() || !blocks[address >> 20].running) abort();
@@ -59,7 +63,7 @@ static void together(const std::function<void(Warp&)>& work) {
   Warp& warp = block().warps[now->thread / 32];
   const int mine = warp.turn;
   if (++warp.arrived == 32) work(warp), warp.arrived = 0, warp.turn++;
-  else while (warp.turn == mine) yield();
+  else until([&] { return warp.turn != mine; });
 }
 
 void warp_sync() { together([](Warp&) {}); }
@@ -68,7 +72,7 @@ void cluster_arrive() {
   now->turn = turn;
   if (++arrived == (int)fibers.size()) arrived = 0, turn++;
 }
-void cluster_wait() { while (turn == now->turn) yield(); }
+void cluster_wait() { until([] { return turn != now->turn; }); }
 
 template <class T> void write(u16* to, T v) {
   if ((uintptr_t)to % sizeof v) abort();
@@ -116,7 +120,7 @@ void initialise(u32 barrier, int count) { block().barriers[barrier & 0xfffff] = 
 void barriers_are_there() {}
 void arrive(u32 barrier) { auto& b = barrier_at(barrier); if (--b.pending < 0) abort(); turn_over(b); }
 void expect(u32 barrier, int bytes) { barrier_at(barrier).bytes += bytes; arrive(barrier); }
-void wait(u32 barrier, u32 parity) { while ((barrier_at(barrier).phase & 1) == parity) yield(); }
+void wait(u32 barrier, u32 parity) { until([=] { return (barrier_at(barrier).phase & 1) != parity; }); }
 
 template <class T> void send(u32 to, T v, u32 barrier) {
   if (to >> 20 != barrier >> 20 || to % sizeof v) abort();
@@ -202,7 +206,8 @@ static void emulate(int clusters, int memory, bool copies_late, const std::funct
     int block = 0, warp = 0;
     for (bool busy = true; busy;) {
       busy = false;
-      if (random() % 8 == 0) block = random() % (CLUSTER + 1), warp = random() % (2 * WARPS);  // one, or all of them
+      if (!moved || random() % 256 == 0) block = random() % (CLUSTER + 1), warp = random() % (2 * WARPS);  // one, or all of them
+      moved = false;
       for (auto& fiber : fibers) {
         busy |= !fiber.done;
         const bool chosen = (block == CLUSTER || block == fiber.rank) && (warp >= WARPS || warp == fiber.thread / 32);

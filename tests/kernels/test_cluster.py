@@ -72,7 +72,7 @@ def test_the_kernel_on_emulated_threads_is_the_reference(
     first: Shape, second: Shape, dtype: torch.dtype, bias: bool, tmp_path: Path
 ) -> None:
     run, found = emulated(tmp_path, first, second, dtype, bias).run, whole(first, second)
-    # More tiles than shared memory holds, an odd number of tokens, rows apart; then two clusters for a tile and a token.
+    # More tiles than shared memory holds, an odd number of tokens, rows apart; then a token more than a tile, two clusters.
     for tokens, parts, late in ((4 * found.tokens + 5, 1, 0), (found.tokens + 1, 2, 1)):
         wide = torch.full((tokens, first[0] * first[2] + 8), float("nan"), dtype=dtype)
         x = wide[:, :-8].normal_()
@@ -101,6 +101,7 @@ def test_a_hopper_gpu_runs_it_on_matrix_units_and_from_registers(
     assert re.search(r"STACK:0 .*LOCAL:0 ", used), f"factors should stay in registers: {used}"
     assembly = subprocess.run([tool, "-sass", code], capture_output=True, text=True, check=True).stdout
     matrix, remote = assembly.count("HMMA.16816"), assembly.count("STAS")
+    assert matrix >= 16 and remote >= 1, "products by the matrix unit, and state sent to other multiprocessors"
     assert second[1] % 16 or not re.search(r"STG\.E desc", assembly), "the result is stored by vectors"
     loop = assembly[assembly.index("STAS") :]
     assert loop.count("MEMBAR.ALL.GPU") <= 1, "only the end waits for all that was written"
