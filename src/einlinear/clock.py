@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from einlinear import clock_cpu, toolchain
+from einlinear.clusters import Cut, cut
 from einlinear.links import INTO, OUT_OF, STAGES, links
 from einlinear.structure import Structure, StructureError
 
@@ -48,6 +49,9 @@ CUDA_HALF = Machine(
 
 AGAIN = 32768
 """Up to so many numbers of input, one launch runs a two-factor layer, making its state again where it is read."""
+
+RESIDENT = {1: 132, 2: 66, 4: 30, 8: 15}
+"""Clusters of so many multiprocessors that run at once: they lie in groups of 16 or 18, which are not always filled."""
 
 WIDEST = 128
 """The largest rank whose state one program holds."""
@@ -159,6 +163,13 @@ def refuses_pair(structure: Structure, here: Machine) -> str | None:
     return None
 
 
+def refuses_cluster(structure: Structure, here: Machine) -> str | None:
+    if refusal := refuses_pair(structure, here):
+        return refusal
+    found = cut(structure.matrix_shapes[0], structure.matrix_shapes[1])
+    return found if isinstance(found, str) else None
+
+
 def refuses_bottleneck(structure: Structure, here: Machine) -> str | None:
     if here is not CUDA_HALF:
         return "it takes numbers of 16 bits on a CUDA device"
@@ -235,11 +246,25 @@ def pair(structure: Structure, tokens: int, here: Machine, training: bool) -> fl
     else:
         overlap = 0.9e-6 if tokens <= FEW else -1e-6
         forward = tiles(structure, tokens, here, False) - overlap
-    if not training:
-        return forward
-    # The state is made again by the first factor.
-    again = tiles(structure, tokens, here, True) - 0.5 * tiles(structure, tokens, here, False)
-    return forward + again
+    return forward + (_again(structure, tokens, here) if training else 0.0)
+
+
+def cluster(structure: Structure, tokens: int, here: Machine, training: bool) -> float:
+    """One launch; each cluster fetches its factors, and then goes from tile to tile of the tokens."""
+    found = cut(structure.matrix_shapes[0], structure.matrix_shapes[1])
+    assert isinstance(found, Cut)
+    (_, state), (_, made) = (step[4:] for step in _steps(structure))
+    passed, written = (here.bytes * found.tokens * width / found.size for width in (state, made))
+    taken = found.tokens * found.line
+    rounds = math.ceil(math.ceil(tokens / found.tokens) / RESIDENT[found.size])
+    each, filling = taken / 6.4e10 + passed / 5.0e10 + written / 2.6e10, (taken + passed + written) / 1.04e11
+    forward = 2.3e-6 + here.bytes * found.weights / 5.7e10 + rounds * each + min(rounds - 1, 3) * filling
+    return forward + (_again(structure, tokens, here) if training else 0.0)
+
+
+def _again(structure: Structure, tokens: int, here: Machine) -> float:
+    """The backward pass of stages, the state made again by the first of them."""
+    return tiles(structure, tokens, here, True) - 0.5 * tiles(structure, tokens, here, False)
 
 
 def bottleneck(structure: Structure, tokens: int, here: Machine, training: bool) -> float:
@@ -304,6 +329,7 @@ Way = Callable[[Structure, int, Machine, bool], float]
 WAYS: dict[str, tuple[Refusal, Way]] = {
     "pair": (refuses_pair, pair),
     "bottleneck": (refuses_bottleneck, bottleneck),
+    "cluster": (refuses_cluster, cluster),
     "tiles": (refuses_tiles, tiles),
     "rows": (refuses_rows, measured("rows")),
     "columns": (refuses_columns, measured("columns")),

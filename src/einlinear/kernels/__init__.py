@@ -13,6 +13,7 @@ from einlinear.contract import check, pad_last
 from einlinear.kernels.blocked import Blocked, Turned
 from einlinear.kernels.bottleneck import Bottleneck
 from einlinear.kernels.chain import Chain, Columns, Tiles
+from einlinear.kernels.cluster import Cluster
 from einlinear.kernels.kernel import CPU, CPU_HALF, CUDA, CUDA_HALF, Runner, Target
 from einlinear.kernels.kernel import Kernel as Kernel
 from einlinear.kernels.native import Native
@@ -27,6 +28,7 @@ from einlinear.structure import Structure
 KERNELS: tuple[Kernel, ...] = (
     Pair(),
     Bottleneck(),
+    Cluster(),
     Tiles(),
     Rows(),
     Columns(),

@@ -64,7 +64,7 @@ def pair(x: Tensor, firsts: Sequence[Tensor], seconds: Sequence[Tensor], biases:
         _by_token(x, firsts, seconds, biases, ys)
     else:
         for p, (first, second, y) in enumerate(zip(firsts, seconds, ys, strict=True)):
-            _by_stages(x, first, second, biases[p] if biases else None, y)
+            by_stages(x, first, second, biases[p] if biases else None, y)
     return [y.view(tokens, -1) for y in ys]
 
 
@@ -82,7 +82,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _backward(ctx, grads: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:  # type: ignore[no-untyped-def]  # noqa: ANN001
     x, *factors = ctx.saved_tensors
     firsts, seconds = factors[: len(grads)], factors[len(grads) :]
-    dx, *rest = _gradients(grads, x, firsts, seconds, ctx.has_bias)
+    dx, *rest = gradients_again(grads, x, firsts, seconds, ctx.has_bias)
     each = 3 if ctx.has_bias else 2
     return dx, rest[::each], rest[1::each], rest[2::each] if ctx.has_bias else []
 
@@ -111,7 +111,7 @@ def _by_token(
         )  # fmt: skip
 
 
-def _by_stages(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None, y: Tensor) -> None:
+def by_stages(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """Two launches, of which the second loads its weights while the first still runs."""
     overlaps = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
     tokens, launch = len(x), Launch(tokens=min(64, tile(len(x))), stages=1)
@@ -121,7 +121,7 @@ def _by_stages(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None, y:
     launch_forward(z, [second], bias, [y], OUT_OF, tokens, launch, "follows" if overlaps else "")
 
 
-def _gradients(
+def gradients_again(
     grads: Sequence[Tensor], x: Tensor, firsts: Sequence[Tensor], seconds: Sequence[Tensor], has_bias: bool
 ) -> list[Tensor]:
     """Of `x`, then of each layer's factors and bias, if any. The state is made again by the first stage."""
