@@ -72,7 +72,7 @@ def test_the_kernel_on_emulated_threads_is_the_reference(
     first: Shape, second: Shape, dtype: torch.dtype, bias: bool, tmp_path: Path
 ) -> None:
     run, found = emulated(tmp_path, first, second, dtype, bias).run, whole(first, second)
-    # More tiles than shared memory holds, an odd number of tokens, rows apart; then a token more than a tile, two clusters.
+    # More tiles than shared memory holds, an odd number of tokens, rows apart; then two clusters.
     for tokens, parts, late in ((4 * found.tokens + 5, 1, 0), (found.tokens + 1, 2, 1)):
         wide = torch.full((tokens, first[0] * first[2] + 8), float("nan"), dtype=dtype)
         x = wide[:, :-8].normal_()
