@@ -4,7 +4,7 @@
 
 Runs itself under `ncu`, without its clock control: one call of each case, every kernel replayed with cold caches until
 all counters are read. Percentages are of the peak that the machine sustains. Cases are in the order of the goals that
-they miss; what is not reached within so many seconds is left out. `ncu` writes when its program ends, so it is never
+they miss; what is not reached within so many seconds stays as the table has it. `ncu` writes when its program ends, so it is never
 killed: run it once by `--watched` before, which compiles all kernels.
 """
 
@@ -158,10 +158,14 @@ def main(path: Path, only: list[str], seconds: float) -> None:
         subprocess.run([*command, "--seconds", str(seconds), "--only", *only], stdout=file)
     here = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": version("triton")}
     rows = [{**row, **here, "commit": checked_out()} for row in read(told.read_text(), list(wanted(only)))]
+    kept: list[dict[str, str]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = [row for row in csv.DictReader(file) if row["case"] not in {row["case"] for row in rows}]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows([*kept, *rows])
     for row in rows:
         print(*(row[name] for name in ("case", "kernel", *COUNTERS)), flush=True)
 
