@@ -4,8 +4,8 @@
 
 Runs itself under `ncu`, without its clock control: one call of each case, every kernel replayed with cold caches until
 all counters are read. Percentages are of the peak that the machine sustains. Cases are in the order of the goals that
-they miss; what is not reached within so many seconds stays as the table has it. `ncu` writes when its program ends, so it is never
-killed: run it once by `--watched` before, which compiles all kernels.
+they miss; what is not reached within so many seconds stays as the table has it. `ncu` writes when its program ends, so
+do not kill it: run the program by itself (`--watched`) before, and it need not compile.
 """
 
 import argparse
