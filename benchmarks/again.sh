@@ -20,29 +20,31 @@ run() { # at most so many seconds, which must be there
 
 mkdir -p "$folder"
 cp -n benchmarks/results/nvidia_h200/*.csv "$folder"/
-first="layers|mlps|few|decode" second="shared|tokens|compiled"
+first="layers|mlps|few" second="decode|shared|tokens"
 gpt=(--families dense btt "monarch(blocks=16)")
 limited=("layer btt" "layer monarch")
 
-say "compile ahead"
-run 50 python3 benchmarks/gpu.py "$folder" --only "$first|$second" --compile 12 >"$folder/ahead.txt" 2>&1 &
+say "compile ahead, by $(nproc) processes"
+run 70 python3 benchmarks/gpu.py "$folder" --only "$first|$second" --compile "$(nproc)" >"$folder/ahead.txt" 2>&1 &
 for row in 2048 1024 512; do
-    run 50 python3 benchmarks/gpt_step.py "$folder/ahead" --chunks 1 --rows $row "${gpt[@]}" >>"$folder/ahead_gpt.txt" 2>&1 &
+    run 70 python3 benchmarks/gpt_step.py "$folder/ahead" --chunks 1 --rows $row "${gpt[@]}" >>"$folder/ahead.txt" 2>&1 &
 done
-run 50 python3 benchmarks/counters.py "$folder/ahead.csv" --watched --seconds 40 --only "${limited[@]}" >/dev/null 2>&1 &
+run 70 python3 benchmarks/counters.py "$folder/ahead.csv" --watched --seconds 40 --only "${limited[@]}" >/dev/null 2>&1 &
 wait
 rm -rf "$folder/ahead"
 
-say "layers, MLPs, few tokens, decoding"
-run 100 python3 benchmarks/gpu.py "$folder" --only "$first" --again
+say "layers, MLPs, few tokens"
+run 90 python3 benchmarks/gpu.py "$folder" --only "$first" --again
 say "a training step"
 run 60 python3 benchmarks/gpt_step.py "$folder" --chunks 2 --rows 512 1024 2048 "${gpt[@]}"
 say "counters"
-if [ "$(left)" -gt 16 ]; then
+if [ "$(left)" -gt 18 ]; then
     run 25 python3 benchmarks/counters.py "$folder/counters.csv" --seconds 8 --only "${limited[@]}"
 fi
-say "layers of one input, odd numbers of tokens, torch.compile"
-run 40 python3 benchmarks/gpu.py "$folder" --only "$second" --again
+say "decoding, layers of one input, odd numbers of tokens"
+run 60 python3 benchmarks/gpu.py "$folder" --only "$second" --again
+say "torch.compile"
+run 60 python3 benchmarks/gpu.py "$folder" --only compiled --again
 say "every kernel"
 run "$(left)" python3 benchmarks/gpu.py "$folder" --only kernels --again --seconds "$(left)"
 say "done"
