@@ -177,8 +177,16 @@ def _of(module: torch.nn.Module, x: Tensor, direction: Tensor) -> Named:
     return {"y": y, **dict(zip(("x", *named), made, strict=True))}
 
 
-def run(task: tuple[Callable[..., Iterator[Errors]], torch.dtype, tuple[object, ...]]) -> tuple[float, int, int]:
-    """The worst error over that of stock matmuls, how many cases were above 2, and of how many."""
+Task = tuple[Callable[..., Iterator[Errors]], torch.dtype, tuple[object, ...]]
+
+
+def told(task: Task) -> str:
+    make, dtype, arguments = task
+    return f"{make.__name__} {dtype} {arguments}"
+
+
+def run(task: Task) -> tuple[str, float, int, int]:
+    """What was checked, the worst error over that of stock matmuls, how many cases were above 2, and of how many."""
     make, dtype, arguments = task
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -196,20 +204,22 @@ def run(task: tuple[Callable[..., Iterator[Errors]], torch.dtype, tuple[object, 
     except Exception:
         print(f"{dtype} {arguments}: {traceback.format_exc()}", flush=True)
         failed += 1
-    return worst, failed, count
+    return told(task), worst, failed, count
 
 
 def main(only: list[str], workers: int) -> None:
-    tasks: list[tuple[Callable[..., Iterator[Errors]], torch.dtype, tuple[object, ...]]] = []
+    tasks: list[Task] = []
     for dtype in (torch.bfloat16, torch.float16):
         tasks += [(layers, dtype, (shape,)) for shape in SHAPES]
         tasks += [(mlps, dtype, (activation,)) for activation in ("relu2", "gelu", "gelu_tanh", "silu", *GATED)]
         tasks += [(experts, dtype, (case,)) for case in ROUTED]
         tasks += [(shared, dtype, ((1024, 1), (2048, 8), (1024, 1001), (2048, 4097), (512, 300)))]
-    tasks = [(make, dtype, at) for make, dtype, at in tasks if any(t in f"{make.__name__} {dtype} {at}" for t in only)]
+    tasks = [task for task in tasks if any(text in told(task) for text in only)]
+    worsts, failures, counts = [0.0], [0], [0]
     with multiprocessing.get_context("spawn").Pool(workers) as pool:  # compiling takes the time
-        results = pool.map(run, tasks, chunksize=1)
-    worsts, failures, counts = zip(*results, strict=True)
+        for name, worst, failed, count in pool.imap_unordered(run, tasks):
+            print(f"{name}: {count} cases, worst error over stock {worst:.2f}, {failed} above 2", flush=True)
+            worsts.append(worst), failures.append(failed), counts.append(count)
     print(f"{sum(counts)} cases, worst error over stock {max(worsts):.2f}, {sum(failures)} above 2", flush=True)
     sys.exit(sum(failures) > 0)
 

@@ -17,8 +17,12 @@ import einlinear as el
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results" / "nvidia_h200", HERE.parent / "docs" / "kernels.md"
 MARKS = "<!-- goals: benchmarks/goals.py writes these tables -->\n", "<!-- end of goals -->\n"
-MEMORY = 4.3
-"""What a kernel that reads and writes reaches on an H200, in TB/s."""
+BUSY = {
+    "dram_percent": "memory",
+    "between_cache_halves_percent": "the link between the cache's halves",
+    "matrix_unit_percent": "matrix units",
+}
+"""What limits kernels that read and write once, by the profiler (`counters.py`)."""
 
 MANY, SLOWER = 10**5, 0.95
 """A layer with so many weights should be this many times as fast as dense at least."""
@@ -26,23 +30,19 @@ MANY, SLOWER = 10**5, 0.95
 
 @dataclass(frozen=True)
 class Goal:
-    """How many times as fast as dense some work should be, by mode; the rows of it, and what they must move.
-
-    `moved` is in bytes for each token and feature, by mode: what limits the work, where a goal is missed.
-    """
+    """How many times as fast as dense some work should be, by mode; the rows of it, and what the profiler calls it."""
 
     work: str
     table: str
     row: Mapping[str, str]
     goals: Mapping[str, float]
-    moved: Mapping[str, int] = field(default_factory=dict)
+    case: str = ""
     modes: Mapping[str, str] = field(default_factory=lambda: {"forward": "forward", "training": "training"})
 
 
-def layer(work: str, width: int, family: str, forward: float, training: float, both: int) -> Goal:
-    """`both` is what forward and backward move: 20, or 24 by stock matmuls; the forward reads or writes four states."""
+def layer(work: str, width: int, family: str, forward: float, training: float) -> Goal:
     row = {"d_in": str(width), "d_out": str(width), "family": family, "tokens": "16384"}
-    return Goal(work, "layers", row, {"forward": forward, "training": training}, {"forward": 8, "training": both})
+    return Goal(work, "layers", row, {"forward": forward, "training": training}, f"layer {family} {width}")
 
 
 def mlp(work: str, width: int, hidden: int, family: str, activation: str, forward: float, training: float) -> Goal:
@@ -61,11 +61,11 @@ def step(work: str, width: int, family: str, training: float) -> Goal:
 
 
 GOALS = (
-    layer("layer d 8192, BTT of rank 1", 8192, "btt", 13, 12, 20),
-    layer("layer d 4096, BTT of rank 1", 4096, "btt", 7, 6, 20),
-    layer("layer d 4096, Monarch of 16 blocks", 4096, "monarch(blocks=16)", 5.8, 5.5, 24),
-    layer("layer d 2048, BTT of rank 1", 2048, "btt", 3, 2.7, 20),
-    layer("layer d 1024, BTT of rank 1", 1024, "btt", 1.7, 1.5, 20),
+    layer("layer d 8192, BTT of rank 1", 8192, "btt", 13, 12),
+    layer("layer d 4096, BTT of rank 1", 4096, "btt", 7, 6),
+    layer("layer d 4096, Monarch of 16 blocks", 4096, "monarch(blocks=16)", 5.8, 5.5),
+    layer("layer d 2048, BTT of rank 1", 2048, "btt", 3, 2.7),
+    layer("layer d 1024, BTT of rank 1", 1024, "btt", 1.7, 1.5),
     mlp("layers 4096 → 11008 → 4096, BTT at 1/43 of the FLOPs", 4096, 11008, "btt", "relu2", 5, 4.5),
     mlp("MLP 1024 → 4096 → 1024, 32 blocks", 1024, 4096, "btt(blocks=(32, 32))", "relu2", 7, 5),
     mlp("MLP 2048 → 8192 → 2048, 32 blocks, rank 2", 2048, 8192, "btt(rank=2, blocks=(32, 32))", "relu2", 12, 9),
@@ -92,6 +92,16 @@ def found(goal: Goal, mode: str) -> dict[str, str]:
     return row
 
 
+def busy(case: str) -> str:
+    """How busy kernels kept each resource, in the mean over their time; empty where the profiler has not seen them."""
+    kernels = [row for row in rows("counters") if row["case"] == case]
+    if not kernels:
+        return ""
+    total = sum(float(row["us"]) for row in kernels)
+    shares = {name: sum(float(row["us"]) * float(row[name]) for row in kernels) / total for name in BUSY}
+    return " keeps " + ", ".join(f"{told} {shares[name]:.0f} %" for name, told in BUSY.items()) + " busy"
+
+
 def table() -> str:
     """Markdown; a number that reaches its goal is bold."""
     lines = ["| work | forward: goal, found | training: goal, found | |", "| --- | --- | --- | --- |"]
@@ -104,10 +114,7 @@ def table() -> str:
             wanted, row = goal.goals[mode], found(goal, mode)
             speed = float(row["ratio_to_dense"])
             if speed < wanted:
-                moved = goal.moved[mode] * int(row["d_in"]) * int(row["tokens"])
-                missed.append(
-                    f"{mode} moves {moved / 1e6:.0f} MB at {moved / float(row['ms']) / 1e9:.1f} of {MEMORY} TB/s"
-                )
+                missed.append(mode + busy(goal.case + " training" * (mode == "training")))
             cells.append(f"{wanted:g} ×, " + (f"**{speed:.3g} ×**" if speed >= wanted else f"{speed:.3g} ×"))
         verdict = "missed: " + "; ".join(missed) if missed else "met"
         lines.append(f"| {goal.work} | {' | '.join(cells)} | {verdict} |")

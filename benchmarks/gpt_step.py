@@ -4,7 +4,8 @@
 
 Trains on `bytes` as `einlinear compare` does, data, clipping and update included. Each row is a model timed by the wall
 clock over whole chunks of steps; then one step is profiled, and its kernels' times added up by what they are for.
-`gpt_steps.csv` has a row for each model, `gpt_kernels.csv` the longest kernels of each.
+`gpt_steps.csv` has a row for each model, `gpt_kernels.csv` the longest kernels of each. Rows of models that are not
+measured now are kept.
 """
 
 import argparse
@@ -148,31 +149,42 @@ def main() -> None:
     named = torch.cuda.get_device_name().lower().replace(" ", "_") if options.device == "cuda" else "cpu"
     folder = options.folder or Path(__file__).parent / "results" / named
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "gpt_steps.csv").open("w", newline="") as steps, (folder / "gpt_kernels.csv").open("w") as kernels:
-        writer, details = csv.writer(steps), csv.writer(kernels)
-        details.writerow(["family", "width", "mode", "ms", "share", "kernel"])
-        written = False
-        for name in options.rows:
-            row, dense = ROWS[name], dict[str, float]()
-            for mode, family, training in models(row, options.device, options.families):
-                try:
-                    found, spent = measure(row, mode, family, training, options.chunks)
-                except Exception:
-                    traceback.print_exc()
-                    continue
-                finally:
-                    del training
-                dense.setdefault(mode, found["ms"])
-                found = {**found, "ratio_to_dense": round(dense[mode] / found["ms"], 3)}
-                if not written:
-                    writer.writerow(found)
-                    written = True
-                writer.writerow(found.values())
-                total = sum(spent.values())
-                for kernel, ms in spent.most_common(12):
-                    details.writerow([family, found["width"], mode, round(ms, 3), round(ms / total, 3), kernel[:120]])
-                steps.flush(), kernels.flush()
-                print({key: value for key, value in found.items() if key not in HERE}, flush=True)
+    steps, kernels = folder / "gpt_steps.csv", folder / "gpt_kernels.csv"
+    for name in options.rows:
+        row, dense = ROWS[name], dict[str, float]()
+        for mode, family, training in models(row, options.device, options.families):
+            try:
+                found, spent = measure(row, mode, family, training, options.chunks)
+            except Exception:
+                traceback.print_exc()
+                continue
+            finally:
+                del training
+            dense.setdefault(mode, found["ms"])
+            found = {**found, "ratio_to_dense": round(dense[mode] / found["ms"], 3)}
+            model, total = {"family": family, "width": found["width"], "mode": mode}, sum(spent.values())
+            longest = [
+                {**model, "ms": round(ms, 3), "share": round(ms / total, 3), "kernel": kernel[:120]}
+                for kernel, ms in spent.most_common(12)
+            ]
+            for path, rows in ((steps, [found]), (kernels, longest)):
+                renew(path, model, rows)
+            print({key: value for key, value in found.items() if key not in HERE}, flush=True)
+
+
+def renew(path: Path, model: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Puts the rows of a model in the place of those that the table has of it."""
+    kept: list[dict[str, Any]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = list(csv.DictReader(file))
+    old = [all(str(value) == row[name] for name, value in model.items()) for row in kept]
+    at = old.index(True) if True in old else len(kept)
+    others = [row for row, its in zip(kept, old, strict=True) if not its]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows([*others[:at], *rows, *others[at:]])
 
 
 if __name__ == "__main__":

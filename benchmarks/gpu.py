@@ -1,18 +1,20 @@
 """Layers, MLPs, decoding and kernels in bfloat16 on one GPU against dense, as CSV.
 
-    python benchmarks/gpu.py [folder] [--only TEXT ...] [--again] [--seconds N]
+    python benchmarks/gpu.py [folder] [--only TEXT ...] [--again] [--seconds N] [--compile WORKERS]
 
 Writes into the folder, by default `results/<device>`: `layers.csv`, `mlps.csv`, `decode.csv`, `few.csv`, `tokens.csv`,
 `shared.csv`, `compiled.csv` (beside torch.compile of the reference) and `kernels.csv` (each kernel that fits beside its
 modelled time). Rows are written as they come, and those that are there are kept: `--only` names what to measure (every
 text, or one of its alternatives between bars, must be part of a row's name, as printed), `--again` measures it anew.
+`--compile` measures nothing: so many processes run each case once, for what Triton and torch.compile keep on disk.
 """
 
 import argparse
 import csv
+import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -26,6 +28,7 @@ import einlinear as el
 from einlinear.kernels import KERNELS, Kernel
 from einlinear.kernels.kernel import Target
 from einlinear.kernels.reference import Reference
+from einlinear.lab import bench as timing
 from einlinear.lab.bench import MODES, bench, milliseconds, provenance
 
 Row = dict[str, Any]
@@ -297,33 +300,70 @@ TABLES: dict[str, Callable[[], Iterator[Case]]] = {
 }  # fmt: skip
 
 
+def wanted(only: list[str]) -> Iterator[tuple[str, str, Callable[[], list[Row]]]]:
+    """Table, name and measurement of each case."""
+    for table, make in TABLES.items():
+        for name, measure in make():
+            if all(any(part in name for part in text.split("|")) for text in only):
+                yield table, name, measure
+
+
+def tried(name: str, measure: Callable[[], list[Row]]) -> list[Row]:
+    try:
+        return measure()
+    except Exception as error:  # the other cases go on, and this one is missing from the table
+        print(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        return []
+
+
+def compile_some(part: tuple[int, int, list[str]]) -> None:
+    """Every so many of the cases, called and not timed."""
+
+    def once(calls: Sequence[Callable[[], object]], rounds: int = 7) -> float:
+        calls[0]()
+        torch.cuda.synchronize()
+        return 1.0
+
+    timing._graph_milliseconds, timing.CACHE = once, 0
+    start, step, only = part
+    for _, name, measure in list(wanted(only))[start::step]:
+        tried(name, measure)
+
+
+def compile_all(only: list[str], workers: int) -> None:
+    begin = time.perf_counter()
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        pool.map(compile_some, [(start, workers, only) for start in range(workers)], chunksize=1)
+    print(f"compiled in {time.perf_counter() - begin:.0f} s", flush=True)
+
+
 def main(folder: Path, only: list[str], again: bool, seconds: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     begin = time.perf_counter()
-    for table, make in TABLES.items():
+    tables: dict[str, dict[str, list[Row]]] = {}
+    for table, name, measure in wanted(only):
         path = folder / f"{table}.csv"
-        done: dict[str, list[Row]] = {}
-        if path.exists():
-            for row in csv.DictReader(path.open()):
-                done.setdefault(row.pop("case"), []).append(row)
-        for name, measure in make():
-            wanted = all(any(part in name for part in text.split("|")) for text in only)
-            if not wanted or (name in done and not again) or time.perf_counter() - begin > seconds:
-                continue
-            try:
-                done[name] = measure()
-            except Exception as error:  # the other cases go on, and this one is missing from the table
-                print(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-                continue
-            for row in done[name]:
-                what = row.get("kernel") or row.get("way") or row["family"]
-                print(f"{name:48} {what:24} {row['ms']:9.4f} ms {row.get('ratio_to_dense', '')}", flush=True)
-            rows = [{"case": case, **row} for case, made in done.items() for row in made]
-            with path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0].keys())
-                writer.writeheader()
-                writer.writerows(rows)
+        if table not in tables:
+            tables[table] = {}
+            if path.exists():
+                for row in csv.DictReader(path.open()):
+                    tables[table].setdefault(row.pop("case"), []).append(row)
+        done = tables[table]
+        if (name in done and not again) or time.perf_counter() - begin > seconds:
+            continue
+        made = tried(name, measure)
+        if not made:
+            continue
+        done[name] = made
+        for row in made:
+            what = row.get("kernel") or row.get("way") or row["family"]
+            print(f"{name:48} {what:24} {row['ms']:9.4f} ms {row.get('ratio_to_dense', '')}", flush=True)
+        rows = [{"case": case, **row} for case, found in done.items() for row in found]
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
     print(f"{time.perf_counter() - begin:.0f} s", flush=True)
 
 
@@ -334,4 +374,10 @@ if __name__ == "__main__":
     parser.add_argument("--only", action="append", default=[])
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--seconds", type=float, default=float("inf"))
-    main(**vars(parser.parse_args()))
+    parser.add_argument("--compile", type=int, default=0, metavar="WORKERS")
+    options = vars(parser.parse_args())
+    workers = options.pop("compile")
+    if workers:
+        compile_all(options["only"], workers)
+    else:
+        main(**options)

@@ -1,4 +1,4 @@
-"""A layer recorded in a CUDA graph: replays on other inputs, and training steps, are what runs without one.
+"""A layer, or a whole step of the lab's GPT, in a CUDA graph: replays are what runs without one.
 
 TRITON_INTERPRET=0 python -m pytest tests/test_cuda_graphs.py
 """
@@ -10,6 +10,9 @@ import torch
 from torch.testing import assert_close
 
 import einlinear as el
+from einlinear.lab.data import Sequences
+from einlinear.lab.step import Execution
+from einlinear.lab.train import CHUNK, Recipe, Training, Trunk
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU"),
@@ -54,6 +57,27 @@ def test_a_replay_is_an_mlp_by_its_junction(activation):
     mlp = el.StructuredMLP(256, 1024, el.BTT(), activation, device="cuda", dtype=torch.bfloat16)
     assert mlp.unfused is None
     replays_as_it_runs(mlp, 100)
+
+
+@pytest.mark.parametrize("family", ["dense", "btt", "monarch(blocks=4)", "low_rank(rank=16)"])
+def test_a_step_of_the_gpt_compiled_and_in_a_graph_is_the_step_as_it_stands(family):
+    """Blocks compiled, fused AdamW and the copy in bfloat16 included; and it never waits for the GPU."""
+    ids = torch.arange(20000) ** 2 % 61
+    task = Sequences("squares", "", "f", 61, 64, ids, ids, limit=400)
+    recipe = Recipe(batch=16, base_width=128, base_depth=2, head=32, precision="bfloat16", warmup=5)
+    trunk = Trunk(family=family, width=128, depth=2, rate=2**-8, seed=0, horizons=(100,), recipe=recipe)
+    curves = []
+    for compiled in (False, True):
+        training = Training(trunk, task, Execution(device="cuda", compiled=compiled, graphed=compiled))
+        list(training.advance(2 * CHUNK))
+        curves.append([loss for _, loss in training.curve])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        training.update(*training._batch(training.step), 0.5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert curves[1] == pytest.approx(curves[0], rel=2e-2)
 
 
 def replays_as_it_runs(layer, tokens):

@@ -23,6 +23,11 @@ def test_four_channels_become_few_large_blocks() -> None:
     assert el.BTT(4, blocks="fast")(4096, 4096) == el.Monarch(blocks=16)(4096, 4096)
 
 
+def test_of_equals_in_training_the_fastest_forward_is_taken() -> None:
+    """16 and 8 blocks in 10 channels are modelled .2 % faster in training, and took 16 % longer forward on an H200."""
+    assert el.BTT(4, blocks="fast")(1024, 1024) == el.BTT(16, blocks=(8, 8))(1024, 1024)
+
+
 def test_its_text() -> None:
     family = el.BTT(rank=4, blocks="fast")
     assert el.structure(str(family)) == family

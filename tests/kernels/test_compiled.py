@@ -35,6 +35,8 @@ def stage(parts=1, **more):
 def junction(parts, hidden, activation, **more):
     return dict(IN=64, HIDDEN=hidden, OUT=64, BLOCK_IN=64, BLOCK_OUT=64, ACTIVATION=activation, SHORT=True) | more
 
+gradient = dict(BLOCK_HIDDEN=64, BLOCK_TOKENS=128, NARROW=True, DOWN_LAST=False)
+
 def sets(**more):
     return dict(SLICES=64, OUT=64, BLOCK_OUT=64, EXPERTS=16, ACTIVE=2, PIECE=128) | more
 
@@ -61,7 +63,7 @@ cases = {
     "junction_forward by tanh": (
         tiles_junction.junction_forward, junction(1, 256, "gelu", BLOCK_HIDDEN=128, BLOCK_TOKENS=64, **hold), 1, 4, 3),
     "junction_backward by tanh": (
-        tiles_junction.junction_backward, junction(1, 256, "gelu", BLOCK_HIDDEN=64, BLOCK_TOKENS=128), 1, 8, 2),
+        tiles_junction.junction_backward, junction(1, 256, "gelu", **gradient), 1, 8, 2),
     "bottleneck_forward": (
         tiles_bottleneck.bottleneck_forward, low | dict(first_in=1, second_rank=1, BLOCK_TOKENS=16, HAS_BIAS=False,
                                                         BLOCK_IN=128, BLOCK_OUT=64), 1, 4, 4),
@@ -70,9 +72,9 @@ cases = {
                                                         BLOCK_IN=128, BLOCK_OUT=64), 1, 4, 4),
     "bottleneck_weights": (tiles_bottleneck.bottleneck_weights, low | dict(BLOCK=64, BLOCK_TOKENS=64), 1, 4, 4),
     "junction_backward": (
-        tiles_junction.junction_backward, junction(1, 256, "relu2", BLOCK_HIDDEN=64, BLOCK_TOKENS=128), 1, 8, 2),
+        tiles_junction.junction_backward, junction(1, 256, "relu2", **gradient | dict(NARROW=False)), 1, 8, 2),
     "junction_backward gated": (
-        tiles_junction.junction_backward, junction(2, 128, "silu", BLOCK_HIDDEN=64, BLOCK_TOKENS=128), 2, 8, 2),
+        tiles_junction.junction_backward, junction(2, 128, "silu", **gradient), 2, 8, 2),
     "pair_token of three": (
         tiles_pair.pair_token, dict(G=64, A=64, RS=(1,) * 3, FS=(64,) * 3, ES=(64,) * 3, BLOCK_STATES=(64,) * 3,
                                     BLOCK_A=64, BLOCK_ES=(64,) * 3), 3, 8, 3),

@@ -1,4 +1,6 @@
+import csv
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import einlinear as el
 from einlinear.cli import app
 from einlinear.lab import bench as module
 from einlinear.lab.bench import TooLarge, bench
+from einlinear.lab.speed import _chart
 
 COLUMNS = ["family", "d_in", "d_out", "tokens", "mode", "ms", "ratio_to_dense", "flop_ratio", "floor_ms", "reach"]
 
@@ -44,3 +47,29 @@ def test_what_finds_no_memory_is_a_sentence_and_the_rest_is_measured(monkeypatch
     monkeypatch.setattr(module, "_milliseconds", lambda *_: (_ for _ in ()).throw(RuntimeError("a fault")))
     with pytest.raises(RuntimeError, match="a fault"):
         bench([el.BTT()], [64], tokens=(1,))
+
+
+def test_an_interrupt_leaves_what_was_measured_on_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    measured = module._milliseconds
+
+    def interrupted(make: Callable[[], torch.nn.Module], d_in: int, tokens: int, mode: str) -> float:
+        if d_in == 64:
+            raise KeyboardInterrupt
+        return measured(make, d_in, 1, mode)
+
+    monkeypatch.setattr(module, "_milliseconds", interrupted)
+    file = tmp_path / "rows.csv"
+    CliRunner().invoke(app, ["bench", "-s", "btt", "--widths", "16x32,64", "--tokens", "1", "--file", str(file)])
+    with file.open() as opened:
+        found = [(row["family"], row["d_in"], row["d_out"], row["mode"]) for row in csv.DictReader(opened)]
+    assert found == [(family, "16", "32", mode) for mode in module.MODES for family in ("dense", "btt")]
+
+
+@pytest.mark.parametrize("speed, saving", [(0.5, 2.0), (6.0, 16.0), (40.0, 16.0), (0.8, 0.7)])
+def test_the_figure_has_room_for_its_points_and_lines(speed: float, saving: float) -> None:
+    """The lines of reference begin at 1, where no layer need be."""
+    point = {"family": "btt", "mode": "forward", "width": "64", "tokens": 8, "saving": saving, "speed": speed}
+    layer = _chart([point | {"floor": saving}], ["forward"])["hconcat"][0]["layer"][0]["encoding"]
+    for axis, value in (("x", saving), ("y", speed)):
+        low, high = layer[axis]["scale"]["domain"]
+        assert low <= min(1, value) <= max(1, value) <= high, axis

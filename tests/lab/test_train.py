@@ -274,3 +274,23 @@ def test_the_guide_runs(capsys: pytest.CaptureFixture[str]) -> None:
     (snippet,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
     exec(compile(snippet, GUIDE.name, "exec"), {})
     assert re.fullmatch(r"(\d+ tokens: loss \d\.\d{3}\n){2}", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("family", ["btt(rank=2)", "monarch(blocks=4)"])
+def test_an_update_takes_as_many_launches_for_three_blocks_as_for_one(family: str, task: Sequences) -> None:
+    """One fused AdamW for each group, and the gradients' norm and the copies by lists: nothing factor by factor."""
+    launches = []
+    for depth in (1, 3):
+        trunk = replace(TRUNK, family=family, depth=depth, recipe=replace(RECIPE, precision="bfloat16"))
+        training = Training(trunk, task)
+        list(training.advance(CHUNK))
+        step = training.update
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+            step.optimizer.step()
+            step.renew()
+        counts = {event.key: event.count for event in profiled.key_averages() if event.key.startswith("aten::")}
+        assert counts["aten::_fused_adamw_"] == len(step.optimizer.param_groups)
+        assert counts["aten::_foreach_copy_"] == 1
+        assert len(step._parameters) > 4 * len(step.optimizer.param_groups) or depth == 1
+        launches.append({name: count for name, count in counts.items() if "foreach" in name or "fused" in name})
+    assert launches[0] == launches[1]

@@ -94,6 +94,10 @@ def describe(
     if "->" in structure:
         spec = el.Structure.parse(structure, **_sizes(structure, sizes or []))
     else:
+        if sizes:
+            raise el.StructureError(
+                f"cannot use '{' '.join(sizes)}' with a family: its widths are given as --in 512 --out 512"
+            )
         family = el.structure(structure)
         spec = family(d_in, d_out)
         psi, nu, omega = el.taxonomy(family)

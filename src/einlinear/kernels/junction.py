@@ -212,12 +212,14 @@ def launch_backward(
     dups = [empty_partials(splits, up, up.numel()) for up in ups]
     ddown = empty_partials(splits, down, down.numel())
     dbiases = [bias.new_zeros(splits, len(bias), dtype=torch.float32) for bias in biases]
+    cheap = _cheap(ups, biases, activation)
     with torch.cuda.device_of(down):
         tiles_junction.junction_backward[(len(down), splits)](
             grad, tuple(zs), tuple(up.contiguous() for up in ups), tuple(biases), down.contiguous(),
             tuple(dzs), tuple(dups), tuple(dbiases), ddown,
             tokens, share, *zs[0].stride()[:2], *dzs[0].stride()[:2], *grad.stride()[:2],
             **_tiles(ups, down, hidden, launch), ACTIVATION=activation, SHORT=down.element_size() == 2,
+            NARROW=not cheap, DOWN_LAST=cheap and _small(ups, down),
         )  # fmt: skip
     sums = zip((*dups, *dbiases, ddown), (*ups, *biases, down), strict=True)
     return [*dzs, *(add_partials(partial, like).view(like.shape) for partial, like in sums)]
@@ -242,11 +244,18 @@ def forward_launch(ups: Sequence[Tensor], down: Tensor, activation: str) -> Laun
 
 def backward_launch(ups: Sequence[Tensor], biases: Sequence[Tensor], down: Tensor, activation: str) -> Launch:
     """The fastest of those measured (benchmarks/NOTES.md)."""
-    cheap = len(ups) == 1 and activation in CHEAP and not biases
-    if cheap and _size(ups, down) <= 128 * 64:
+    if _cheap(ups, biases, activation) and _small(ups, down):
         return Launch(tokens=64)
     small = len(ups) == 1 and _size(ups, down) <= 128 * 128
     return Launch(tokens=128, warps=8, stages=3 if small else 2, resident=1)
+
+
+def _cheap(ups: Sequence[Tensor], biases: Sequence[Tensor], activation: str) -> bool:
+    return len(ups) == 1 and activation in CHEAP and not biases
+
+
+def _small(ups: Sequence[Tensor], down: Tensor) -> bool:
+    return _size(ups, down) <= 128 * 64
 
 
 def _size(ups: Sequence[Tensor], down: Tensor) -> int:

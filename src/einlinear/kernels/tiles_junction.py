@@ -144,12 +144,13 @@ def junction_backward(
     tokens, share, z_feature, z_slice, dz_feature, dz_slice, y_slice, y_feature,
     IN: tl.constexpr, HIDDEN: tl.constexpr, OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr, BLOCK_HIDDEN: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-    ACTIVATION: tl.constexpr, SHORT: tl.constexpr,
+    ACTIVATION: tl.constexpr, SHORT: tl.constexpr, NARROW: tl.constexpr, DOWN_LAST: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a junction in one pass over `share` tokens, the hidden features computed again.
 
     Sums for the weights stay in registers. Those of biases are added up in memory, each program in
-    its own, which starts at zero: in registers they would push the others out.
+    its own, which starts at zero: in registers they would push the others out. `NARROW` keeps slopes in 16
+    bits, and `DOWN_LAST` makes the second weight's gradient after that of the hidden features: both are for time alone.
     """
     s, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     slices = tl.num_programs(0)
@@ -187,12 +188,16 @@ def junction_backward(
             if len(ups) == 2:
                 h *= hs[1]
                 slope *= hs[1]
-            slope = slope.to(g.dtype)  # in 16 bits, as all of this is kept in registers
-            next_downs += (tl.dot(g, h.to(g.dtype), down_sums[start // BLOCK_HIDDEN], input_precision="ieee"),)
+            if NARROW:
+                slope = slope.to(g.dtype)
+            if not DOWN_LAST:
+                next_downs += (tl.dot(g, h.to(g.dtype), down_sums[start // BLOCK_HIDDEN], input_precision="ieee"),)
             dh = tl.dot(tl.trans(g), w, input_precision="ieee")
             dhs = (dh * slope,)
             if len(ups) == 2:
                 dhs += (dh * ungated,)
+            if DOWN_LAST:
+                next_downs += (tl.dot(g, h.to(g.dtype), down_sums[start // BLOCK_HIDDEN], input_precision="ieee"),)
             next_ds = ()
             for p in tl.static_range(len(ups)):
                 if len(biases):

@@ -15,6 +15,9 @@ FAST = "fast"
 TILE, WIDEST = 16, 1 << 17
 """Matrix units multiply so many rows or columns at a time; beyond so many features times mean nothing."""
 
+TIE = 1.02
+"""Modelled times whose ratio is less are one: the model's median error is several times that."""
+
 
 @dataclass(frozen=True, repr=False)
 class BTT(Family):
@@ -27,8 +30,8 @@ class BTT(Family):
     `cores` cut the widths into more parts of equal size.
 
     `blocks="fast"` takes the FLOPs of the balanced split of that rank, within a tenth, and the block counts that
-    are modelled fastest for them in training on a GPU (`einlinear.seconds`), with as high a rank of W: few large
-    blocks instead of many channels between small ones.
+    are modelled fastest for them in training on a GPU (`einlinear.seconds`), and of equals in the forward pass, with as
+    high a rank of W: few large blocks instead of many channels between small ones.
     """
 
     rank: int = 1
@@ -162,7 +165,9 @@ def _fast(d_in: int, d_out: int, rank: int, tokens: int = 16384) -> Structure:
         whole = channels * f % TILE == 0 == channels * g % TILE
         if whole and channels * each >= 0.9 * budget and channels * g * f >= needed:
             candidates.append(_block_chain((d_in // g, g), (f, d_out // f), channels))
-    return min(candidates, key=lambda structure: seconds(structure, tokens, "cuda", mode="training"))
+    training = {structure: seconds(structure, tokens, "cuda", mode="training") for structure in candidates}
+    tied = [structure for structure in candidates if training[structure] <= TIE * min(training.values())]
+    return min(tied, key=lambda structure: seconds(structure, tokens, "cuda"))
 
 
 def _divisors(width: int) -> list[int]:
