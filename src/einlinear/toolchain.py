@@ -16,6 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 
 SOURCE = Path(__file__).parent / "kernels" / "native.cpp"
+"""What is compiled; it includes the headers beside it."""
+
 OPTIONS = (
     "-std=c++17",
     "-O3",
@@ -67,10 +69,11 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     number, address, packed = ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p
     for mode in ("forward", "backward"):
         size = getattr(found, f"einlinear_{mode}_memory")
-        size.argtypes, size.restype = (number, packed, number, number), number
+        size.argtypes, size.restype = (number, packed, number, number, packed), number
+    found.einlinear_plan.argtypes, found.einlinear_plan.restype = (number, packed, packed), number
     for kind in ("float32", "bfloat16", "float16"):
         forward, backward = (getattr(found, f"einlinear_{mode}_{kind}") for mode in ("forward", "backward"))
-        forward.argtypes = (number, packed, packed, address, number, address, address, number, number, address)
+        forward.argtypes = (number, packed, packed, address, number, address, address, *2 * (number,), address, packed)
         backward.argtypes = (number, *2 * (packed,), *2 * (address, number), address, packed, *2 * (number,), address)
         forward.restype = backward.restype = None
     return found
@@ -92,7 +95,8 @@ def _built(compiler: str, threads: bool) -> Path:
     """The path of the compiled code, which is made where it is not there yet."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     options = (*OPTIONS, *(("-fopenmp",) if threads and "clang" not in version else ()))  # clang's threads are others
-    made_of = (SOURCE.read_text(), *options, compiler, version, processor())
+    sources = (SOURCE, *sorted(SOURCE.parent.glob("*.h")))
+    made_of = (*(source.read_text() for source in sources), *options, compiler, version, processor())
     name = f"native-{hashlib.sha256('|'.join(made_of).encode()).hexdigest()[:32]}.so"
     home = _own(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "einlinear")
     if home is not None and _trusted(home / name):

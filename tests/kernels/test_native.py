@@ -5,6 +5,7 @@ import math
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import lru_cache
 
 import pytest
 import torch
@@ -85,6 +86,50 @@ def test_is_the_reference_with_every_gradient(family, widths, dtype):
     assert Native().refuses(structure) is None
     for tokens in (0, 1, 2, 5, 6, 12, 67):
         assert_is_the_reference(structure, tokens, dtype)
+
+
+@pytest.fixture(scope="module")
+def emulated():
+    """The compiled code with AMX's tile instructions, whatever the processor, each replaced by what it does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toolchain, "OPTIONS", (*toolchain.OPTIONS, "-DEMULATE_TILES"))
+        return toolchain.library.__wrapped__()
+
+
+@pytest.fixture
+def tiles(emulated, monkeypatch):
+    monkeypatch.setattr(module, "library", lambda: emulated)
+    for name in ("_plan", "_size"):
+        monkeypatch.setattr(module, name, lru_cache(getattr(module, name).__wrapped__))
+
+
+needs_pairs = pytest.mark.skipif(
+    "avx512_bf16" not in toolchain.processor(), reason="this processor cannot multiply pairs of bfloat16"
+)
+
+
+@needs_pairs
+@pytest.mark.usefixtures("poisoned", "tiles")
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+@pytest.mark.parametrize("widths", [(36, 48), (480, 240), (105, 231), (256, 1024)], ids=str)
+def test_tiles_are_the_reference(family, widths):
+    """Rows and sums that fill tiles and that do not, neighbours in one slice and in two, tokens beyond a group."""
+    structure = replace(family(*widths).canonical, pad_in=0, pad_out=0)
+    run = Native().prepare(structure)
+    assert module._plan(run.maps, len(run.links)) is not None
+    for tokens in (6, 16, 31, 67, 133):
+        assert_is_the_reference(structure, tokens, torch.bfloat16)
+
+
+@needs_pairs
+def test_pairs_are_multiplied_where_little_of_it_is_padding():
+    for family, wanted in (
+        (el.BTT(rank=2), True),
+        (el.Monarch(blocks=4), True),
+        (el.BTT(rank=1, blocks=(3, 5)), False),
+    ):
+        run = Native().prepare(family(1024, 1024).canonical if wanted else family(15, 15).canonical)
+        assert (module._plan(run.maps, len(run.links)) is not None) == wanted, family
 
 
 def test_any_strides():

@@ -356,7 +356,18 @@ template <class T> struct Call {
   const T *x, *bias;
   int64_t ldx;
   float *memory;
+  const int64_t *plan;  // of pairs, or null
 };
+
+// What there is for bfloat16 where the processor multiplies pairs.
+#ifdef __AVX512BF16__
+#include "native_pairs.h"
+#else
+static int64_t plans(int64_t, const Map *, int64_t *) { return 0; }
+static int64_t pairs_memory(int64_t, const Map *, int64_t, const int64_t *) { return 0; }
+static void forward_pairs(const Call<bfloat16> &, bfloat16 *) {}
+#endif
+template <class T> static void forward_pairs(const Call<T> &, T *) {}
 
 static float *direct(float *y) { return y; }
 template <class T> static float *direct(T *) { return nullptr; }
@@ -507,14 +518,16 @@ template <class T> static void backward(const Call<T> &call, const T *grad, int6
 }
 
 // How many numbers `memory` must hold.
-extern "C" int64_t einlinear_forward_memory(int64_t count, const Map *maps, int64_t tokens, int64_t threads) {
+extern "C" int64_t einlinear_forward_memory(int64_t count, const Map *maps, int64_t tokens, int64_t threads,
+                                            const int64_t *plan) {
+  if (tokens >= FEW && plan) return pairs_memory(count, maps, threads, plan);
   if (tokens < FEW) return 3 * (FEW * widest(maps, count) + V);
   int64_t found = threads * 2 * ROWS * widest(maps, count) + PANEL;
   for (int64_t k = 0; k < count; k++) found += maps[k].slices * panels(maps[k].made) * maps[k].summed * PANEL + V;
   return found;
 }
 
-extern "C" int64_t einlinear_backward_memory(int64_t count, const Map *maps, int64_t, int64_t threads) {
+extern "C" int64_t einlinear_backward_memory(int64_t count, const Map *maps, int64_t, int64_t threads, const int64_t *) {
   int64_t found = threads * (count + 3) * group(maps, count) * widest(maps, count) + PANEL;  // panels may overrun
   for (int64_t k = 0; k < count; k++) {
     const Map &m = maps[k];
@@ -524,18 +537,22 @@ extern "C" int64_t einlinear_backward_memory(int64_t count, const Map *maps, int
   return found;
 }
 
+// How bfloat16 goes by pairs, for all calls of these maps. Returns its bytes, or 0 where it does not; `plan` may be null.
+extern "C" int64_t einlinear_plan(int64_t count, const Map *maps, int64_t *plan) { return plans(count, maps, plan); }
+
 #define CALL(name, T)                                                                                                    \
   extern "C" void einlinear_forward_##name(int64_t count, const Map *maps, const T *const *weights, const T *x,           \
                                            int64_t ldx, const T *bias, T *y, int64_t tokens, int64_t threads,             \
-                                           float *memory) {                                                               \
-    Call<T> call = {count, tokens, threads, maps, weights, x, bias, ldx, memory};                                         \
+                                           float *memory, const int64_t *plan) {                                          \
+    Call<T> call = {count, tokens, threads, maps, weights, x, bias, ldx, memory, plan};                                   \
     if (tokens < FEW) forward_few(call, y);                                                                               \
+    else if (plan) forward_pairs(call, y);                                                                                \
     else forward_many(call, y);                                                                                           \
   }                                                                                                                       \
   extern "C" void einlinear_backward_##name(int64_t count, const Map *maps, const T *const *weights, const T *x,          \
                                             int64_t ldx, const T *grad, int64_t ldg, T *dx, T *const *dweights,           \
                                             int64_t tokens, int64_t threads, float *memory) {                             \
-    Call<T> call = {count, tokens, tokens < FEW ? 1 : threads, maps, weights, x, nullptr, ldx, memory};                   \
+    Call<T> call = {count, tokens, tokens < FEW ? 1 : threads, maps, weights, x, nullptr, ldx, memory, nullptr};                 \
     backward(call, grad, ldg, dx, dweights);                                                                              \
   }
 

@@ -1,5 +1,6 @@
 """A chain of matmuls by compiled C++ (native.cpp): forward, and all gradients, in one call each."""
 
+import ctypes
 import struct
 import threading
 from collections.abc import Sequence
@@ -122,10 +123,10 @@ def _forward(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, maps: by
     x, weights = _rows(x), [weight.contiguous() for weight in weights]
     if bias is not None:
         bias = bias.contiguous()
-    threads = _threads(tokens, weights)
+    threads, plan = _threads(tokens, weights), _plan(maps, len(weights)) if x.dtype == torch.bfloat16 else None
     getattr(compiled, f"einlinear_forward_{KINDS[x.dtype]}")(
         len(weights), maps, _addresses(weights), x.data_ptr(), x.stride(0), None if bias is None else bias.data_ptr(),
-        y.data_ptr(), tokens, threads, _memory("forward", maps, len(weights), tokens, threads),
+        y.data_ptr(), tokens, threads, _memory("forward", maps, len(weights), tokens, threads, plan), plan,
     )  # fmt: skip
     return y
 
@@ -168,9 +169,9 @@ def _threads(tokens: int, weights: Sequence[Tensor]) -> int:
 _KEPT = threading.local()
 
 
-def _memory(mode: str, maps: bytes, count: int, tokens: int, threads: int) -> int:
+def _memory(mode: str, maps: bytes, count: int, tokens: int, threads: int, plan: bytes | None = None) -> int:
     """The address of memory that this thread keeps for its next call: new pages take as long as all else."""
-    size = _size(mode, maps, count, min(tokens, MANY), threads)
+    size = _size(mode, maps, count, min(tokens, MANY), threads, plan)
     kept: Tensor | None = vars(_KEPT).get("memory")
     if kept is None or kept.numel() < size:
         with torch.inference_mode(False):
@@ -179,9 +180,21 @@ def _memory(mode: str, maps: bytes, count: int, tokens: int, threads: int) -> in
 
 
 @lru_cache(maxsize=4096)
-def _size(mode: str, maps: bytes, count: int, tokens: int, threads: int) -> int:
-    size: int = getattr(library(), f"einlinear_{mode}_memory")(count, maps, tokens, threads)
+def _size(mode: str, maps: bytes, count: int, tokens: int, threads: int, plan: bytes | None) -> int:
+    size: int = getattr(library(), f"einlinear_{mode}_memory")(count, maps, tokens, threads, plan)
     return size
+
+
+@lru_cache(maxsize=4096)
+def _plan(maps: bytes, count: int) -> bytes | None:
+    """How a chain goes by instructions that multiply pairs of bfloat16, or None where it does not."""
+    compiled = library()
+    assert compiled is not None
+    if not (size := compiled.einlinear_plan(count, maps, None)):
+        return None
+    found = ctypes.create_string_buffer(size)
+    compiled.einlinear_plan(count, maps, found)
+    return found.raw
 
 
 @lru_cache(maxsize=4096)
