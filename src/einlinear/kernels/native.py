@@ -41,7 +41,7 @@ class Native(Kernel):
     def prepare(self, structure: Structure) -> Runner:
         chain = chain_of(structure)
         specs, views = ";".join(link.spec for link in chain), tuple(size for link in chain for size in link.view)
-        maps = _maps(specs, tuple(link.weight for link in chain))
+        maps = _maps(specs, views, tuple(link.weight for link in chain), structure.size(structure.x))
         return NativeRunner(chain, specs, views, maps, structure.size(structure.y), Columns().prepare(structure))
 
 
@@ -198,11 +198,14 @@ def _plan(maps: bytes, count: int) -> bytes | None:
 
 
 @lru_cache(maxsize=4096)
-def _maps(specs: str, shapes: tuple[tuple[int, ...], ...]) -> bytes:
-    """Of each link slices, outputs and inputs of a slice, and whether slices lie innermost in its input."""
+def _maps(specs: str, views: tuple[int, ...], shapes: tuple[tuple[int, ...], ...], width: int) -> bytes:
+    """What native.cpp knows of each link; `width` are the features of the input."""
     numbers: list[int] = []
-    for spec, shape in zip(specs.split(";"), shapes, strict=True):
-        numbers += [*(1,) * (3 - len(shape)), *shape, spec.startswith("kb")]
+    for (view, spec), (*slices, made, summed) in zip(chained(specs, views), shapes, strict=True):
+        inner = view[-1] if spec == "bkq,nk->bnq" else 1
+        parts = width // (summed * inner)
+        numbers += [parts, made, summed, spec.startswith("kb"), not slices and parts * inner > 1, inner]
+        width = parts * made * inner
     return struct.pack(f"{len(numbers)}q", *numbers)
 
 
@@ -231,7 +234,7 @@ def native(
         `[tokens, width]`, contiguous.
     """
     if library() is not None and x.dtype in KINDS:
-        return _forward(x, weights, bias, _maps(specs, _shapes(weights)), width)
+        return _forward(x, weights, bias, _maps(specs, tuple(views), _shapes(weights), x.shape[1]), width)
     state = x
     for weight, (view, spec) in zip(weights, chained(specs, views), strict=True):
         state = plain(state.reshape(view), weight, spec)
@@ -252,7 +255,7 @@ def native_backward(
 ) -> list[Tensor]:
     """The gradients of `x` and of each weight, where `needs` says so; empty ones elsewhere."""
     if library() is not None and x.dtype in KINDS:
-        return _backward(grad, x, weights, _maps(specs, _shapes(weights)), needs)
+        return _backward(grad, x, weights, _maps(specs, tuple(views), _shapes(weights), x.shape[1]), needs)
     found = differentiable(grad, x, weights, chained(specs, views))
     return [
         g.clone(memory_format=torch.contiguous_format) if needed else g.new_empty(0)

@@ -104,8 +104,9 @@ static int64_t jobs_of(const Map &m, const Reading &next, bool across, Job *foun
 }
 
 // The plans of a chain: how many jobs each map has, and then all of them. Returns its bytes; none, if most of what is
-// multiplied were padding.
+// multiplied were padding, or if parts of an input share weights.
 static int64_t plans(int64_t count, const Map *maps, int64_t *found) {
+  if (shares(maps, count)) return 0;
   int64_t total = 0;
   double wanted = 0, done = 0;
   for (int64_t k = 0; k < count; k++) {
