@@ -74,7 +74,8 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     for kind in ("float32", "bfloat16", "float16"):
         forward, backward = (getattr(found, f"einlinear_{mode}_{kind}") for mode in ("forward", "backward"))
         forward.argtypes = (number, packed, packed, address, number, address, address, *2 * (number,), address, packed)
-        backward.argtypes = (number, *2 * (packed,), *2 * (address, number), address, packed, *2 * (number,), address)
+        others = packed, *2 * (number,), address, packed
+        backward.argtypes = (number, *2 * (packed,), *2 * (address, number), address, *others)
         forward.restype = backward.restype = None
     return found
 

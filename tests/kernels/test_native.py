@@ -34,6 +34,8 @@ FAMILIES = [
 ]
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
 """Of a result in the Euclidean norm: that of its own type alone, rounded to nearest; the sums are float32."""
+PAIRS = {torch.bfloat16: 2.2e-3}
+"""The same for each factor, where what lies between two of them is rounded too."""
 
 
 def drawn(structure, tokens, dtype=torch.float32):
@@ -61,12 +63,12 @@ def with_gradients(run, leaves, grad):
     return {"output": y.detach(), **dict(zip(own, torch.autograd.grad(y, [*own.values()], grad), strict=True))}
 
 
-def assert_near(found, wanted, dtype):
+def assert_near(found, wanted, dtype, rounding=ROUNDING):
     """`wanted` in float64."""
     for name, exact in wanted.items():
         assert found[name].shape == exact.shape, name
         error = (found[name].double() - exact).norm()
-        assert error <= ROUNDING[dtype] * exact.norm(), f"{name}: {error / exact.norm()}"
+        assert error <= rounding[dtype] * exact.norm(), f"{name}: {error / exact.norm()}"
 
 
 def assert_is_the_reference(structure, tokens, dtype):
@@ -74,7 +76,10 @@ def assert_is_the_reference(structure, tokens, dtype):
     run = Native().prepare(structure)
     found = with_gradients(run, leaves, grad)
     exact = {name: leaf.double() for name, leaf in leaves.items()}
-    assert_near(found, with_gradients(by_reference(structure), exact, grad.double()), dtype)
+    rounding = ROUNDING
+    if dtype == torch.bfloat16 and module._plan(run.maps, len(run.links)):
+        rounding = {dtype: PAIRS[dtype] * len(structure.factors) ** 0.5}
+    assert_near(found, with_gradients(by_reference(structure), exact, grad.double()), dtype, rounding)
     x, bias, *factors = leaves.values()
     assert torch.equal(run(factors, x, bias), found["output"])  # nothing recorded
 

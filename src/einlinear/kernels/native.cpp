@@ -164,6 +164,7 @@ static bool shares(const Map *maps, int64_t count) {
 }
 static int64_t panels(int64_t width) { return (width + PANEL - 1) / PANEL; }
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static int64_t padded(int64_t width) { return ((width + V - 1) / V | 1) * V; }  // in lines odd, or rows would share a cache's sets
 
 // Where the panels lie that a map is multiplied by: one of each slice and PANEL columns.
@@ -423,9 +424,13 @@ template <class T> struct Call {
 #else
 static int64_t plans(int64_t, const Map *, int64_t *) { return 0; }
 static int64_t pairs_memory(int64_t, const Map *, int64_t, const int64_t *) { return 0; }
+static int64_t pairs_backward_memory(int64_t, const Map *, int64_t, const int64_t *) { return 0; }
+static bool by_pairs(int64_t, const int64_t *) { return false; }
 static void forward_pairs(const Call<bfloat16> &, bfloat16 *) {}
+static void backward_pairs(const Call<bfloat16> &, const bfloat16 *, int64_t, bfloat16 *, bfloat16 *const *) {}
 #endif
 template <class T> static void forward_pairs(const Call<T> &, T *) {}
+template <class T> static void backward_pairs(const Call<T> &, const T *, int64_t, T *, T *const *) {}
 
 static float *direct(float *y) { return y; }
 template <class T> static float *direct(T *) { return nullptr; }
@@ -573,14 +578,16 @@ template <class T> static void backward(const Call<T> &call, const T *grad, int6
 // How many numbers `memory` must hold.
 extern "C" int64_t einlinear_forward_memory(int64_t count, const Map *maps, int64_t tokens, int64_t threads,
                                             const int64_t *plan) {
-  if (tokens >= FEW && plan) return pairs_memory(count, maps, threads, plan);
+  if (by_pairs(tokens, plan)) return pairs_memory(count, maps, threads, plan);
   if (tokens < FEW && !shares(maps, count)) return 3 * (FEW * widest(maps, count) + V);
   int64_t found = threads * 2 * ROWS * widest(maps, count) + PANEL;
   for (int64_t k = 0; k < count; k++) found += matrices(maps[k]) * panels(maps[k].made) * maps[k].summed * PANEL + V;
   return found;
 }
 
-extern "C" int64_t einlinear_backward_memory(int64_t count, const Map *maps, int64_t, int64_t threads, const int64_t *) {
+extern "C" int64_t einlinear_backward_memory(int64_t count, const Map *maps, int64_t tokens, int64_t threads,
+                                             const int64_t *plan) {
+  if (by_pairs(tokens, plan)) return pairs_backward_memory(count, maps, threads, plan);
   int64_t found = threads * (count + 3) * group(maps, count) * widest(maps, count) + PANEL;  // panels may overrun
   for (int64_t k = 0; k < count; k++) {
     const Map &m = maps[k];
@@ -598,15 +605,16 @@ extern "C" int64_t einlinear_plan(int64_t count, const Map *maps, int64_t *plan)
                                            int64_t ldx, const T *bias, T *y, int64_t tokens, int64_t threads,             \
                                            float *memory, const int64_t *plan) {                                          \
     Call<T> call = {count, tokens, threads, maps, weights, x, bias, ldx, memory, plan};                                   \
-    if (tokens < FEW && !shares(maps, count)) forward_few(call, y);                                                                               \
-    else if (plan) forward_pairs(call, y);                                                                                \
-    else forward_many(call, y);                                                                                           \
-  }                                                                                                                       \
-  extern "C" void einlinear_backward_##name(int64_t count, const Map *maps, const T *const *weights, const T *x,          \
-                                            int64_t ldx, const T *grad, int64_t ldg, T *dx, T *const *dweights,           \
-                                            int64_t tokens, int64_t threads, float *memory) {                             \
-    Call<T> call = {count, tokens, tokens < FEW ? 1 : threads, maps, weights, x, nullptr, ldx, memory, nullptr};                 \
-    backward(call, grad, ldg, dx, dweights);                                                                              \
+    if (by_pairs(tokens, plan)) forward_pairs(call, y);                                                                  \
+    else if (tokens < FEW && !shares(maps, count)) forward_few(call, y);                                                 \
+    else forward_many(call, y);                                                                                          \
+  }                                                                                                                      \
+  extern "C" void einlinear_backward_##name(int64_t count, const Map *maps, const T *const *weights, const T *x,         \
+                                            int64_t ldx, const T *grad, int64_t ldg, T *dx, T *const *dweights,          \
+                                            int64_t tokens, int64_t threads, float *memory, const int64_t *plan) {       \
+    Call<T> call = {count, tokens, tokens < FEW ? 1 : threads, maps, weights, x, nullptr, ldx, memory, plan};            \
+    if (by_pairs(tokens, plan)) backward_pairs(call, grad, ldg, dx, dweights);                                           \
+    else backward(call, grad, ldg, dx, dweights);                                                                        \
   }
 
 CALL(float32, float)

@@ -142,11 +142,11 @@ def _backward(grad: Tensor, x: Tensor, weights: Sequence[Tensor], maps: bytes, n
     if not len(x):
         return [gradient.zero_() for gradient in made]
     grad, x, weights = _rows(grad), _rows(x), [weight.contiguous() for weight in weights]
-    threads = _threads(len(x), weights)
+    threads, plan = _threads(len(x), weights), _plan(maps, len(weights)) if x.dtype == torch.bfloat16 else None
     getattr(compiled, f"einlinear_backward_{KINDS[x.dtype]}")(
         len(weights), maps, _addresses(weights), x.data_ptr(), x.stride(0), grad.data_ptr(), grad.stride(0),
         made[0].data_ptr() if needs[0] else None, _addresses(made[1:]), len(x), threads,
-        _memory("backward", maps, len(weights), len(x), threads),
+        _memory("backward", maps, len(weights), len(x), threads, plan), plan,
     )  # fmt: skip
     return made
 
@@ -169,7 +169,7 @@ def _threads(tokens: int, weights: Sequence[Tensor]) -> int:
 _KEPT = threading.local()
 
 
-def _memory(mode: str, maps: bytes, count: int, tokens: int, threads: int, plan: bytes | None = None) -> int:
+def _memory(mode: str, maps: bytes, count: int, tokens: int, threads: int, plan: bytes | None) -> int:
     """The address of memory that this thread keeps for its next call: new pages take as long as all else."""
     size = _size(mode, maps, count, min(tokens, MANY), threads, plan)
     kept: Tensor | None = vars(_KEPT).get("memory")

@@ -65,6 +65,8 @@ static const double useful = 0.6;
 #endif
 static const int64_t DEPTH = permitted ? 32 : 2;  // features of a step
 
+static bool by_pairs(int64_t tokens, const int64_t *plan) { return plan && tokens >= (permitted ? 1 : FEW); }
+
 // What a map makes, 16 pairs of rows at a time.
 
 struct Reading { int64_t slices, summed, turned; };  // of features: by the next map, or by the result
@@ -76,73 +78,109 @@ static int64_t lines(int64_t slices, int64_t summed) { return slices * deep(summ
 struct Job {
   int64_t count, stride;  // rows of W are `stride` apart, the first ones `row` and `partner` of the slices `one` and `other`
   int64_t one, row, other, partner;
-  int64_t feature, line, step;  // what the first row makes, and where the lines go
-  int64_t paired;  // or there are no partners
+  int32_t paired;  // or there are no partners
+  int32_t together;  // its lines lie one after the other
+  int32_t line[LANES];
 };
 
-static Reading reading(const Map *maps, int64_t count, int64_t k) {
+static Map reversed(const Map &m) { return {m.slices, m.summed, m.made, 0, 0, 1}; }
+static Reading onward(const Map *maps, int64_t count, int64_t k) {
   if (k + 1 == count) return {1, outputs(maps[k]), 0};
   return {maps[k + 1].slices, maps[k + 1].summed, maps[k + 1].turned};
 }
+static Reading backward(const Map *maps, int64_t k) {
+  if (!k) return {1, inputs(maps[k]), 0};
+  return {maps[k - 1].slices, maps[k - 1].made, 0};
+}
 
-// How many jobs, and which, if `found` is not null: either along what a slice of the next map sums over, or across slices.
-static int64_t jobs_of(const Map &m, const Reading &next, bool across, Job *found) {
-  int64_t halves = (next.summed + 1) / 2, far = next.turned ? next.slices : 1, number = 0;  // how far neighbours lie apart
-  int64_t outer = across ? halves : next.slices, run = across ? next.slices : halves, stride = across ? 1 : 2 * far;
-  for (int64_t o = 0; o < outer; o++)
-    for (int64_t i = 0, count; i < run; i += count, number++) {
-      int64_t k = 2 * (across ? o : i), b = across ? i : o, paired = k + 1 < next.summed;
-      int64_t feature = next.turned ? k * next.slices + b : b * next.summed + k, beside = feature + (paired ? far : 0);
-      int64_t row = feature % m.made, partner = beside % m.made;
-      count = least(least(LANES, run - i), (m.made - (row > partner ? row : partner) + stride - 1) / stride);
-      if (!across && paired) count = least(count, (next.summed - k) / 2);
-      if (found)
-        found[number] = {count, stride, feature / m.made, row, beside / m.made, partner, feature,
-                         b * deep(next.summed) / 2 + k / 2, across ? deep(next.summed) / 2 : 1, paired};
+// The job of rows from `row` on, of which `taken` are others' already. Features are made slice after slice, or, if
+// `across`, with slices innermost, as the gradient is of what was read so.
+static Job job_of(const Map &m, bool across, const Reading &next, int64_t b, int64_t row, int64_t stride, const bool *taken) {
+  Job job = {0, stride, b, row, b, row, 0, 1, {}};
+  int64_t far = next.turned ? next.slices : 1;  // how far neighbours lie apart
+  for (int64_t n = row; n < m.made && job.count < LANES && !taken[n]; n += stride, job.count++) {
+    int64_t feature = across ? n * m.slices + b : b * m.made + n;
+    int64_t k = next.turned ? feature / next.slices : feature % next.summed;
+    int64_t slice = next.turned ? feature % next.slices : feature / next.summed;
+    if (k % 2) break;  // a partner
+    bool paired = k + 1 < next.summed;
+    int64_t beside = paired ? feature + far : feature;
+    int64_t other = across ? beside % m.slices : beside / m.made, partner = across ? beside / m.slices : beside % m.made;
+    if (!job.count) job.paired = paired, job.other = other, job.partner = partner;
+    else if (paired != job.paired || other != job.other || partner - n != job.partner - row) break;
+    job.line[job.count] = slice * deep(next.summed) / 2 + k / 2;
+    job.together &= job.line[job.count] == job.line[0] + job.count;
+  }
+  return job;
+}
+
+static int64_t jobs_of(const Map &m, bool across, const Reading &next, Job *found) {  // how many; `found` may be null
+  int64_t number = 0, strides[] = {1, 2, next.turned ? 2 * next.slices : 2};
+  for (int64_t b = 0; b < m.slices; b++) {
+    bool taken[m.made];
+    memset(taken, 0, m.made);
+    for (int64_t n = 0; n < m.made; n++) {
+      if (taken[n]) continue;
+      Job best = {};
+      for (int64_t stride : strides) {
+        Job job = job_of(m, across, next, b, n, stride, taken);
+        if (job.count > best.count) best = job;
+      }
+      for (int64_t i = 0; i < best.count; i++) taken[n + i * best.stride] = true;
+      if (!best.count) continue;
+      if (found) found[number] = best;
+      number++;
     }
+  }
   return number;
 }
 
-// The plans of a chain: how many jobs each map has, and then all of them. Returns its bytes; none, if most of what is
-// multiplied were padding, or if parts of an input share weights.
+// How a chain goes: how many jobs each map has forward, and then backward, and then all of them. Returns its bytes; none,
+// if most of what is multiplied were padding, or if parts of an input share weights.
 static int64_t plans(int64_t count, const Map *maps, int64_t *found) {
   if (shares(maps, count)) return 0;
   int64_t total = 0;
   double wanted = 0, done = 0;
-  for (int64_t k = 0; k < count; k++) {
-    Reading next = reading(maps, count, k);
-    int64_t along = jobs_of(maps[k], next, false, nullptr);
-    int64_t across = next.turned ? jobs_of(maps[k], next, true, nullptr) : along + 1, number = least(along, across);
-    if (found) jobs_of(maps[k], next, across < along, (Job *)(found + count) + total), found[k] = number;
+  for (int64_t j = 0; j < 2 * count; j++) {
+    bool back = j >= count;
+    int64_t k = back ? j - count : j;
+    Map m = back ? reversed(maps[k]) : maps[k];
+    Job *here = found ? (Job *)(found + 2 * count) + total : nullptr;
+    int64_t number = jobs_of(m, back && maps[k].turned, back ? backward(maps, k) : onward(maps, count, k), here);
+    if (found) found[j] = number;
     total += number;
-    wanted += outputs(maps[k]) * maps[k].summed;
-    done += 2 * LANES * number * deep(maps[k].summed);
+    wanted += numbers(m);
+    done += 2 * LANES * number * deep(m.summed);
   }
-  return wanted < useful * done ? 0 : count * sizeof(int64_t) + total * sizeof(Job);
+  return wanted < useful * done ? 0 : 2 * count * sizeof(int64_t) + total * sizeof(Job);
 }
+
+// Weights, [slice][row][summed], `slice` and `row` apart; behind each row may be zeros.
+struct Weights { const bfloat16 *start; int64_t slice, row; };
 
 // The rows of a job, of its slices and of their partners: where they lie, if 16 fill whole steps, or a copy among zeros.
 struct Rows { const bfloat16 *first, *second; int64_t apart; };
 
-static bool lies_right(const Map &m, const Job &job) {  // vectors read from all rows in turn, which must not share a set
-  return job.count == LANES && m.summed % DEPTH == 0 && (permitted || job.stride * m.summed % 256);
+static bool lies_right(const Map &m, const Job &job, const Weights &w) {  // vectors read from all rows in turn, which must
+  return job.count == LANES && w.row >= deep(m.summed) && (permitted || job.stride * w.row % 256);  // not share a set
 }
 static int64_t copied(const Map &m) { return (deep(m.summed) + 31) / 32 * 32 | 32; }  // numbers from row to row
 
-static Rows rows_of(const Map &m, const Job &job, const bfloat16 *weight, const bfloat16 *copy) {
-  if (!lies_right(m, job)) return {copy, copy + LANES * copied(m), copied(m)};
-  return {weight + (job.one * m.made + job.row) * m.summed, weight + (job.other * m.made + job.partner) * m.summed,
-          job.stride * m.summed};
+static Rows where_they_lie(const Job &job, const Weights &w) {
+  return {w.start + job.one * w.slice + job.row * w.row, w.start + job.other * w.slice + job.partner * w.row,
+          job.stride * w.row};
 }
-
-static void lay_out(const Map &m, const Job &job, const bfloat16 *weight, bfloat16 *copy) {
-  if (lies_right(m, job)) return;
+static Rows rows_of(const Map &m, const Job &job, const Weights &w, const bfloat16 *copy) {
+  if (lies_right(m, job, w)) return where_they_lie(job, w);
+  return {copy, copy + LANES * copied(m), copied(m)};
+}
+static void lay_out(const Map &m, const Job &job, const Weights &w, bfloat16 *copy) {
+  if (lies_right(m, job, w)) return;
+  Rows rows = where_they_lie(job, w);
   if (job.count < LANES || deep(m.summed) > m.summed) memset(copy, 0, 2 * LANES * copied(m) * sizeof(bfloat16));
   for (int64_t i = 0; i < job.count; i++, copy += copied(m)) {
-    const bfloat16 *first = weight + (job.one * m.made + job.row + i * job.stride) * m.summed;
-    const bfloat16 *second = weight + (job.other * m.made + job.partner + i * job.stride) * m.summed;
-    memcpy(copy, first, m.summed * sizeof(bfloat16));
-    memcpy(copy + LANES * copied(m), second, m.summed * sizeof(bfloat16));
+    memcpy(copy, rows.first + i * rows.apart, m.summed * sizeof(bfloat16));
+    memcpy(copy + LANES * copied(m), rows.second + i * rows.apart, m.summed * sizeof(bfloat16));
   }
 }
 
@@ -263,26 +301,62 @@ static void read_lines(const Map &m, const bfloat16 *x, int64_t ldx, int64_t tok
   }
 }
 
-// What a job has made of 16 tokens, as the next map reads it.
+// Where what is made of some tokens goes: lines of the next state, or, if there are none, rows of y.
+struct Out {
+  words *state;
+  int64_t length;  // lines of 16 tokens
+  const float *bias;  // zeros where there is none
+  int64_t tokens;
+  bfloat16 *y;
+  int64_t ldy;
+};
+
 static void pass_on(const Job &job, const vec *c, words *to) {
-  to += job.line;
   if (job.count == LANES && job.paired) {
-    UNROLL for (int i = 0; i < LANES; i++) to[i * job.step] = paired(c[i], c[LANES + i]);
+    UNROLL for (int i = 0; i < LANES; i++) to[job.line[i]] = paired(c[i], c[LANES + i]);
     return;
   }
-  for (int64_t i = 0; i < job.count; i++) to[i * job.step] = paired(c[i], job.paired ? c[LANES + i] : (vec){});
+  for (int64_t i = 0; i < job.count; i++) to[job.line[i]] = paired(c[i], job.paired ? c[LANES + i] : (vec){});
 }
 
-static void give_out(const Job &job, const vec *c, const float *bias, int64_t tokens, bfloat16 *y, int64_t ldy) {
+static void give_out(const Job &job, const vec *c, const Out &out, int64_t start) {
   vec r[LANES];
-  const float *added = bias + job.feature;  // of zeros where there is none
-  UNROLL for (int i = 0; i < LANES; i++)
-    r[i] = (vec)paired(c[i] + added[2 * i], c[LANES + i] + added[2 * i + 1]);
-  turn(r);
-  for (int64_t i = 0; i < tokens; i++, y += ldy) {
-    if (job.paired) _mm512_mask_storeu_ps(y + job.feature, (1 << job.count) - 1, (__m512)r[i]);
-    else memcpy(y + job.feature, &r[i], sizeof(bfloat16));
+  UNROLL for (int i = 0; i < LANES; i++) {
+    const float *added = out.bias + 2 * job.line[i];
+    r[i] = (vec)paired(c[i] + added[0], c[LANES + i] + added[1]);
   }
+  turn(r);
+  int64_t tokens = least(out.tokens - start, LANES), size = job.paired ? 2 * sizeof(bfloat16) : sizeof(bfloat16);
+  bfloat16 *y = out.y + start * out.ldy;
+  for (int64_t i = 0; i < tokens; i++, y += out.ldy) {
+    if (job.paired && job.together) _mm512_mask_storeu_ps(y + 2 * job.line[0], (1 << job.count) - 1, (__m512)r[i]);
+    else
+      for (int64_t j = 0; j < job.count; j++) memcpy(y + 2 * job.line[j], (uint32_t *)&r[i] + j, size);
+  }
+}
+
+// A map on `tiles` of tokens, of which `from` has the lines.
+static void carry_out(const Map &m, const Job *jobs, int64_t number, const Weights &w, const bfloat16 *copies,
+                      const words *from, int64_t tiles, const Out &out) {
+  int64_t depth = deep(m.summed), length = lines(m.slices, m.summed);
+  for (const Job *job = jobs; job < jobs + number; job++, copies += 2 * LANES * copied(m)) {
+    Rows rows = rows_of(m, *job, w, copies);
+    for (int64_t t = 0; t < tiles; t += 2) {
+      int64_t both = least(tiles - t, 2);
+      alignas(64) vec c[4 * LANES];
+      const words *state = from + t * length;
+      multiply(rows, job->count, state + job->one * depth / 2, state + job->other * depth / 2, both, length, depth, c);
+      for (int64_t u = 0; u < both; u++) {
+        if (out.state) pass_on(*job, c + 2 * LANES * u, out.state + (t + u) * out.length);
+        else give_out(*job, c + 2 * LANES * u, out, (t + u) * LANES);
+      }
+    }
+  }
+}
+
+static void read_tiles(const Map &m, const bfloat16 *x, int64_t ldx, int64_t tokens, int64_t tiles, words *to) {
+  for (int64_t t = 0; t < tiles; t++, to += lines(m.slices, m.summed))
+    read_lines(m, x + t * LANES * ldx, ldx, least(tokens - t * LANES, LANES), to);
 }
 
 static void forward_pairs(const Call<bfloat16> &call, bfloat16 *y) {
@@ -290,17 +364,20 @@ static void forward_pairs(const Call<bfloat16> &call, bfloat16 *y) {
   int64_t tiles = (call.tokens + LANES - 1) / LANES, together = least((tiles + call.threads - 1) / call.threads, TILES);
   Memory memory = {call.memory};
   const Job *jobs[call.count];
+  Weights weights[call.count];
   bfloat16 *copies[call.count];
   int64_t length[call.count];
   for (int64_t k = 0; k <= last; k++) {
-    jobs[k] = k ? jobs[k - 1] + call.plan[k - 1] : (const Job *)(call.plan + call.count);
-    copies[k] = (bfloat16 *)memory.take(call.plan[k] * LANES * copied(call.maps[k]));
-    length[k] = lines(call.maps[k].slices, call.maps[k].summed);
+    const Map &m = call.maps[k];
+    jobs[k] = k ? jobs[k - 1] + call.plan[k - 1] : (const Job *)(call.plan + 2 * call.count);
+    weights[k] = {call.weights[k], m.made * m.summed, m.summed};
+    copies[k] = (bfloat16 *)memory.take(call.plan[k] * LANES * copied(m));
+    length[k] = lines(m.slices, m.summed);
     size += together * length[k];
-    blank |= call.maps[k].summed % DEPTH;
+    blank |= m.summed % DEPTH;
   }
-  float *bias = memory.take(width + 2 * LANES);
-  memset(bias, 0, sizeof(float) * (width + 2 * LANES));
+  float *bias = memory.take(width + 1);
+  memset(bias, 0, sizeof(float) * (width + 1));
   if (call.bias) widen(call.bias, bias, width);
   words *states = (words *)memory.take(call.threads * size * LANES);
 #pragma omp parallel num_threads(call.threads) if (call.threads > 1)
@@ -311,40 +388,182 @@ static void forward_pairs(const Call<bfloat16> &call, bfloat16 *y) {
       state[k] = free_;
 #pragma omp for schedule(static) nowait
       for (int64_t j = 0; j < call.plan[k]; j++)
-        lay_out(call.maps[k], jobs[k][j], call.weights[k], copies[k] + j * 2 * LANES * copied(call.maps[k]));
+        lay_out(call.maps[k], jobs[k][j], weights[k], copies[k] + j * 2 * LANES * copied(call.maps[k]));
     }
     begin_tiles();
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t start = 0; start < tiles; start += together) {
-      int64_t here = least(tiles - start, together);
-      for (int64_t t = 0; t < here; t++) {
-        int64_t token = (start + t) * LANES;
-        read_lines(call.maps[0], call.x + token * call.ldx, call.ldx, least(call.tokens - token, LANES),
-                   state[0] + t * length[0]);
-      }
+      int64_t here = least(tiles - start, together), token = start * LANES;
+      read_tiles(call.maps[0], call.x + token * call.ldx, call.ldx, call.tokens - token, here, state[0]);
       for (int64_t k = 0; k <= last; k++) {
-        const Map &m = call.maps[k];
-        int64_t depth = deep(m.summed);
-        for (int64_t j = 0; j < call.plan[k]; j++) {
-          const Job &job = jobs[k][j];
-          Rows rows = rows_of(m, job, call.weights[k], copies[k] + j * 2 * LANES * copied(m));
-          for (int64_t t = 0; t < here; t += 2) {
-            int64_t both = least(here - t, 2);
-            alignas(64) vec c[4 * LANES];
-            const words *from = state[k] + t * length[k];
-            multiply(rows, job.count, from + job.one * depth / 2, from + job.other * depth / 2, both, length[k], depth, c);
-            for (int64_t u = t; u < t + both; u++) {
-              int64_t token = (start + u) * LANES;
-              const vec *made = c + 2 * LANES * (u - t);
-              if (k < last) pass_on(job, made, state[k + 1] + u * length[k + 1]);
-              else give_out(job, made, bias, least(call.tokens - token, LANES), y + token * width, width);
-            }
-          }
-        }
+        Out out = {k < last ? state[k + 1] : nullptr, k < last ? length[k + 1] : 0, bias, call.tokens - token,
+                   y + token * width, width};
+        carry_out(call.maps[k], jobs[k], call.plan[k], weights[k], copies[k], state[k], here, out);
       }
     }
     end_tiles();
+  }
+}
+
+// The other way. Gradients of weights are products over tokens: of rows, [feature][token], by blocks of 16 features, whose
+// lines hold two neighbouring tokens. Both are made of lines by shuffling.
+
+enum { GROUP = TILES * LANES };  // tokens that the backward takes at a time
+
+// Of two tiles' lines, a row of 32 tokens for each feature.
+static void to_rows(const words *lines, int64_t length, int64_t pairs, bfloat16 *rows, int64_t apart) {
+  alignas(64) static const uint16_t even[32] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                                                32, 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
+  __m512i low = _mm512_load_si512(even), high = _mm512_add_epi16(low, _mm512_set1_epi16(1));
+  for (int64_t p = 0; p < pairs; p++, rows += 2 * apart) {
+    __m512i first = (__m512i)lines[p], second = (__m512i)lines[length + p];
+    _mm512_storeu_si512(rows, _mm512_permutex2var_epi16(first, low, second));
+    _mm512_storeu_si512(rows + apart, _mm512_permutex2var_epi16(first, high, second));
+  }
+}
+
+// [feature / 16][token / 2][feature % 16][token % 2]; features beyond the last whole 16 are anything.
+static void to_blocks(const bfloat16 *rows, int64_t features, words *blocks) {
+  for (int64_t f = 0; f < features; f += LANES, rows += LANES * GROUP)
+    for (int64_t t = 0; t < GROUP; t += 32, blocks += LANES) {
+      vec r[LANES];
+      UNROLL for (int i = 0; i < LANES; i++) r[i] = (vec)_mm512_loadu_ps(rows + i * GROUP + t);
+      turn(r);
+      UNROLL for (int i = 0; i < LANES; i++) blocks[i] = (words)r[i];
+    }
+}
+
+static int64_t sixteens(int64_t features) { return (features + LANES - 1) / LANES * LANES; }
+
+// The gradient of one slice's W, [made][sixteens(summed)], from a group's dout and in; the last three are memory for it.
+static void weights_by_pairs(const Map &m, const words *dout, int64_t ldo, const words *in, int64_t ldi, float *sums, bool add,
+                             bfloat16 *rows, bfloat16 *others, words *blocks) {
+  for (int64_t t = 0; t < TILES; t += 2) {
+    to_rows(dout + t * ldo, ldo, (m.made + 1) / 2, rows + t * LANES, GROUP);
+    to_rows(in + t * ldi, ldi, (m.summed + 1) / 2, others + t * LANES, GROUP);
+  }
+  to_blocks(others, m.summed, blocks);
+  int64_t wide = sixteens(m.summed), beyond = GROUP / 2;
+  for (int64_t n = 0; n < m.made; n += 2 * LANES) {
+    Rows left = {rows + n * GROUP, rows + (n + LANES) * GROUP, GROUP};
+    for (int64_t k = 0; k < wide; k += 2 * LANES) {
+      alignas(64) vec c[4 * LANES];
+      int64_t both = least((wide - k) / LANES, 2);
+      multiply(left, LANES, blocks + k / LANES * beyond, blocks + k / LANES * beyond, both, beyond, GROUP, c);
+      for (int64_t t = 0; t < both; t++)
+        for (int64_t i = 0; i < least(m.made - n, 2 * LANES); i++) {
+          float *place = sums + (n + i) * wide + k + t * LANES;
+          store(place, add ? load(place) + c[2 * LANES * t + i] : c[2 * LANES * t + i]);
+        }
+    }
+  }
+}
+
+// W's transpose, [slice][summed, made even][made, and zeros], of which this is what 32 rows of W give.
+static void transpose_rows(const Map &m, const bfloat16 *weight, int64_t part, bfloat16 *to, words *free_) {
+  int64_t parts = (m.made + 31) / 32, b = part / parts, n = part % parts * 32, apart = copied(reversed(m));
+  Map whole = {1, 0, m.summed, 0, 0, 1};
+  const bfloat16 *from = weight + (b * m.made + n) * m.summed;
+  read_tiles(whole, from, m.summed, m.made - n, 2, free_);
+  to_rows(free_, lines(1, m.summed), (m.summed + 1) / 2, to + b * (m.summed + m.summed % 2) * apart + n, apart);
+}
+
+static void backward_pairs(const Call<bfloat16> &call, const bfloat16 *grad, int64_t ldg, bfloat16 *dx,
+                           bfloat16 *const *dweights) {
+  int64_t count = call.count, last = count - 1, blank = 0, size = 0, rows_size = 0, blocks_size = 0;
+  Memory memory = {call.memory};
+  const Job *jobs[count], *back[count];
+  Weights weights[count], turned[count];
+  bfloat16 *copies[count], *others[count];
+  int64_t length[count], upward[count], counted[count];
+  float *sums[count];
+  const Job *next = (const Job *)(call.plan + 2 * count);
+  for (int64_t j = 0; j < 2 * count; j++) {
+    int64_t k = j % count;
+    (j < count ? jobs : back)[k] = next;
+    next += call.plan[j];
+  }
+  for (int64_t k = 0; k <= last; k++) {
+    const Map &m = call.maps[k], r = reversed(m);
+    weights[k] = {call.weights[k], m.made * m.summed, m.summed};
+    bfloat16 *flipped = (bfloat16 *)memory.take(m.slices * (m.summed + 1) * copied(r) / 2);
+    turned[k] = {flipped, (m.summed + m.summed % 2) * copied(r), copied(r)};
+    copies[k] = (bfloat16 *)memory.take(call.plan[k] * LANES * copied(m));
+    others[k] = (bfloat16 *)memory.take(call.plan[count + k] * LANES * copied(r));
+    length[k] = lines(m.slices, m.summed), upward[k] = lines(m.slices, m.made);
+    counted[k] = m.slices * m.made * sixteens(m.summed);
+    sums[k] = dweights[k] ? memory.take(call.threads * counted[k]) : nullptr;
+    size += TILES * (length[k] + upward[k]);
+    rows_size = most(rows_size, (most(m.made, m.summed) + 2 * LANES) * GROUP);
+    blocks_size = most(blocks_size, most(sixteens(m.summed) * GROUP / 2 / LANES, 2 * lines(1, m.summed)));
+    blank |= m.summed % DEPTH | m.made % DEPTH;
+  }
+  int64_t own = size * LANES + rows_size + blocks_size * LANES;  // two bfloat16 to a number, and two pieces of rows
+  float *states = memory.take(call.threads * own), *none = memory.take(inputs(call.maps[0]) + 1);
+  memset(none, 0, sizeof(float) * (inputs(call.maps[0]) + 1));
+#pragma omp parallel num_threads(call.threads) if (call.threads > 1)
+  {
+    int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+    words *state[count], *dstate[count], *free_ = (words *)(states + thread * own);
+    if (blank) memset(free_, 0, size * sizeof(words));
+    for (int64_t k = 0; k <= last; k++) {
+      state[k] = free_, dstate[k] = free_ + TILES * length[k];
+      free_ += TILES * (length[k] + upward[k]);
+    }
+    bfloat16 *rows = (bfloat16 *)free_, *more = rows + rows_size;
+    words *blocks = free_ + rows_size / LANES;
+    for (int64_t k = 0; k <= last; k++) {
+      const Map &m = call.maps[k];
+      if (k < last)
+#pragma omp for schedule(static) nowait
+        for (int64_t j = 0; j < call.plan[k]; j++)
+          lay_out(m, jobs[k][j], weights[k], copies[k] + j * 2 * LANES * copied(m));
+      if (!k && !dx) continue;
+#pragma omp for schedule(static)
+      for (int64_t part = 0; part < m.slices * ((m.made + 31) / 32); part++)
+        transpose_rows(m, call.weights[k], part, (bfloat16 *)turned[k].start, blocks);
+#pragma omp for schedule(static) nowait
+      for (int64_t j = 0; j < call.plan[count + k]; j++)
+        lay_out(reversed(m), back[k][j], turned[k], others[k] + j * 2 * LANES * copied(reversed(m)));
+    }
+    begin_tiles();
+#pragma omp barrier
+    int64_t groups = (call.tokens + GROUP - 1) / GROUP, begin = groups * thread / team, end = groups * (thread + 1) / team;
+    for (int64_t k = 0; k <= last; k++)
+      if (sums[k] && begin == end) memset(sums[k] + thread * counted[k], 0, sizeof(float) * counted[k]);
+    for (int64_t g = begin; g < end; g++) {
+      int64_t token = g * GROUP, tokens = call.tokens - token;
+      read_tiles(call.maps[0], call.x + token * call.ldx, call.ldx, tokens, TILES, state[0]);
+      for (int64_t k = 0; k < last; k++)
+        carry_out(call.maps[k], jobs[k], call.plan[k], weights[k], copies[k], state[k], TILES,
+                  {state[k + 1], length[k + 1], none, 0, nullptr, 0});
+      read_tiles(reversed(call.maps[last]), grad + token * ldg, ldg, tokens, TILES, dstate[last]);
+      for (int64_t k = last; k >= 0; k--) {
+        const Map &m = call.maps[k];
+        int64_t into = deep(m.summed) / 2, outof = deep(m.made) / 2, part = m.made * sixteens(m.summed);
+        for (int64_t b = 0; sums[k] && b < m.slices; b++)
+          weights_by_pairs(m, dstate[k] + b * outof, upward[k], state[k] + b * into, length[k],
+                           sums[k] + thread * counted[k] + b * part, g > begin, rows, more, blocks);
+        if (!k && !dx) break;
+        Out out = {k ? dstate[k - 1] : nullptr, k ? upward[k - 1] : 0, none, tokens, dx + token * inputs(m), inputs(m)};
+        carry_out(reversed(m), back[k], call.plan[count + k], turned[k], others[k], dstate[k], TILES, out);
+      }
+    }
+    end_tiles();
+#pragma omp barrier
+    for (int64_t k = 0; k <= last; k++) {
+      if (!sums[k]) continue;
+      const Map &m = call.maps[k];
+      int64_t wide = sixteens(m.summed);
+#pragma omp for schedule(static) nowait
+      for (int64_t n = 0; n < m.slices * m.made; n++)
+        for (int64_t i = 0; i < m.summed; i += V) {
+          vec sum = {};
+          for (int64_t t = 0; t < team; t++) sum += load(sums[k] + t * counted[k] + n * wide + i);
+          narrow((const float *)&sum, dweights[k] + n * m.summed + i, least(m.summed - i, V));
+        }
+    }
   }
 }
 
@@ -355,4 +574,17 @@ static int64_t pairs_memory(int64_t count, const Map *maps, int64_t threads, con
     found += threads * TILES * lines(maps[k].slices, maps[k].summed) * LANES;
   }
   return found;
+}
+
+static int64_t pairs_backward_memory(int64_t count, const Map *maps, int64_t threads, const int64_t *plan) {
+  int64_t found = inputs(maps[0]) + 4 * LANES, rows = 0, blocks = 0;
+  for (int64_t k = 0; k < count; k++) {
+    const Map &m = maps[k], r = reversed(m);
+    found += m.slices * (m.summed + 1) * copied(r) / 2 + plan[k] * LANES * copied(m) + plan[count + k] * LANES * copied(r);
+    found += threads * m.slices * m.made * sixteens(m.summed) + 4 * V;
+    found += threads * TILES * (lines(m.slices, m.summed) + lines(m.slices, m.made)) * LANES;
+    rows = most(rows, (most(m.made, m.summed) + 2 * LANES) * GROUP);
+    blocks = most(blocks, most(sixteens(m.summed) * GROUP / 2 / LANES, 2 * lines(1, m.summed)));
+  }
+  return found + threads * (rows + blocks * LANES) + V;
 }
