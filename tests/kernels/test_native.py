@@ -230,6 +230,30 @@ def test_two_threads_share_tokens_and_repeat_to_the_bit():
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+@pytest.mark.parametrize("kind", ["vectors", "tiles"])
+def test_a_call_stays_within_the_memory_that_it_asked_for(family, kind, monkeypatch, request):
+    if kind == "tiles" and "avx512_bf16" not in toolchain.processor():
+        pytest.skip("this processor cannot multiply pairs of bfloat16")
+    if kind == "tiles":
+        request.getfixturevalue("tiles")
+    pieces = []
+
+    def guarded(mode, maps, count, tokens, threads, plan):
+        size = module._size(mode, maps, count, min(tokens, module.MANY), threads, plan)
+        pieces.append((torch.full((size + 512,), 7.0), size))
+        return pieces[-1][0].data_ptr()
+
+    monkeypatch.setattr(module, "_memory", guarded)
+    for widths in ((36, 48), (105, 231), (320, 64)):
+        structure = replace(family(*widths).canonical, pad_in=0, pad_out=0)
+        for tokens in (1, 7, 40, 130):
+            for dtype in (torch.float32, torch.bfloat16):
+                assert_is_the_reference(structure, tokens, dtype)
+    assert pieces and all(bool((piece[size:] == 7).all()) for piece, size in pieces)
+
+
 def test_calls_from_several_threads_do_not_meet():
     structure = el.BTT(rank=3)(36, 48).canonical
     run, same = Native().prepare(structure), by_reference(structure)

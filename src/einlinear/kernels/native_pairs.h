@@ -424,33 +424,33 @@ static void to_rows(const words *lines, int64_t length, int64_t pairs, bfloat16 
 }
 
 // [feature / 16][token / 2][feature % 16][token % 2]; features beyond the last whole 16 are anything.
-static void to_blocks(const bfloat16 *rows, int64_t features, words *blocks) {
-  for (int64_t f = 0; f < features; f += LANES, rows += LANES * GROUP)
-    for (int64_t t = 0; t < GROUP; t += 32, blocks += LANES) {
+static void to_blocks(const bfloat16 *rows, int64_t features, int64_t tokens, words *blocks) {
+  for (int64_t f = 0; f < features; f += LANES, rows += LANES * GROUP, blocks += GROUP / 2)
+    for (int64_t t = 0; t < tokens; t += 32) {
       vec r[LANES];
       UNROLL for (int i = 0; i < LANES; i++) r[i] = (vec)_mm512_loadu_ps(rows + i * GROUP + t);
       turn(r);
-      UNROLL for (int i = 0; i < LANES; i++) blocks[i] = (words)r[i];
+      UNROLL for (int i = 0; i < LANES; i++) blocks[t / 2 + i] = (words)r[i];
     }
 }
 
 static int64_t sixteens(int64_t features) { return (features + LANES - 1) / LANES * LANES; }
 
-// The gradient of one slice's W, [made][sixteens(summed)], from a group's dout and in; the last three are memory for it.
-static void weights_by_pairs(const Map &m, const words *dout, int64_t ldo, const words *in, int64_t ldi, float *sums, bool add,
-                             bfloat16 *rows, bfloat16 *others, words *blocks) {
-  for (int64_t t = 0; t < TILES; t += 2) {
+// The gradient of one slice's W, [made][sixteens(summed)], from `tokens`' dout and in; the last three are memory for it.
+static void weights_by_pairs(const Map &m, int64_t tokens, const words *dout, int64_t ldo, const words *in, int64_t ldi,
+                             float *sums, bool add, bfloat16 *rows, bfloat16 *others, words *blocks) {
+  for (int64_t t = 0; t < tokens / LANES; t += 2) {
     to_rows(dout + t * ldo, ldo, (m.made + 1) / 2, rows + t * LANES, GROUP);
     to_rows(in + t * ldi, ldi, (m.summed + 1) / 2, others + t * LANES, GROUP);
   }
-  to_blocks(others, m.summed, blocks);
+  to_blocks(others, m.summed, tokens, blocks);
   int64_t wide = sixteens(m.summed), beyond = GROUP / 2;
   for (int64_t n = 0; n < m.made; n += 2 * LANES) {
     Rows left = {rows + n * GROUP, rows + (n + LANES) * GROUP, GROUP};
     for (int64_t k = 0; k < wide; k += 2 * LANES) {
       alignas(64) vec c[4 * LANES];
       int64_t both = least((wide - k) / LANES, 2);
-      multiply(left, LANES, blocks + k / LANES * beyond, blocks + k / LANES * beyond, both, beyond, GROUP, c);
+      multiply(left, LANES, blocks + k / LANES * beyond, blocks + k / LANES * beyond, both, beyond, tokens, c);
       for (int64_t t = 0; t < both; t++)
         for (int64_t i = 0; i < least(m.made - n, 2 * LANES); i++) {
           float *place = sums + (n + i) * wide + k + t * LANES;
@@ -534,20 +534,25 @@ static void backward_pairs(const Call<bfloat16> &call, const bfloat16 *grad, int
       if (sums[k] && begin == end) memset(sums[k] + thread * counted[k], 0, sizeof(float) * counted[k]);
     for (int64_t g = begin; g < end; g++) {
       int64_t token = g * GROUP, tokens = call.tokens - token;
-      read_tiles(call.maps[0], call.x + token * call.ldx, call.ldx, tokens, TILES, state[0]);
+      int64_t tiles = least((tokens + LANES - 1) / LANES, TILES), even = tiles + tiles % 2;
+      for (int64_t k = 0; even > tiles && k <= last; k++) {
+        memset(state[k] + tiles * length[k], 0, length[k] * sizeof(words));
+        memset(dstate[k] + tiles * upward[k], 0, upward[k] * sizeof(words));
+      }
+      read_tiles(call.maps[0], call.x + token * call.ldx, call.ldx, tokens, tiles, state[0]);
       for (int64_t k = 0; k < last; k++)
-        carry_out(call.maps[k], jobs[k], call.plan[k], weights[k], copies[k], state[k], TILES,
+        carry_out(call.maps[k], jobs[k], call.plan[k], weights[k], copies[k], state[k], tiles,
                   {state[k + 1], length[k + 1], none, 0, nullptr, 0});
-      read_tiles(reversed(call.maps[last]), grad + token * ldg, ldg, tokens, TILES, dstate[last]);
+      read_tiles(reversed(call.maps[last]), grad + token * ldg, ldg, tokens, tiles, dstate[last]);
       for (int64_t k = last; k >= 0; k--) {
         const Map &m = call.maps[k];
         int64_t into = deep(m.summed) / 2, outof = deep(m.made) / 2, part = m.made * sixteens(m.summed);
         for (int64_t b = 0; sums[k] && b < m.slices; b++)
-          weights_by_pairs(m, dstate[k] + b * outof, upward[k], state[k] + b * into, length[k],
+          weights_by_pairs(m, even * LANES, dstate[k] + b * outof, upward[k], state[k] + b * into, length[k],
                            sums[k] + thread * counted[k] + b * part, g > begin, rows, more, blocks);
         if (!k && !dx) break;
         Out out = {k ? dstate[k - 1] : nullptr, k ? upward[k - 1] : 0, none, tokens, dx + token * inputs(m), inputs(m)};
-        carry_out(reversed(m), back[k], call.plan[count + k], turned[k], others[k], dstate[k], TILES, out);
+        carry_out(reversed(m), back[k], call.plan[count + k], turned[k], others[k], dstate[k], tiles, out);
       }
     }
     end_tiles();
