@@ -3,8 +3,9 @@
     python benchmarks/cpu_ways.py [results.csv [dtype [part/parts [rounds]]]]
     python benchmarks/cpu_ways.py --fit [results.csv [processor]]
 
-Milliseconds: medians of the thread's own CPU time over rounds in which all ways of a case take turns. Goes on
-where a file that is there already ends; parts of all cases may run on cores of their own. `held` marks widths that no constant was read off.
+Milliseconds: medians of the thread's own CPU time over rounds in which all ways of a case take turns. Goes on where a
+file that is there already ends; parts of all cases may run on cores of their own. `held` marks widths that no constant
+was read off.
 """
 
 import csv
