@@ -188,16 +188,29 @@ def test_second_derivatives():
     assert_near(twice(Native().prepare(structure), leaves, grad), wanted, torch.float32)
 
 
-def test_numbers_that_are_not_finite_spread_as_in_the_reference():
+@pytest.fixture(params=["as it is", "tiles"])
+def either(request):
+    """What this processor has, and tiles where they can be emulated."""
+    if request.param == "tiles":
+        if "avx512_bf16" not in toolchain.processor():
+            pytest.skip("this processor cannot multiply pairs of bfloat16")
+        request.getfixturevalue("tiles")
+
+
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", [el.BTT(rank=3), el.Kronecker(), el.LowRank(rank=5)], ids=str)
+def test_numbers_that_are_not_finite_spread_as_in_the_reference(family, dtype):
     """Sums read padding beside them, which must not reach the result."""
-    structure = el.BTT(rank=3)(36, 48).canonical
-    run, same = Native().prepare(structure), by_reference(structure)
-    for tokens in (2, 20):
-        leaves, grad = drawn(structure, tokens)
-        leaves["x"][0, 3], leaves["x"][1, 4], grad[1, 7] = math.inf, math.nan, math.nan
-        found, wanted = with_gradients(run, leaves, grad), with_gradients(same, leaves, grad)
-        for name in wanted:
-            assert torch.equal(found[name].isfinite(), wanted[name].isfinite()), name
+    for widths in ((36, 48), (64, 256)):
+        structure = family(*widths).canonical
+        run, same = Native().prepare(structure), by_reference(structure)
+        for tokens in (2, 20):
+            leaves, grad = drawn(structure, tokens, dtype)
+            leaves["x"][0, 3], leaves["x"][1, 4], grad[1, 7] = math.inf, math.nan, math.nan
+            found, wanted = with_gradients(run, leaves, grad), with_gradients(same, leaves, grad)
+            for name in wanted:
+                assert torch.equal(found[name].isfinite(), wanted[name].isfinite()), name
 
 
 def test_what_is_kept_in_memory_does_not_reach_the_next_call():
@@ -230,14 +243,9 @@ def test_two_threads_share_tokens_and_repeat_to_the_bit():
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("threads", "either")
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
-@pytest.mark.parametrize("kind", ["vectors", "tiles"])
-def test_a_call_stays_within_the_memory_that_it_asked_for(family, kind, monkeypatch, request):
-    if kind == "tiles" and "avx512_bf16" not in toolchain.processor():
-        pytest.skip("this processor cannot multiply pairs of bfloat16")
-    if kind == "tiles":
-        request.getfixturevalue("tiles")
+def test_a_call_stays_within_the_memory_that_it_asked_for(family, monkeypatch):
     pieces = []
 
     def guarded(mode, maps, count, tokens, threads, plan):
