@@ -173,8 +173,9 @@ def test_only_the_gradients_that_are_asked_for(frozen, tokens):
     assert_near(found, {name: wanted[name] for name in found}, torch.float32)
 
 
-def test_second_derivatives():
-    structure = el.BTT(rank=2)(36, 48).canonical
+@pytest.mark.parametrize("family", [el.BTT(rank=2), el.LowRank(rank=3), el.TensorTrain(rank=2, cores=3)], ids=str)
+def test_second_derivatives(family):
+    structure = replace(family(36, 48).canonical, pad_in=0, pad_out=0)
     leaves, grad = drawn(structure, 5)
 
     def twice(run, leaves, grad):
@@ -280,10 +281,10 @@ def test_calls_from_several_threads_do_not_meet():
 # As a layer
 
 
-@pytest.fixture
-def layer():
+@pytest.fixture(params=[el.BTT(rank=2), el.Kronecker()], ids=str)
+def layer(request):
     """A layer that runs so for any number of tokens."""
-    made = el.Linear(36, 48, el.BTT(rank=2))
+    made = el.Linear(36, 48, request.param)
     always = ((math.inf, Native().prepare(made.structure)),)
     made._plan = replace(made._plan, cpu=Choice(always, always), cpu_half=Choice(always, always))
     return made
@@ -341,7 +342,8 @@ def test_work_is_counted(layer):
     x = torch.randn(5, 36, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         layer(x).sum().backward()
-    first, second = (2 * 5 * factor.numel() for factor in layer.factors)
+    sizes = layer.structure.size
+    first, second = (2 * 5 * sizes({*step.state, *step.factor}) for step in layer.structure.steps)
     assert counter.get_total_flops() == (first + second) + first + 2 * (first + second)
 
 

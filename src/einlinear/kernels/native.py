@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
-from einlinear.kernels.blocked import backward_work, chained, differentiable, work
 from einlinear.kernels.chain import Columns
+from einlinear.kernels.chained import backward_work, chained, differentiable, work
 from einlinear.kernels.kernel import Kernel, Runner
 from einlinear.kernels.pairwise import plain
 from einlinear.links import Link, chain_of
