@@ -209,7 +209,8 @@ def test_numbers_that_are_not_finite_spread_as_in_the_reference(family, dtype):
         for tokens in (2, 20):
             leaves, grad = drawn(structure, tokens, dtype)
             leaves["x"][0, 3], leaves["x"][1, 4], grad[1, 7] = math.inf, math.nan, math.nan
-            found, wanted = with_gradients(run, leaves, grad), with_gradients(same, leaves, grad)
+            exact = {name: leaf.double() for name, leaf in leaves.items()}  # some bfloat16 of torch's spreads further
+            found, wanted = with_gradients(run, leaves, grad), with_gradients(same, exact, grad.double())
             for name in wanted:
                 assert torch.equal(found[name].isfinite(), wanted[name].isfinite()), name
 
