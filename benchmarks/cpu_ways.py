@@ -1,10 +1,11 @@
 """Every way to run a layer on one CPU thread, and dense, interleaved: what `einlinear.clock` is read off and held to.
 
-    python benchmarks/cpu_ways.py [results.csv [dtype]]
+    python benchmarks/cpu_ways.py [results.csv [dtype [part/parts [rounds]]]]
     python benchmarks/cpu_ways.py --fit [results.csv [processor]]
 
-Milliseconds: medians of the thread's own CPU time over rounds in which all ways of a case take turns. Goes on
-where a file that is there already ends. `held` marks widths that no constant was read off.
+Milliseconds: medians of the thread's own CPU time over rounds in which all ways of a case take turns. Goes on where a
+file that is there already ends; parts of all cases may run on cores of their own. `held` marks widths that no constant
+was read off.
 """
 
 import csv
@@ -57,7 +58,9 @@ def cases(dtypes: Sequence[torch.dtype]) -> Iterator[tuple[el.Family, int, int, 
                         yield from ((family, *widths, tokens, mode, dtype) for family in FAMILIES)
 
 
-def measure(family: el.Family, d_in: int, d_out: int, tokens: int, mode: str, dtype: torch.dtype) -> dict[str, float]:
+def measure(
+    family: el.Family, d_in: int, d_out: int, tokens: int, mode: str, dtype: torch.dtype, rounds: int
+) -> dict[str, float]:
     """Milliseconds of each way."""
     structure, target, training = family(d_in, d_out).canonical, Target.of("cpu", dtype), mode == "training"
     options = {"dtype": dtype, "requires_grad": training}
@@ -78,7 +81,7 @@ def measure(family: el.Family, d_in: int, d_out: int, tokens: int, mode: str, dt
             run = kernel.prepare(structure)
             calls[kernel.name] = call(lambda run=run: run(factors, padded), [padded, *factors], wide)  # type: ignore[misc]
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(6):
+    for _ in range(1 + rounds):
         for name, timed in calls.items():
             count, begin = 0, time.thread_time()
             while (spent := time.thread_time() - begin) < 4e-3:
@@ -88,7 +91,7 @@ def measure(family: el.Family, d_in: int, d_out: int, tokens: int, mode: str, dt
     return {name: statistics.median(found[1:]) for name, found in times.items()}
 
 
-def main(path: str = str(RESULTS), dtype: str = "") -> None:
+def main(path: str = str(RESULTS), dtype: str = "", part: str = "0/1", rounds: str = "5") -> None:
     dtypes = [getattr(torch, dtype)] if dtype else [torch.float32, torch.bfloat16]
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -97,12 +100,13 @@ def main(path: str = str(RESULTS), dtype: str = "") -> None:
         writer = csv.DictWriter(file, ("held", *KEY, *WAYS, "device", "torch", "commit"))
         if not done:
             writer.writeheader()
-        for family, d_in, d_out, tokens, mode, kind in cases(dtypes):
+        first, step = map(int, part.split("/"))
+        for family, d_in, d_out, tokens, mode, kind in [*cases(dtypes)][first::step]:
             here = provenance(torch.device("cpu"), kind)
             key = {"family": str(family), "d_in": d_in, "d_out": d_out, "tokens": tokens, "mode": mode}
             key |= {name: here[name] for name in ("dtype", "device", "torch", "commit")}
             if tuple(str(key[name]) for name in KEY) not in done:
-                times = measure(family, d_in, d_out, tokens, mode, kind)
+                times = measure(family, d_in, d_out, tokens, mode, kind, int(rounds))
                 found = {way: float(f"{ms:.4g}") for way, ms in times.items()}
                 writer.writerow({"held": int((d_in, d_out) in HELD), **key, **found})
                 file.flush()

@@ -1,6 +1,7 @@
 """Code that is compiled where it runs: built once, kept where nobody else can write, done without where it must be."""
 
 import stat
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,18 @@ def home(tmp_path, monkeypatch):
 @needs_a_compiler
 def test_is_built_once_and_again_when_what_it_is_made_of_changes(home):
     compiler = toolchain.compiler()
-    first = toolchain._built(compiler, False)
-    assert first.parent == home and [*home.iterdir()] == [first]
+    assert toolchain._loaded(compiler, False).answer() == 42
+    (first,) = home.iterdir()
     made = first.stat().st_mtime_ns
-    assert toolchain._built(compiler, False) == first and first.stat().st_mtime_ns == made
+    again = toolchain._loaded(compiler, False)
+    assert again._name == str(first) and first.stat().st_mtime_ns == made
     toolchain.SOURCE.write_text('extern "C" int answer(void) { return 43; }\n')
-    assert toolchain._built(compiler, False) != first
+    assert toolchain._loaded(compiler, False).answer() == 43
+    toolchain.SOURCE.write_text('#include "other.h"\nextern "C" int answer(void) { return OTHER; }\n')
+    for number in (44, 45):
+        (toolchain.SOURCE.parent / "other.h").write_text(f"#define OTHER {number}\n")
+        assert toolchain._loaded(compiler, False).answer() == number
+    assert len([*home.iterdir()]) == 4
     assert stat.S_IMODE(home.stat().st_mode) == stat.S_IMODE(first.stat().st_mode) == 0o700
 
 
@@ -36,20 +43,21 @@ def test_is_built_once_and_again_when_what_it_is_made_of_changes(home):
 @pytest.mark.parametrize("which", ["folder", "file"])
 def test_nothing_is_loaded_that_others_could_have_written(home, which):
     compiler = toolchain.compiler()
-    first = toolchain._built(compiler, False)
+    toolchain._loaded(compiler, False)
+    (first,) = home.iterdir()
     first.write_bytes(b"not ours")
     (home if which == "folder" else first).chmod(0o777)
-    again = toolchain._built(compiler, False)
-    assert again.read_bytes() != b"not ours"
-    assert (again == first) == (which == "file")
-    assert stat.S_IMODE(again.stat().st_mode) == 0o700
+    assert toolchain._loaded(compiler, False).answer() == 42
+    assert (first.read_bytes() == b"not ours") == (which == "folder")
 
 
 @needs_a_compiler
-def test_a_cache_that_cannot_be_written_is_gone_without(home, tmp_path):
+def test_a_cache_that_cannot_be_written_is_gone_without(home, tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("a file")
-    built = toolchain._built(toolchain.compiler(), False)
-    assert built.exists() and built.parent != home
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    assert toolchain._loaded(toolchain.compiler(), False).answer() == 42
+    assert not [*(tmp_path / "temporary").iterdir()]  # nothing is left behind
 
 
 @needs_a_compiler

@@ -138,10 +138,6 @@ def refuses_native(structure: Structure, here: Machine) -> str | None:
     found = links(structure)
     if isinstance(found, str):
         return found
-    if not all(
-        link.spec in STAGES or (link.spec == "mk,nk->mn" and link.view[1:] == link.weight[1:]) for link in found
-    ):
-        return "a factor is shared by several parts of its input"
     return toolchain.refusal()
 
 

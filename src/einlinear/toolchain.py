@@ -12,10 +12,13 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
 SOURCE = Path(__file__).parent / "kernels" / "native.cpp"
+"""What is compiled; it includes the headers beside it."""
+
 OPTIONS = (
     "-std=c++17",
     "-O3",
@@ -51,7 +54,7 @@ def library() -> ctypes.CDLL | None:
     if found is None:
         return None
     try:
-        return _declared(ctypes.CDLL(str(_built(found, _threads()))))
+        return _declared(_loaded(found, _threads()))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or error
         warnings.warn(
@@ -67,11 +70,13 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     number, address, packed = ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p
     for mode in ("forward", "backward"):
         size = getattr(found, f"einlinear_{mode}_memory")
-        size.argtypes, size.restype = (number, packed, number, number), number
+        size.argtypes, size.restype = (number, packed, number, number, packed), number
+    found.einlinear_plan.argtypes, found.einlinear_plan.restype = (number, packed, packed), number
     for kind in ("float32", "bfloat16", "float16"):
         forward, backward = (getattr(found, f"einlinear_{mode}_{kind}") for mode in ("forward", "backward"))
-        forward.argtypes = (number, packed, packed, address, number, address, address, number, number, address)
-        backward.argtypes = (number, *2 * (packed,), *2 * (address, number), address, packed, *2 * (number,), address)
+        forward.argtypes = (number, packed, packed, address, number, address, address, *2 * (number,), address, packed)
+        others = packed, *2 * (number,), address, packed
+        backward.argtypes = (number, *2 * (packed,), *2 * (address, number), address, *others)
         forward.restype = backward.restype = None
     return found
 
@@ -88,26 +93,28 @@ def _threads() -> bool:
     return len(loaded) == 1
 
 
-def _built(compiler: str, threads: bool) -> Path:
-    """The path of the compiled code, which is made where it is not there yet."""
+def _loaded(compiler: str, threads: bool) -> ctypes.CDLL:
+    """The compiled code, which is made where it is not kept from before, and kept where there is a place for it."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     options = (*OPTIONS, *(("-fopenmp",) if threads and "clang" not in version else ()))  # clang's threads are others
-    made_of = (SOURCE.read_text(), *options, compiler, version, processor())
+    sources = (SOURCE, *sorted(SOURCE.parent.glob("*.h")))
+    made_of = (*(source.read_text() for source in sources), *options, compiler, version, processor())
     name = f"native-{hashlib.sha256('|'.join(made_of).encode()).hexdigest()[:32]}.so"
     home = _own(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "einlinear")
     if home is not None and _trusted(home / name):
-        return home / name
-    with tempfile.TemporaryDirectory() as folder:
+        return ctypes.CDLL(str(home / name))
+    with tempfile.TemporaryDirectory(prefix="einlinear-") as folder:
         # Linked without -fopenmp: it is torch's threads that are meant, not another set of them.
         compiled, linked = Path(folder) / "native.o", Path(folder) / name
         for step in ([*options, "-c", str(SOURCE), "-o", str(compiled)], ["-shared", str(compiled), "-o", str(linked)]):
             subprocess.run([compiler, *step], capture_output=True, text=True, check=True, timeout=300)
-        kept = (home or Path(tempfile.mkdtemp(prefix="einlinear-"))) / name
-        fresh = kept.with_suffix(f".{os.getpid()}")
-        shutil.copy(linked, fresh)
-        fresh.chmod(0o700)
-        fresh.replace(kept)  # whole or not at all, if other processes do the same
-    return kept
+        if home is not None:
+            fresh = (home / name).with_suffix(f".{os.getpid()}")
+            with suppress(OSError):  # as where the disk is full
+                shutil.copy(linked, fresh)
+                fresh.chmod(0o700)
+                fresh.replace(home / name)  # whole or not at all, if other processes do the same
+        return ctypes.CDLL(str(linked))  # which stays in memory
 
 
 def _own(folder: Path) -> Path | None:

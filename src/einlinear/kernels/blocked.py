@@ -5,71 +5,37 @@ states of a block again instead of reading them from memory. Sums over tokens ar
 block, in their order.
 """
 
-import math
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from einlinear.clock_cpu import block
+from einlinear.kernels.chained import (
+    TURNED,
+    Chained,
+    backward_work,
+    chained,
+    contract,
+    differentiable,
+    for_state,
+    for_weight,
+    names_of,
+    read,
+    rows_of,
+    shape_of,
+    states_of,
+    upstream,
+    work,
+)
 from einlinear.kernels.kernel import Kernel, Runner
-from einlinear.kernels.pairwise import fill, operands, pairwise
+from einlinear.kernels.pairwise import fill, operands
+from einlinear.kernels.scratch import Scratch
 from einlinear.links import Link, chain_of
 from einlinear.structure import Structure
-
-TURNED, SLICED = ("bkm", "bnm"), ("bmk", "bmn")
-"""Orders of the axes of an input or an output, which lies as "mbk" or "mbn": tokens last, or slices first."""
-
-Chained = list[tuple[tuple[int, ...], str]]
-"""The view and the spec of each link."""
-
-
-class Scratch:
-    """Memory for what is made of a block: the next block is made in the same, which then is in cache.
-
-    A thread keeps it for the next call, a few states of one block: to ask the system for new pages of memory each
-    time takes as long as all else.
-    """
-
-    def __init__(self) -> None:
-        self.pieces: list[Tensor] = []
-        self.used = 0
-
-    @classmethod
-    def of(cls, like: Tensor) -> "Scratch":
-        """This thread's, for numbers like these, all of it free."""
-        if type(like) is not Tensor and type(like) is not Parameter:
-            return cls()
-        kept: Scratch = vars(_KEPT).setdefault(f"{like.device} {like.dtype}", cls())
-        kept.restart()
-        return kept
-
-    def restart(self) -> None:
-        """Gives all of it free."""
-        self.used = 0
-
-    def empty(self, like: Tensor, shape: Sequence[int]) -> Tensor:
-        size = math.prod(shape)
-        if self.used == len(self.pieces):
-            self.pieces.append(_memory(like, size))
-        elif self.pieces[self.used].numel() < size:
-            self.pieces[self.used] = _memory(like, size)
-        self.used += 1
-        return self.pieces[self.used - 1][:size].view(shape)
-
-
-_KEPT = threading.local()
-
-
-def _memory(like: Tensor, size: int) -> Tensor:
-    with torch.inference_mode(False):  # or it could not be written to outside of the inference_mode() it was made in
-        return torch.empty(size, dtype=like.dtype, device=like.device)
 
 
 class Blocked(Kernel):
@@ -161,19 +127,19 @@ def _forward(rows: Tensor, weights: Sequence[Tensor], chain: Chained) -> Callabl
     """What takes a block of tokens like `rows` through the chain; memory and views within are made once for all."""
     scratch, (view, spec), (_, last) = Scratch.of(rows), chain[0], chain[-1]
     names, products = spec.partition(",")[0], []
-    state = read = _read(rows, view, names, scratch)
+    state = own = read(rows, view, names, scratch)
     for k, (weight, (_, each)) in enumerate(zip(weights, chain, strict=True)):
-        made = scratch.empty(rows, _shape(state, weight, each))
+        made = scratch.empty(rows, shape_of(state, weight, each))
         products.append(operands(state, weight, made, each))
         state = made.reshape(chain[k + 1][0]) if k + 1 < len(chain) else made
     (left, right, first), *others = products
 
     def run(rows: Tensor, out: Tensor) -> None:
         if names in TURNED:
-            read.view(rows.mT.shape).copy_(rows.mT)
+            own.view(rows.mT.shape).copy_(rows.mT)
             torch.bmm(left, right, out=first)
         else:
-            torch.bmm(*operands(_read(rows, view, names, None), weights[0], made, spec)[:2], out=first)
+            torch.bmm(*operands(read(rows, view, names, None), weights[0], made, spec)[:2], out=first)
         for a, b, c in others:
             torch.bmm(a, b, out=c)
         _write(out, made, last)
@@ -206,13 +172,13 @@ def blocked_backward(
     for start in range(0, max(len(x), 1), block):
         scratch.restart()
         here = slice(start, start + block)
-        states = _states(x[here], weights, chain, scratch)
-        for k, dstate in enumerate(_upstream(grad[here], weights, chain, scratch)):
+        states = states_of(x[here], weights, chain, scratch)
+        for k, dstate in enumerate(upstream(grad[here], weights, chain, scratch)):
             if needs_weights[k]:
-                fill(dweights[k], states[k].conj(), dstate, _for_weight(chain[k][1]), add=start > 0)
+                fill(dweights[k], states[k].conj(), dstate, for_weight(chain[k][1]), add=start > 0)
             if needs_x and k == 0:
-                spec = _for_state(chain[0][1])
-                _write(dx[here], _contract(dstate, weights[0].conj(), spec, scratch), spec)
+                spec = for_state(chain[0][1])
+                _write(dx[here], contract(dstate, weights[0].conj(), spec, scratch), spec)
     return [dx, *dweights]
 
 
@@ -248,17 +214,6 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, list[Tensor | None], Te
 blocked.register_autograd(_backward, setup_context=_setup_context)
 
 
-def differentiable(grad: Tensor, x: Tensor, weights: Sequence[Tensor], chain: Chained) -> list[Tensor]:
-    """All gradients by operators that have derivatives, over all tokens at once."""
-    states, dstates = _states(x, weights, chain), _upstream(grad, weights, chain)
-    dx = _rows(pairwise(dstates[0], weights[0].conj(), _for_state(chain[0][1])), _for_state(chain[0][1]))
-    pieces = zip(states, dstates, chain, strict=True)
-    return [
-        dx.reshape(x.shape),
-        *(pairwise(state.conj(), dstate, _for_weight(spec)) for state, dstate, (_, spec) in pieces),
-    ]
-
-
 @register_flop_formula(torch.ops.einlinear.blocked)
 def _(x: list[int], weights: list[list[int]], *_: object, **__: object) -> int:
     return sum(work(x, weights))
@@ -278,90 +233,12 @@ def _(
     return backward_work(x, weights, needs)
 
 
-def work(x: Sequence[int], weights: Sequence[Sequence[int]]) -> list[int]:
-    """FLOPs of each link."""
-    found, (tokens, features) = [], x
-    for *_, made, summed in weights:
-        found.append(2 * tokens * features * made)
-        features = features // summed * made
-    return found
-
-
-def backward_work(x: Sequence[int], weights: Sequence[Sequence[int]], needs: Sequence[bool]) -> int:
-    """The states again, the gradient of each, and those of the input and weights that are asked for."""
-    parts = work(x, weights)
-    asked = sum(part for part, needed in zip((parts[0], *parts), needs, strict=True) if needed)
-    return sum(parts[:-1]) + sum(parts[1:]) + asked
-
-
-def chained(specs: str, views: Sequence[int]) -> Chained:
-    """The links again, of what the operator was given."""
-    chain, position = [], 0
-    for spec in specs.split(";"):
-        length = spec.index(",")
-        chain.append((tuple(views[position : position + length]), spec))
-        position += length
-    return chain
-
-
-def _states(x: Tensor, weights: Sequence[Tensor], chain: Chained, scratch: Scratch | None = None) -> list[Tensor]:
-    """What each link reads."""
-    states = [_read(x, chain[0][0], chain[0][1].partition(",")[0], scratch)]
-    for weight, (_, spec), (view, _) in zip(weights[:-1], chain[:-1], chain[1:], strict=True):
-        states.append(_contract(states[-1], weight, spec, scratch).reshape(view))
-    return states
-
-
-def _upstream(grad: Tensor, weights: Sequence[Tensor], chain: Chained, scratch: Scratch | None = None) -> list[Tensor]:
-    """The gradient of what each link makes."""
-    found: list[Tensor] = []
-    for k in reversed(range(len(chain))):
-        view, spec = chain[k]
-        _, names_weight, names = _names(spec)
-        size = {"m": -1, "b": -1, "q": view[-1], **dict(zip(names_weight, weights[k].shape, strict=True))}
-        if not found:
-            lies = "mbn" if names in (*TURNED, *SLICED) else names
-            found = [_read(grad, tuple(size[name] for name in lies), names, scratch)]
-        else:
-            made = _contract(found[0], weights[k + 1].conj(), _for_state(chain[k + 1][1]), scratch)
-            found = [made.reshape([size[name] for name in names]), *found]
-    return found
-
-
-def _contract(a: Tensor, b: Tensor, spec: str, scratch: Scratch | None) -> Tensor:
-    """In `scratch`, or where there is none differentiably."""
-    if scratch is None:
-        made: Tensor = pairwise(a, b, spec)
-        return made
-    return fill(scratch.empty(a, _shape(a, b, spec)), a, b, spec)
-
-
-def _shape(a: Tensor, b: Tensor, spec: str) -> list[int]:
-    """Of what `spec` makes."""
-    return [(a, b)[operand].shape[axis] for operand, axis in _sources(spec)]
-
-
-def _read(tokens: Tensor, view: tuple[int, ...], names: str, scratch: Scratch | None) -> Tensor:
-    """`tokens`, `[tokens, features]`, with axes as `names` says; `view` is how they lie, tokens first."""
-    if names in TURNED:
-        turned = tokens.mT.contiguous() if scratch is None else scratch.empty(tokens, tokens.mT.shape).copy_(tokens.mT)
-        return turned.view(*view[1:], len(tokens))
-    return tokens.reshape(view).transpose(0, 1) if names in SLICED else tokens.reshape(view)
-
-
-def _rows(made: Tensor, names: str) -> Tensor:
-    """The inverse of `_read`, tokens first."""
-    if names in TURNED:
-        return made.flatten(0, 1).mT
-    return made.transpose(0, 1) if names in SLICED else made
-
-
 def _write(out: Tensor, made: Tensor, spec: str) -> None:
-    names = _names(spec)[2]
+    names = names_of(spec)[2]
     if names in TURNED and made.dtype == torch.float32:
         out.copy_(transposed(made.flatten(0, 1)))
         return
-    rows = _rows(made, names)
+    rows = rows_of(made, names)
     out.view(rows.shape).copy_(rows)
 
 
@@ -375,31 +252,3 @@ def transposed(matrix: Tensor) -> Tensor:
     size = rows * columns
     pixel = matrix.as_strided((1, size, 1, 1), (size, 1, size, size))
     return torch.native_channel_shuffle(pixel, rows).view(columns, rows)
-
-
-@lru_cache
-def _sources(spec: str) -> list[tuple[int, int]]:
-    """For each axis of the result, an operand that has it and where."""
-    state, weight, result = _names(spec)
-    return [(0, state.index(name)) if name in state else (1, weight.index(name)) for name in result]
-
-
-@lru_cache
-def _for_state(spec: str) -> str:
-    """The contraction that makes the gradient of the state; of one that lies as "mbk", slice by slice."""
-    state, weight, result = _names(spec)
-    return f"{result},{weight}->{'bmk' if state == 'mbk' else state}"
-
-
-@lru_cache
-def _for_weight(spec: str) -> str:
-    """The contraction that makes the gradient of the weight."""
-    state, weight, result = _names(spec)
-    return f"{state},{result}->{weight}"
-
-
-@lru_cache
-def _names(spec: str) -> tuple[str, str, str]:
-    operands, result = spec.split("->")
-    state, weight = operands.split(",")
-    return state, weight, result

@@ -1,7 +1,8 @@
 // A chain of block-diagonal maps and its derivative, a few tokens at a time. Compiled where it runs (toolchain.py).
 //
 // Tokens are rows. Of each map, out[b * made + n] is the sum over k of W[b][n][k] * in[turned ? k * slices + b : b *
-// summed + k]. What lies between two maps is float32 and does not leave the cache. One small product of a few rows and a
+// summed + k]; where parts of the input share one W, out[(b * made + n) * inner + q] that of W[n][k] * in[(b * summed + k)
+// * inner + q]. What lies between two maps is float32 and does not leave the cache. One small product of a few rows and a
 // panel of columns, held in registers, does all the work: forward, for the gradient of the input and for those of weights.
 
 #include <stdint.h>
@@ -150,12 +151,20 @@ static void product(const float *a, int64_t row, int64_t step, int64_t rows, int
 
 // Maps.
 
-struct Map { int64_t slices, made, summed, turned; };
+struct Map { int64_t slices, made, summed, turned, shared, inner; };
 
-static int64_t inputs(const Map &m) { return m.slices * m.summed; }
-static int64_t outputs(const Map &m) { return m.slices * m.made; }
+static int64_t inputs(const Map &m) { return m.slices * m.summed * m.inner; }
+static int64_t outputs(const Map &m) { return m.slices * m.made * m.inner; }
+static int64_t matrices(const Map &m) { return m.shared ? 1 : m.slices; }
+static int64_t numbers(const Map &m) { return matrices(m) * m.made * m.summed; }
+static bool shares(const Map *maps, int64_t count) {
+  for (int64_t k = 0; k < count; k++)
+    if (maps[k].shared) return true;
+  return false;
+}
 static int64_t panels(int64_t width) { return (width + PANEL - 1) / PANEL; }
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static int64_t padded(int64_t width) { return ((width + V - 1) / V | 1) * V; }  // in lines odd, or rows would share a cache's sets
 
 // Where the panels lie that a map is multiplied by: one of each slice and PANEL columns.
@@ -163,6 +172,7 @@ struct Panels { const float *start; int64_t slice, panel, row; };
 
 // Of W's transpose, [slice][panel][summed][PANEL], of which this is one slice.
 template <class T> static void pack_forward(const Map &m, const T *weight, int64_t b, float *packed) {
+  if (m.inner > 1) return widen(weight, packed, numbers(m));
   const T *w = weight + b * m.made * m.summed;
   packed += b * panels(m.made) * m.summed * PANEL;
   for (int64_t q = 0; q < panels(m.made); q++, packed += m.summed * PANEL) {
@@ -172,11 +182,12 @@ template <class T> static void pack_forward(const Map &m, const T *weight, int64
   }
 }
 static Panels forward_panels(const Map &m, const float *packed) {
-  return {packed, panels(m.made) * m.summed * PANEL, m.summed * PANEL, PANEL};
+  return {packed, m.shared ? 0 : panels(m.made) * m.summed * PANEL, m.summed * PANEL, PANEL};
 }
 
 // Of W, [slice][panel][made][PANEL], of which this is one slice.
 template <class T> static void pack_backward(const Map &m, const T *weight, int64_t b, float *packed) {
+  if (m.inner > 1) return widen(weight, packed, numbers(m));
   const T *w = weight + b * m.made * m.summed;
   packed += b * panels(m.summed) * m.made * PANEL;
   for (int64_t q = 0; q < panels(m.summed); q++)
@@ -187,7 +198,7 @@ template <class T> static void pack_backward(const Map &m, const T *weight, int6
     }
 }
 static Panels backward_panels(const Map &m, const float *packed) {
-  return {packed, panels(m.summed) * m.made * PANEL, m.made * PANEL, PANEL};
+  return {packed, m.shared ? 0 : panels(m.summed) * m.made * PANEL, m.made * PANEL, PANEL};
 }
 
 // out = in by a map; `slice` and `step` say how far apart the inputs of two slices lie, and those of one sum.
@@ -199,6 +210,49 @@ static void multiply(int64_t slices, int64_t made, int64_t summed, Panels from, 
         product(in + i * ldi + b * slice, ldi, step, least(rows - i, ROWS), summed,
                 from.start + b * from.slice + q * from.panel, from.row, out + i * ldo + b * made + q * PANEL, ldo,
                 least(made - q * PANEL, PANEL), false);
+}
+
+// out = in by a map of `inner` parts, which are the columns of a product by W, [made][summed], or by its transpose.
+static void multiply_inner(const Map &m, const float *w, bool back, int64_t rows, const float *in, int64_t ldi, float *out,
+                           int64_t ldo) {
+  int64_t made = back ? m.summed : m.made, summed = back ? m.made : m.summed;
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t b = 0; b < m.slices; b++)
+      for (int64_t q = 0; q < m.inner; q += PANEL)
+        product(w, back ? 1 : m.summed, back ? m.summed : 1, made, summed, in + i * ldi + b * summed * m.inner + q, m.inner,
+                out + i * ldo + b * made * m.inner + q, m.inner, least(m.inner - q, PANEL), false);
+}
+
+static void forth_by(const Map &m, const float *packed, int64_t rows, const float *in, int64_t ldi, float *out, int64_t ldo) {
+  if (m.inner > 1) return multiply_inner(m, packed, false, rows, in, ldi, out, ldo);
+  multiply(m.slices, m.made, m.summed, forward_panels(m, packed), rows, in, ldi, m.turned ? 1 : m.summed,
+           m.turned ? m.slices : 1, out, ldo);
+}
+
+// The gradient of the input from that of the output; of what is turned, slice after slice.
+static void back_by(const Map &m, const float *packed, int64_t rows, const float *dout, int64_t ldo, float *din, int64_t ldi) {
+  if (m.inner > 1) return multiply_inner(m, packed, true, rows, dout, ldo, din, ldi);
+  multiply(m.slices, m.summed, m.made, backward_panels(m, packed), rows, dout, ldo, m.made, 1, din, ldi);
+}
+
+// The gradient of W, added to what is there or not; `free_` is memory of `summed + 2 * V` numbers for each of `inner`.
+static void weights_by(const Map &m, int64_t rows, const float *dout, int64_t ldo, const float *in, int64_t ldi, float *dw,
+                       bool add, float *free_) {
+  if (m.inner > 1) {
+    int64_t wide = padded(m.summed);
+    for (int64_t i = 0; i < rows; i++)
+      for (int64_t b = 0; b < m.slices; b++, add = true) {
+        transpose(in + i * ldi + b * m.summed * m.inner, m.inner, m.summed, m.inner, free_, wide);
+        for (int64_t q = 0; q < m.summed; q += PANEL)
+          product(dout + i * ldo + b * m.made * m.inner, m.inner, 1, m.made, m.inner, free_ + q, wide, dw + q, m.summed,
+                  least(m.summed - q, PANEL), add);
+      }
+    return;
+  }
+  for (int64_t b = 0; b < m.slices; b++, dw += m.shared ? 0 : m.made * m.summed)
+    for (int64_t q = 0; q < m.summed; q += PANEL)
+      product(dout + b * m.made, 1, ldo, m.made, rows, in + b * m.summed + q, ldi, dw + q, m.summed,
+              least(m.summed - q, PANEL), add || (m.shared && b));
 }
 
 // Of few tokens: rows of W as they lie, each read once. `in` has slices one after the other.
@@ -319,6 +373,11 @@ static const float *gathered(const Map &m, int64_t rows, const float *in, int64_
   return free_;
 }
 
+static Map slicewise(Map m) {  // for an input that was gathered
+  m.turned = 0;
+  return m;
+}
+
 static void scattered(const Map &m, int64_t rows, const float *in, int64_t ldi, float *out, int64_t ldo) {
   for (int64_t i = 0; i < rows; i++)
     if (m.turned) transpose(in + i * ldi, m.summed, m.slices, m.summed, out + i * ldo, m.slices);
@@ -356,7 +415,22 @@ template <class T> struct Call {
   const T *x, *bias;
   int64_t ldx;
   float *memory;
+  const int64_t *plan;  // of pairs, or null
 };
+
+// What there is for bfloat16 where the processor multiplies pairs.
+#ifdef __AVX512BF16__
+#include "native_pairs.h"
+#else
+static int64_t plans(int64_t, const Map *, int64_t *) { return 0; }
+static int64_t pairs_memory(int64_t, const Map *, int64_t, const int64_t *) { return 0; }
+static int64_t pairs_backward_memory(int64_t, const Map *, int64_t, const int64_t *) { return 0; }
+static bool by_pairs(int64_t, const int64_t *) { return false; }
+static void forward_pairs(const Call<bfloat16> &, bfloat16 *) {}
+static void backward_pairs(const Call<bfloat16> &, const bfloat16 *, int64_t, bfloat16 *, bfloat16 *const *) {}
+#endif
+template <class T> static void forward_pairs(const Call<T> &, T *) {}
+template <class T> static void backward_pairs(const Call<T> &, const T *, int64_t, T *, T *const *) {}
 
 static float *direct(float *y) { return y; }
 template <class T> static float *direct(T *) { return nullptr; }
@@ -394,14 +468,14 @@ template <class T> static void forward_many(const Call<T> &call, T *y) {
   Memory memory = {call.memory};
   float *packed[call.count];
   for (int64_t k = 0; k <= last; k++)
-    packed[k] = memory.take(call.maps[k].slices * panels(call.maps[k].made) * call.maps[k].summed * PANEL);
+    packed[k] = memory.take(matrices(call.maps[k]) * panels(call.maps[k].made) * call.maps[k].summed * PANEL);
   float *states = memory.take(call.threads * 2 * ROWS * wide);
 #pragma omp parallel num_threads(call.threads) if (call.threads > 1)
   {
     float *state = states + omp_get_thread_num() * 2 * ROWS * wide, *other = state + ROWS * wide;
     for (int64_t k = 0; k <= last; k++) {
 #pragma omp for schedule(static) nowait
-      for (int64_t b = 0; b < call.maps[k].slices; b++) pack_forward(call.maps[k], call.weights[k], b, packed[k]);
+      for (int64_t b = 0; b < matrices(call.maps[k]); b++) pack_forward(call.maps[k], call.weights[k], b, packed[k]);
     }
 #pragma omp barrier
 #pragma omp for schedule(static)
@@ -413,8 +487,7 @@ template <class T> static void forward_many(const Call<T> &call, T *y) {
         float *in = k % 2 ? other : state, *out = k % 2 ? state : other, *whole = direct(y);
         bool ends = k == last && whole;
         if (ends) out = whole + start * width;
-        multiply(m.slices, m.made, m.summed, forward_panels(m, packed[k]), rows, in, wide, m.turned ? 1 : m.summed,
-                 m.turned ? m.slices : 1, out, ends ? width : wide);
+        forth_by(m, packed[k], rows, in, wide, out, ends ? width : wide);
         if (k == last) finish(out, ends ? width : wide, call.bias, rows, width, y + start * width);
       }
     }
@@ -423,15 +496,15 @@ template <class T> static void forward_many(const Call<T> &call, T *y) {
 
 template <class T> static void backward(const Call<T> &call, const T *grad, int64_t ldg, T *dx, T *const *dweights) {
   int64_t wide = widest(call.maps, call.count), last = call.count - 1, step = group(call.maps, call.count);
-  bool few = call.tokens < FEW;
+  bool few = call.tokens < FEW && !shares(call.maps, call.count);
   Memory memory = {call.memory};
   float *forth[call.count], *back[call.count], *sums[call.count];
   int64_t size[call.count];
   for (int64_t k = 0; k <= last; k++) {
     const Map &m = call.maps[k];
-    forth[k] = k == last || few ? nullptr : memory.take(m.slices * panels(m.made) * m.summed * PANEL);
-    back[k] = (k || dx) && !few ? memory.take(m.slices * panels(m.summed) * m.made * PANEL) : nullptr;
-    size[k] = outputs(m) * m.summed;
+    forth[k] = k == last || few ? nullptr : memory.take(matrices(m) * panels(m.made) * m.summed * PANEL);
+    back[k] = (k || dx) && !few ? memory.take(matrices(m) * panels(m.summed) * m.made * PANEL) : nullptr;
+    size[k] = numbers(m);
     sums[k] = dweights[k] && !few ? memory.take(call.threads * size[k]) : nullptr;
   }
   float *states = memory.take(call.threads * (call.count + 3) * step * wide);
@@ -440,7 +513,7 @@ template <class T> static void backward(const Call<T> &call, const T *grad, int6
     int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
     for (int64_t k = 0; k <= last; k++) {
 #pragma omp for schedule(static) nowait
-      for (int64_t b = 0; b < call.maps[k].slices; b++) {
+      for (int64_t b = 0; b < matrices(call.maps[k]); b++) {
         if (forth[k]) pack_forward(call.maps[k], call.weights[k], b, forth[k]);
         if (back[k]) pack_backward(call.maps[k], call.weights[k], b, back[k]);
       }
@@ -469,20 +542,16 @@ template <class T> static void backward(const Call<T> &call, const T *grad, int6
         }
         if (k == last) break;
         if (few) for (int64_t b = 0; b < m.slices; b++) apply_few(m, call.weights[k], b, rows, here, wide, one, wide);
-        else multiply(m.slices, m.made, m.summed, forward_panels(m, forth[k]), rows, here, wide, m.summed, 1, one, wide);
+        else forth_by(slicewise(m), forth[k], rows, here, wide, one, wide);
       }
       for (int64_t i = 0; i < rows; i++) widen(grad + (start + i) * ldg, two + i * wide, outputs(call.maps[last]));
       for (int64_t k = last; k >= 0; k--) {
         const Map &m = call.maps[k];
         if (few && dweights[k]) outer_few(m, rows, two, wide, ins[k], wide, dweights[k]);
-        if (mine[k])
-          for (int64_t b = 0; b < m.slices; b++)
-            for (int64_t q = 0; q * PANEL < m.summed; q++)
-              product(two + b * m.made, 1, wide, m.made, rows, ins[k] + b * m.summed + q * PANEL, wide,
-                      mine[k] + b * m.made * m.summed + q * PANEL, m.summed, least(m.summed - q * PANEL, PANEL), g > begin);
+        if (mine[k]) weights_by(m, rows, two, wide, ins[k], wide, mine[k], g > begin, three);
         if (!k && !dx) break;
         if (few) back_few(m, call.weights[k], rows, two, wide, three, wide);
-        else multiply(m.slices, m.summed, m.made, backward_panels(m, back[k]), rows, two, wide, m.made, 1, three, wide);
+        else back_by(m, back[k], rows, two, wide, three, wide);
         scattered(m, rows, three, wide, two, wide);
       }
       if (dx) finish(two, wide, (const T *)nullptr, rows, inputs(call.maps[0]), dx + start * inputs(call.maps[0]));
@@ -507,36 +576,45 @@ template <class T> static void backward(const Call<T> &call, const T *grad, int6
 }
 
 // How many numbers `memory` must hold.
-extern "C" int64_t einlinear_forward_memory(int64_t count, const Map *maps, int64_t tokens, int64_t threads) {
-  if (tokens < FEW) return 3 * (FEW * widest(maps, count) + V);
+extern "C" int64_t einlinear_forward_memory(int64_t count, const Map *maps, int64_t tokens, int64_t threads,
+                                            const int64_t *plan) {
+  if (by_pairs(tokens, plan)) return pairs_memory(count, maps, threads, plan);
+  if (tokens < FEW && !shares(maps, count)) return 3 * (FEW * widest(maps, count) + V);
   int64_t found = threads * 2 * ROWS * widest(maps, count) + PANEL;
-  for (int64_t k = 0; k < count; k++) found += maps[k].slices * panels(maps[k].made) * maps[k].summed * PANEL + V;
+  for (int64_t k = 0; k < count; k++) found += matrices(maps[k]) * panels(maps[k].made) * maps[k].summed * PANEL + V;
   return found;
 }
 
-extern "C" int64_t einlinear_backward_memory(int64_t count, const Map *maps, int64_t, int64_t threads) {
+extern "C" int64_t einlinear_backward_memory(int64_t count, const Map *maps, int64_t tokens, int64_t threads,
+                                             const int64_t *plan) {
+  if (by_pairs(tokens, plan)) return pairs_backward_memory(count, maps, threads, plan);
   int64_t found = threads * (count + 3) * group(maps, count) * widest(maps, count) + PANEL;  // panels may overrun
   for (int64_t k = 0; k < count; k++) {
     const Map &m = maps[k];
-    found += m.slices * (panels(m.made) * m.summed + panels(m.summed) * m.made) * PANEL + 2 * V;
-    found += threads * outputs(m) * m.summed + V;
+    found += matrices(m) * (panels(m.made) * m.summed + panels(m.summed) * m.made) * PANEL + 2 * V;
+    found += threads * numbers(m) + V;
   }
   return found;
 }
 
+// How bfloat16 goes by pairs, for all calls of these maps. Returns its bytes, or 0 where it does not; `plan` may be null.
+extern "C" int64_t einlinear_plan(int64_t count, const Map *maps, int64_t *plan) { return plans(count, maps, plan); }
+
 #define CALL(name, T)                                                                                                    \
   extern "C" void einlinear_forward_##name(int64_t count, const Map *maps, const T *const *weights, const T *x,           \
                                            int64_t ldx, const T *bias, T *y, int64_t tokens, int64_t threads,             \
-                                           float *memory) {                                                               \
-    Call<T> call = {count, tokens, threads, maps, weights, x, bias, ldx, memory};                                         \
-    if (tokens < FEW) forward_few(call, y);                                                                               \
-    else forward_many(call, y);                                                                                           \
-  }                                                                                                                       \
-  extern "C" void einlinear_backward_##name(int64_t count, const Map *maps, const T *const *weights, const T *x,          \
-                                            int64_t ldx, const T *grad, int64_t ldg, T *dx, T *const *dweights,           \
-                                            int64_t tokens, int64_t threads, float *memory) {                             \
-    Call<T> call = {count, tokens, tokens < FEW ? 1 : threads, maps, weights, x, nullptr, ldx, memory};                   \
-    backward(call, grad, ldg, dx, dweights);                                                                              \
+                                           float *memory, const int64_t *plan) {                                          \
+    Call<T> call = {count, tokens, threads, maps, weights, x, bias, ldx, memory, plan};                                   \
+    if (by_pairs(tokens, plan)) forward_pairs(call, y);                                                                  \
+    else if (tokens < FEW && !shares(maps, count)) forward_few(call, y);                                                 \
+    else forward_many(call, y);                                                                                          \
+  }                                                                                                                      \
+  extern "C" void einlinear_backward_##name(int64_t count, const Map *maps, const T *const *weights, const T *x,         \
+                                            int64_t ldx, const T *grad, int64_t ldg, T *dx, T *const *dweights,          \
+                                            int64_t tokens, int64_t threads, float *memory, const int64_t *plan) {       \
+    Call<T> call = {count, tokens, tokens < FEW ? 1 : threads, maps, weights, x, nullptr, ldx, memory, plan};            \
+    if (by_pairs(tokens, plan)) backward_pairs(call, grad, ldg, dx, dweights);                                           \
+    else backward(call, grad, ldg, dx, dweights);                                                                        \
   }
 
 CALL(float32, float)

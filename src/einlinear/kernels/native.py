@@ -1,5 +1,6 @@
 """A chain of matmuls by compiled C++ (native.cpp): forward, and all gradients, in one call each."""
 
+import ctypes
 import struct
 import threading
 from collections.abc import Sequence
@@ -12,8 +13,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
-from einlinear.kernels.blocked import backward_work, chained, differentiable, work
 from einlinear.kernels.chain import Columns
+from einlinear.kernels.chained import backward_work, chained, differentiable, work
 from einlinear.kernels.kernel import Kernel, Runner
 from einlinear.kernels.pairwise import plain
 from einlinear.links import Link, chain_of
@@ -40,7 +41,7 @@ class Native(Kernel):
     def prepare(self, structure: Structure) -> Runner:
         chain = chain_of(structure)
         specs, views = ";".join(link.spec for link in chain), tuple(size for link in chain for size in link.view)
-        maps = _maps(specs, tuple(link.weight for link in chain))
+        maps = _maps(specs, views, tuple(link.weight for link in chain), structure.size(structure.x))
         return NativeRunner(chain, specs, views, maps, structure.size(structure.y), Columns().prepare(structure))
 
 
@@ -122,10 +123,10 @@ def _forward(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, maps: by
     x, weights = _rows(x), [weight.contiguous() for weight in weights]
     if bias is not None:
         bias = bias.contiguous()
-    threads = _threads(tokens, weights)
+    threads, plan = _threads(tokens, weights), _plan(maps, len(weights)) if x.dtype == torch.bfloat16 else None
     getattr(compiled, f"einlinear_forward_{KINDS[x.dtype]}")(
         len(weights), maps, _addresses(weights), x.data_ptr(), x.stride(0), None if bias is None else bias.data_ptr(),
-        y.data_ptr(), tokens, threads, _memory("forward", maps, len(weights), tokens, threads),
+        y.data_ptr(), tokens, threads, _memory("forward", maps, len(weights), tokens, threads, plan), plan,
     )  # fmt: skip
     return y
 
@@ -141,11 +142,11 @@ def _backward(grad: Tensor, x: Tensor, weights: Sequence[Tensor], maps: bytes, n
     if not len(x):
         return [gradient.zero_() for gradient in made]
     grad, x, weights = _rows(grad), _rows(x), [weight.contiguous() for weight in weights]
-    threads = _threads(len(x), weights)
+    threads, plan = _threads(len(x), weights), _plan(maps, len(weights)) if x.dtype == torch.bfloat16 else None
     getattr(compiled, f"einlinear_backward_{KINDS[x.dtype]}")(
         len(weights), maps, _addresses(weights), x.data_ptr(), x.stride(0), grad.data_ptr(), grad.stride(0),
         made[0].data_ptr() if needs[0] else None, _addresses(made[1:]), len(x), threads,
-        _memory("backward", maps, len(weights), len(x), threads),
+        _memory("backward", maps, len(weights), len(x), threads, plan), plan,
     )  # fmt: skip
     return made
 
@@ -168,9 +169,9 @@ def _threads(tokens: int, weights: Sequence[Tensor]) -> int:
 _KEPT = threading.local()
 
 
-def _memory(mode: str, maps: bytes, count: int, tokens: int, threads: int) -> int:
+def _memory(mode: str, maps: bytes, count: int, tokens: int, threads: int, plan: bytes | None) -> int:
     """The address of memory that this thread keeps for its next call: new pages take as long as all else."""
-    size = _size(mode, maps, count, min(tokens, MANY), threads)
+    size = _size(mode, maps, count, min(tokens, MANY), threads, plan)
     kept: Tensor | None = vars(_KEPT).get("memory")
     if kept is None or kept.numel() < size:
         with torch.inference_mode(False):
@@ -179,17 +180,32 @@ def _memory(mode: str, maps: bytes, count: int, tokens: int, threads: int) -> in
 
 
 @lru_cache(maxsize=4096)
-def _size(mode: str, maps: bytes, count: int, tokens: int, threads: int) -> int:
-    size: int = getattr(library(), f"einlinear_{mode}_memory")(count, maps, tokens, threads)
+def _size(mode: str, maps: bytes, count: int, tokens: int, threads: int, plan: bytes | None) -> int:
+    size: int = getattr(library(), f"einlinear_{mode}_memory")(count, maps, tokens, threads, plan)
     return size
 
 
 @lru_cache(maxsize=4096)
-def _maps(specs: str, shapes: tuple[tuple[int, ...], ...]) -> bytes:
-    """Of each link slices, outputs and inputs of a slice, and whether slices lie innermost in its input."""
+def _plan(maps: bytes, count: int) -> bytes | None:
+    """How a chain goes by instructions that multiply pairs of bfloat16, or None where it does not."""
+    compiled = library()
+    assert compiled is not None
+    if not (size := compiled.einlinear_plan(count, maps, None)):
+        return None
+    found = ctypes.create_string_buffer(size)
+    compiled.einlinear_plan(count, maps, found)
+    return found.raw
+
+
+@lru_cache(maxsize=4096)
+def _maps(specs: str, views: tuple[int, ...], shapes: tuple[tuple[int, ...], ...], width: int) -> bytes:
+    """What native.cpp knows of each link; `width` are the features of the input."""
     numbers: list[int] = []
-    for spec, shape in zip(specs.split(";"), shapes, strict=True):
-        numbers += [*(1,) * (3 - len(shape)), *shape, spec.startswith("kb")]
+    for (view, spec), (*slices, made, summed) in zip(chained(specs, views), shapes, strict=True):
+        inner = view[-1] if spec == "bkq,nk->bnq" else 1
+        parts = width // (summed * inner)
+        numbers += [parts, made, summed, spec.startswith("kb"), not slices and parts * inner > 1, inner]
+        width = parts * made * inner
     return struct.pack(f"{len(numbers)}q", *numbers)
 
 
@@ -218,7 +234,7 @@ def native(
         `[tokens, width]`, contiguous.
     """
     if library() is not None and x.dtype in KINDS:
-        return _forward(x, weights, bias, _maps(specs, _shapes(weights)), width)
+        return _forward(x, weights, bias, _maps(specs, tuple(views), _shapes(weights), x.shape[1]), width)
     state = x
     for weight, (view, spec) in zip(weights, chained(specs, views), strict=True):
         state = plain(state.reshape(view), weight, spec)
@@ -239,7 +255,7 @@ def native_backward(
 ) -> list[Tensor]:
     """The gradients of `x` and of each weight, where `needs` says so; empty ones elsewhere."""
     if library() is not None and x.dtype in KINDS:
-        return _backward(grad, x, weights, _maps(specs, _shapes(weights)), needs)
+        return _backward(grad, x, weights, _maps(specs, tuple(views), _shapes(weights), x.shape[1]), needs)
     found = differentiable(grad, x, weights, chained(specs, views))
     return [
         g.clone(memory_format=torch.contiguous_format) if needed else g.new_empty(0)
