@@ -66,13 +66,13 @@ PLANS = {
         context=64,
         seeds=(0, 1),
     ),
-    # Budgets over two decades and more. A window of minutes on a shared GPU: models of two blocks.
+    # Budgets over three decades and more. A window of minutes on a shared GPU: models of two blocks.
     # Blocks of a BTT at these widths are multiples of eight, as its kernels want them.
     "h200": compare.Plan(
-        families=(*FAMILIES[:1], *FAMILIES[2:], everywhere(16, 1), everywhere(4, 4)),
-        widths=(64, 128, 256, 512),
+        families=(*FAMILIES[:1], *FAMILIES[2:], *(everywhere(e, k) for e, k in ((8, 1), (8, 4), (16, 1), (4, 4)))),
+        widths=(64, 128, 256, 384, 512),
         depth=2,
-        horizons=tuple(BATCH * steps for steps in (200, 400, 800, 1600)),
+        horizons=tuple(BATCH * steps for steps in (200, 400, 800, 1600, 3200)),
         rates=(2**-8, 2**-7, 2**-6),
         tuning=BATCH * 800,
         recipe=Recipe(batch=64, base_width=128, base_depth=2, head=32, warmup=50, precision="bfloat16"),
@@ -213,6 +213,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="how many; a later call with more of them adds to it")
     parser.add_argument("--widths", type=int, nargs="+", help="only these; a later call with more of them adds to it")
     parser.add_argument("--families", nargs="+", help="only these; a later call with more of them adds to it")
+    parser.add_argument("--horizons", type=int, nargs="+", help="only these, in steps of the base width; as --widths")
     parser.add_argument("--wide-first", action="store_true", help="for many processes in a short time")
     parser.add_argument("--task", default="bytes")
     parser.add_argument("--paths", nargs="*", default=[])
@@ -234,6 +235,9 @@ def main() -> None:
         plan = replace(plan, widths=tuple(options.widths))
     if options.families:
         plan = replace(plan, families=tuple(options.families))
+    if options.horizons:
+        step = plan.recipe.batch * (plan.context or 1)
+        plan = replace(plan, horizons=tuple(step * steps for steps in options.horizons))
     plan = replace(plan, wide_first=options.wide_first)
     machine = replace(Machine.here(options.device), workers=options.workers)
     if options.health:
