@@ -20,6 +20,7 @@ from einlinear.lab.laws.multiplier import Multiplier as Multiplier
 from einlinear.lab.laws.multiplier import compare_cells as compare_cells
 from einlinear.lab.laws.multiplier import expected_error as expected_error
 from einlinear.lab.laws.multiplier import multiplier as multiplier
+from einlinear.lab.laws.multiplier import multiplier_at as multiplier_at
 from einlinear.lab.laws.multiplier import times as times
 from einlinear.lab.laws.parametric import NoFit as NoFit
 from einlinear.lab.laws.parametric import Parametric as Parametric
