@@ -16,7 +16,7 @@ import argparse
 import csv
 import json
 import signal
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -118,13 +118,16 @@ def run(plan: compare.Plan, task: Task, machine: Machine, options: argparse.Name
             print(f"all {len(done)} runs are done", flush=True)
         runs = store.runs(task=task.name, fingerprint=task.fingerprint)
     write_report(runs, options.report, command="python recipes/experts.py", plan=plan)
+    write_runs(runs, options.results, options.scale)
+
+
+def write_runs(runs: Sequence[Run], results: Path, scale: str) -> None:
+    """The runs as a table, and two of the routers of the longest ones."""
     names = [field.name for field in fields(Run) if field.name not in LEFT_OUT]
-    write(
-        options.results / f"experts_{options.scale}.csv", ({name: getattr(run, name) for name in names} for run in runs)
-    )
+    write(results / f"experts_{scale}.csv", ({name: getattr(run, name) for name in names} for run in runs))
     routed = [run for run in runs if run.family in HEALTHY and run.purpose == "measure" and run.status == "done"]
     longest = {run.width: max(other.tokens for other in routed if other.width == run.width) for run in routed}
-    watched((run for run in routed if run.tokens == longest[run.width]), options.results, f"{options.scale}_routers")
+    watched((run for run in routed if run.tokens == longest[run.width]), results, f"{scale}_routers")
 
 
 @contextmanager
