@@ -14,6 +14,7 @@ from einlinear.lab.laws.cells import measured as measured
 from einlinear.lab.laws.frontier import Frontier as Frontier
 from einlinear.lab.laws.frontier import fit_frontier as fit_frontier
 from einlinear.lab.laws.frontier import frontiers as frontiers
+from einlinear.lab.laws.interpolated import interpolated_multiplier as interpolated_multiplier
 from einlinear.lab.laws.isoflop import envelope as envelope
 from einlinear.lab.laws.isoflop import isoflop as isoflop
 from einlinear.lab.laws.multiplier import Multiplier as Multiplier
