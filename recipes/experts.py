@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from einlinear.cli.options import can_be_kept, known_device
 from einlinear.lab import compare
 from einlinear.lab.crew import Event
 from einlinear.lab.data import Task, load
@@ -84,24 +85,32 @@ PLANS = {
 }
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 LEFT_OUT = ("curve", "routers", "spec")  # what the store keeps and a table of results does not
+EVENED = {  # weights of the loss and steps of the bias, beside the plan's 0.1 and 0.01
+    everywhere(16, 2): [(0.1, 0.001), (0.1, 0.0), (0.01, 0.01), (0.01, 0.001), (0.01, 0.0)],
+    everywhere(8, 1): [(0.1, 0.0), (0.01, 0.0)],
+}
 HEALTHY = ("mixture(of='btt', experts=16, active=2)", "moe(experts=16, active=2)")
 
 
 def checks(plan: compare.Plan, task: Task, rates: Mapping[str, float]) -> list[Trunk]:
-    """What may cost experts their loss, to the longest horizon.
+    """What may cost the plan's families their loss: half and twice the tuned rate, and how experts are evened out.
 
-    At the base width, how strongly they are evened out; at twice that width, half and twice the tuned rate.
+    Rates at the base width over the longest horizon, and at twice that width over the one before it, where experts are
+    evened out more or less too.
     """
-    longest = replace(plan, horizons=plan.horizons[-1:], seeds=plan.seeds[:1])
-    narrow = replace(longest, families=(everywhere(16, 2),), widths=(plan.recipe.base_width,))
-    wider = replace(longest, families=("dense", everywhere(16, 2)), widths=(2 * plan.recipe.base_width,))
-    evened = [(0.1, 0.001), (0.1, 0.0), (0.01, 0.01), (0.01, 0.001), (0.01, 0.0)]  # the plan's are 0.1 and 0.01
-    recipes = [replace(plan.recipe, balance=balance, rebalance=step) for balance, step in evened]
-    trunks = [replace(trunk, recipe=recipe) for trunk in narrow.trunks(task, rates) for recipe in recipes]
-    trunks += [
-        replace(trunk, rate=rate) for trunk in wider.trunks(task, rates) for rate in (trunk.rate / 2, trunk.rate * 2)
+    longest, before = (replace(plan, horizons=plan.horizons[at:][:1], seeds=plan.seeds[:1]) for at in (-1, -2))
+    base = plan.recipe.base_width
+    at_base = replace(longest, widths=(base,)).trunks(task, rates)
+    wider = replace(before, widths=(2 * base,)).trunks(task, rates)
+    found = [
+        replace(trunk, rate=trunk.rate * factor)
+        for trunk in at_base + [trunk for trunk in wider if trunk.family in ("dense", everywhere(16, 2))]
+        for factor in (0.5, 2.0)
     ]
-    return [replace(trunk, purpose="check") for trunk in trunks]
+    for trunk in replace(before, widths=(base,)).trunks(task, rates):
+        for balance, step in EVENED.get(trunk.family, ()):
+            found.append(replace(trunk, recipe=replace(plan.recipe, balance=balance, rebalance=step)))
+    return [replace(trunk, purpose="check") for trunk in found]
 
 
 def run(plan: compare.Plan, task: Task, machine: Machine, options: argparse.Namespace) -> None:
@@ -210,10 +219,22 @@ def write(file: Path, rows: Iterable[dict[str, object]]) -> None:
         writer.writerows(found)
 
 
+def _count(text: str) -> int:
+    if (count := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of things")
+    return count
+
+
+def _minutes(text: str) -> float:
+    if not (minutes := float(text)) >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a time")
+    return minutes
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=PLANS, default="small")
-    parser.add_argument("--seeds", type=int, help="how many; a later call with more of them adds to it")
+    parser.add_argument("--seeds", type=_count, help="how many; a later call with more of them adds to it")
     parser.add_argument("--widths", type=int, nargs="+", help="only these; a later call with more of them adds to it")
     parser.add_argument("--families", nargs="+", help="only these; a later call with more of them adds to it")
     parser.add_argument("--horizons", type=int, nargs="+", help="only these, in steps of the base width; as --widths")
@@ -221,8 +242,8 @@ def main() -> None:
     parser.add_argument("--task", default="bytes")
     parser.add_argument("--paths", nargs="*", default=[])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=1, help="trunks trained at once, also on one GPU")
-    parser.add_argument("--minutes", type=float, default=0.0, help="after which it stops and keeps what it is at")
+    parser.add_argument("--workers", type=_count, default=1, help="trunks trained at once, also on one GPU")
+    parser.add_argument("--minutes", type=_minutes, default=0.0, help="after which it stops and keeps what it is at")
     parser.add_argument("--store", default="runs/experts.sqlite")
     parser.add_argument("--report", type=Path, default=Path("runs/experts.html"))
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of CSVs")
@@ -231,8 +252,18 @@ def main() -> None:
     parser.add_argument("--clock", action="store_true", help="time a step of each, instead")
     parser.add_argument("--health", type=int, nargs="?", const=1000, help="steps to watch routers for, instead")
     options = parser.parse_args()
+    try:
+        carry_out(options)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"experts.py: {error}") from None
+
+
+def carry_out(options: argparse.Namespace) -> None:
+    """What the options ask for."""
+    known_device(options.device, present=True)
+    can_be_kept(options.report, options.store)
     plan = PLANS[options.scale]
-    if options.seeds:
+    if options.seeds is not None:
         plan = replace(plan, seeds=tuple(range(options.seeds)))
     if options.widths:
         plan = replace(plan, widths=tuple(options.widths))
@@ -253,7 +284,7 @@ def main() -> None:
     task = plan.cut(load(options.task, paths=options.paths))
     if options.plan:
         foretold = forecast(plan, task, machine)
-        print(foretold, foretold.refusal() or "", sep="\n")
+        print(foretold)
         return
     run(plan, task, machine, options)
 

@@ -17,11 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import altair as alt
-import numpy as np
 from experts import PLANS, RESULTS, STANDARD, everywhere
 
-from einlinear.lab.laws import Axis, Multiplier, multiplier, multiplier_at
-from einlinear.lab.laws.cells import Cell, hull
+from einlinear.lab.laws import Axis, Multiplier, interpolated_multiplier, multiplier, multiplier_at
 from einlinear.lab.report import save_figure, write_report
 from einlinear.lab.report.charts import INK, Specification, finished, plotted
 from einlinear.lab.report.page import quantity, save_picture
@@ -277,23 +275,19 @@ def _told(found: Multiplier) -> str:
 
 
 def by_loss(scale: str) -> str:
-    """What dense layers cost over what a family costs at a loss, by straight lines along both hulls: no law."""
-    hulls = hull(results(scale))
+    """Multipliers by training FLOPs read off the hulls, loss by loss: no law, and intervals from seeds.
+
+    Chosen after the second of the windows of training, and before the third.
+    """
     lines = ["| | " + " | ".join(f"{loss:g} nats" for loss in LOSSES) + " |", "|---|" + "---|" * len(LOSSES)]
-    for family, cells in sorted(hulls.items(), key=lambda one: ranked_key(one[0])):
-        if family != "dense" and len(cells) > 2:
-            ratios = (_cost(hulls["dense"], loss) / _cost(cells, loss) for loss in LOSSES)
-            told = ("–" if math.isnan(ratio) else f"{ratio:.2f}×" for ratio in ratios)
-            lines.append(f"| {named(family)} | " + " | ".join(told) + " |")
+    runs = results(scale)
+    for base in BASELINES[:2]:
+        for family in ranked([run for run in runs if run.purpose == "measure"]):
+            if family not in ("dense", base):
+                found = interpolated_multiplier(runs, LOSSES, family, base)
+                if sum(not one.reason for one in found) > 1:
+                    lines.append(f"| {named(family)}, over {named(base)} | " + " | ".join(map(_told, found)) + " |")
     return "\n".join(lines)
-
-
-def _cost(cells: Sequence[Cell], loss: float) -> float:
-    """Where a hull reaches a loss; nan where it does not."""
-    falling = sorted(cells, key=lambda cell: cell.loss)
-    places = [math.log(cell.loss) for cell in falling]
-    costs = [math.log(cell.cost) for cell in falling]
-    return math.exp(float(np.interp(math.log(loss), places, costs, math.nan, math.nan)))
 
 
 def _common(runs: Sequence[Run]) -> int:
