@@ -104,7 +104,7 @@ def checks(plan: compare.Plan, task: Task, rates: Mapping[str, float]) -> list[T
     wider = replace(before, widths=(2 * base,)).trunks(task, rates)
     found = [
         replace(trunk, rate=trunk.rate * factor)
-        for trunk in at_base + [trunk for trunk in wider if trunk.family in ("dense", everywhere(16, 2))]
+        for trunk in [trunk for trunk in wider if trunk.family in ("dense", everywhere(16, 2))] + at_base
         for factor in (0.5, 2.0)
     ]
     for trunk in replace(before, widths=(base,)).trunks(task, rates):
