@@ -16,13 +16,14 @@ import argparse
 import csv
 import json
 import signal
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 
+from einlinear.cli.options import can_be_kept, known_device
 from einlinear.lab import compare
 from einlinear.lab.crew import Event
 from einlinear.lab.data import Task, load
@@ -66,13 +67,13 @@ PLANS = {
         context=64,
         seeds=(0, 1),
     ),
-    # Budgets over two decades and more. A window of minutes on a shared GPU: models of two blocks.
+    # Budgets over three decades and more. A window of minutes on a shared GPU: models of two blocks.
     # Blocks of a BTT at these widths are multiples of eight, as its kernels want them.
     "h200": compare.Plan(
-        families=(*FAMILIES[:1], *FAMILIES[2:], everywhere(16, 1), everywhere(4, 4)),
-        widths=(64, 128, 256, 512),
+        families=(*FAMILIES[:1], *FAMILIES[2:], *(everywhere(e, k) for e, k in ((8, 1), (8, 4), (16, 1), (4, 4)))),
+        widths=(64, 128, 256, 384, 512),
         depth=2,
-        horizons=tuple(BATCH * steps for steps in (200, 400, 800, 1600)),
+        horizons=tuple(BATCH * steps for steps in (200, 400, 800, 1600, 3200)),
         rates=(2**-8, 2**-7, 2**-6),
         tuning=BATCH * 800,
         recipe=Recipe(batch=64, base_width=128, base_depth=2, head=32, warmup=50, precision="bfloat16"),
@@ -84,24 +85,32 @@ PLANS = {
 }
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 LEFT_OUT = ("curve", "routers", "spec")  # what the store keeps and a table of results does not
+EVENED = {  # weights of the loss and steps of the bias, beside the plan's 0.1 and 0.01
+    everywhere(16, 2): [(0.1, 0.001), (0.1, 0.0), (0.01, 0.01), (0.01, 0.001), (0.01, 0.0)],
+    everywhere(8, 1): [(0.1, 0.0), (0.01, 0.0)],
+}
 HEALTHY = ("mixture(of='btt', experts=16, active=2)", "moe(experts=16, active=2)")
 
 
 def checks(plan: compare.Plan, task: Task, rates: Mapping[str, float]) -> list[Trunk]:
-    """What may cost experts their loss, to the longest horizon.
+    """What may cost the plan's families their loss: half and twice the tuned rate, and how experts are evened out.
 
-    At the base width, how strongly they are evened out; at twice that width, half and twice the tuned rate.
+    Rates at the base width over the longest horizon, and at twice that width over the one before it, where experts are
+    evened out more or less too.
     """
-    longest = replace(plan, horizons=plan.horizons[-1:], seeds=plan.seeds[:1])
-    narrow = replace(longest, families=(everywhere(16, 2),), widths=(plan.recipe.base_width,))
-    wider = replace(longest, families=("dense", everywhere(16, 2)), widths=(2 * plan.recipe.base_width,))
-    evened = [(0.1, 0.001), (0.1, 0.0), (0.01, 0.01), (0.01, 0.001), (0.01, 0.0)]  # the plan's are 0.1 and 0.01
-    recipes = [replace(plan.recipe, balance=balance, rebalance=step) for balance, step in evened]
-    trunks = [replace(trunk, recipe=recipe) for trunk in narrow.trunks(task, rates) for recipe in recipes]
-    trunks += [
-        replace(trunk, rate=rate) for trunk in wider.trunks(task, rates) for rate in (trunk.rate / 2, trunk.rate * 2)
+    longest, before = (replace(plan, horizons=plan.horizons[at:][:1], seeds=plan.seeds[:1]) for at in (-1, -2))
+    base = plan.recipe.base_width
+    at_base = replace(longest, widths=(base,)).trunks(task, rates)
+    wider = replace(before, widths=(2 * base,)).trunks(task, rates)
+    found = [
+        replace(trunk, rate=trunk.rate * factor)
+        for trunk in [trunk for trunk in wider if trunk.family in ("dense", everywhere(16, 2))] + at_base
+        for factor in (0.5, 2.0)
     ]
-    return [replace(trunk, purpose="check") for trunk in trunks]
+    for trunk in replace(before, widths=(base,)).trunks(task, rates):
+        for balance, step in EVENED.get(trunk.family, ()):
+            found.append(replace(trunk, recipe=replace(plan.recipe, balance=balance, rebalance=step)))
+    return [replace(trunk, purpose="check") for trunk in found]
 
 
 def run(plan: compare.Plan, task: Task, machine: Machine, options: argparse.Namespace) -> None:
@@ -118,13 +127,16 @@ def run(plan: compare.Plan, task: Task, machine: Machine, options: argparse.Name
             print(f"all {len(done)} runs are done", flush=True)
         runs = store.runs(task=task.name, fingerprint=task.fingerprint)
     write_report(runs, options.report, command="python recipes/experts.py", plan=plan)
+    write_runs(runs, options.results, options.scale)
+
+
+def write_runs(runs: Sequence[Run], results: Path, scale: str) -> None:
+    """The runs as a table, and two of the routers of the longest ones."""
     names = [field.name for field in fields(Run) if field.name not in LEFT_OUT]
-    write(
-        options.results / f"experts_{options.scale}.csv", ({name: getattr(run, name) for name in names} for run in runs)
-    )
+    write(results / f"experts_{scale}.csv", ({name: getattr(run, name) for name in names} for run in runs))
     routed = [run for run in runs if run.family in HEALTHY and run.purpose == "measure" and run.status == "done"]
     longest = {run.width: max(other.tokens for other in routed if other.width == run.width) for run in routed}
-    watched((run for run in routed if run.tokens == longest[run.width]), options.results, f"{options.scale}_routers")
+    watched((run for run in routed if run.tokens == longest[run.width]), results, f"{scale}_routers")
 
 
 @contextmanager
@@ -207,18 +219,31 @@ def write(file: Path, rows: Iterable[dict[str, object]]) -> None:
         writer.writerows(found)
 
 
+def _count(text: str) -> int:
+    if (count := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of things")
+    return count
+
+
+def _minutes(text: str) -> float:
+    if not (minutes := float(text)) >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a time")
+    return minutes
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=PLANS, default="small")
-    parser.add_argument("--seeds", type=int, help="how many; a later call with more of them adds to it")
+    parser.add_argument("--seeds", type=_count, help="how many; a later call with more of them adds to it")
     parser.add_argument("--widths", type=int, nargs="+", help="only these; a later call with more of them adds to it")
     parser.add_argument("--families", nargs="+", help="only these; a later call with more of them adds to it")
+    parser.add_argument("--horizons", type=int, nargs="+", help="only these, in steps of the base width; as --widths")
     parser.add_argument("--wide-first", action="store_true", help="for many processes in a short time")
     parser.add_argument("--task", default="bytes")
     parser.add_argument("--paths", nargs="*", default=[])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=1, help="trunks trained at once, also on one GPU")
-    parser.add_argument("--minutes", type=float, default=0.0, help="after which it stops and keeps what it is at")
+    parser.add_argument("--workers", type=_count, default=1, help="trunks trained at once, also on one GPU")
+    parser.add_argument("--minutes", type=_minutes, default=0.0, help="after which it stops and keeps what it is at")
     parser.add_argument("--store", default="runs/experts.sqlite")
     parser.add_argument("--report", type=Path, default=Path("runs/experts.html"))
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of CSVs")
@@ -227,13 +252,26 @@ def main() -> None:
     parser.add_argument("--clock", action="store_true", help="time a step of each, instead")
     parser.add_argument("--health", type=int, nargs="?", const=1000, help="steps to watch routers for, instead")
     options = parser.parse_args()
+    try:
+        carry_out(options)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"experts.py: {error}") from None
+
+
+def carry_out(options: argparse.Namespace) -> None:
+    """What the options ask for."""
+    known_device(options.device, present=True)
+    can_be_kept(options.report, options.store)
     plan = PLANS[options.scale]
-    if options.seeds:
+    if options.seeds is not None:
         plan = replace(plan, seeds=tuple(range(options.seeds)))
     if options.widths:
         plan = replace(plan, widths=tuple(options.widths))
     if options.families:
         plan = replace(plan, families=tuple(options.families))
+    if options.horizons:
+        step = plan.recipe.batch * (plan.context or 1)
+        plan = replace(plan, horizons=tuple(step * steps for steps in options.horizons))
     plan = replace(plan, wide_first=options.wide_first)
     machine = replace(Machine.here(options.device), workers=options.workers)
     if options.health:
@@ -246,7 +284,7 @@ def main() -> None:
     task = plan.cut(load(options.task, paths=options.paths))
     if options.plan:
         foretold = forecast(plan, task, machine)
-        print(foretold, foretold.refusal() or "", sep="\n")
+        print(foretold)
         return
     run(plan, task, machine, options)
 

@@ -17,11 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import altair as alt
-import numpy as np
 from experts import PLANS, RESULTS, STANDARD, everywhere
 
-from einlinear.lab.laws import Axis, Multiplier, multiplier
-from einlinear.lab.laws.cells import Cell, hull
+from einlinear.lab.laws import Axis, Multiplier, interpolated_multiplier, multiplier, multiplier_at
 from einlinear.lab.report import save_figure, write_report
 from einlinear.lab.report.charts import INK, Specification, finished, plotted
 from einlinear.lab.report.page import quantity, save_picture
@@ -33,7 +31,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "experts.md"
 REPORT = Path("runs/experts_h200.html")  # not in the docs: most of it is the code that draws its figures
 NAMES = {STANDARD: "standard mixture, E = 8"} | {everywhere(e, 2): f"BTT-MoE, E = {e}" for e in (4, 8, 16)}
-OTHERS = {everywhere(e, k): f"BTT-MoE, E = {e}, k = {k}" for e, k in ((16, 1), (4, 4))}  # than two active
+OTHERS = {everywhere(e, k): f"BTT-MoE, E = {e}, k = {k}" for e, k in ((8, 1), (16, 1), (4, 4), (8, 4))}
 BASELINES = ("dense", STANDARD, "btt(rank=2)")
 EVENED = {"balance": Recipe.balance, "rebalance": Recipe.rebalance}  # where a setup does not say
 AXES: tuple[Axis, ...] = ("flops", "seconds")
@@ -105,10 +103,7 @@ def over(runs: list[Run], family: str, base: str, axis: Axis) -> str:
     """A multiplier with its interval and, in bold, where it decides."""
     if not any(run.family == base and run.purpose == "measure" for run in runs):
         return "–"
-    found = fitted(tuple(runs), family, base, axis)
-    if found.reason:
-        return "–"
-    return f"**{found}**" if found.verdict != "undecided" else f"{found}"
+    return _told(fitted(tuple(runs), family, base, axis))
 
 
 @cache
@@ -250,46 +245,49 @@ def losses(scale: str) -> str:
     return "\n".join(lines)
 
 
-def windows(scale: str) -> str:
-    """Multipliers by training FLOPs with the shortest one or two horizons of each width left out."""
-    runs = results(scale)
-    measured = [run for run in runs if run.purpose == "measure"]
-    widths = {run.width for run in measured}
-    horizons = {width: sorted({run.tokens for run in measured if run.width == width}) for width in widths}
-    heads = [f"{what}: over dense | over standard" for what in ("all", "without the shortest", "the two longest")]
-    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|---|" * len(heads)]
-    for family in ranked(measured):
-        if family in ("dense", STANDARD) or len({run.width for run in measured if run.family == family}) < 2:
-            continue
-        cells = []
-        for first in range(3):
-            kept = [run for run in measured if run.tokens >= horizons[run.width][first]]
-            cells += [over(kept, family, base, "flops") for base in BASELINES[:2]]
-        lines.append(f"| {named(family)} | " + " | ".join(cells) + " |")
+LOSSES = (1.7, 1.6, 1.5, 1.4, 1.3, 1.2, 1.1)
+STEPS = 450  # below which a run is left out of the curves
+
+
+def curve(scale: str) -> str:
+    """Multipliers by training FLOPs loss by loss, each with its own interval, without runs of few steps.
+
+    Chosen before the runs at width 384 and of the longest horizons were trained, by simulating both from laws of the
+    others: with all runs, and one number for all losses, no number of runs would have decided.
+    """
+    lines = ["| | " + " | ".join(f"{loss:g} nats" for loss in LOSSES) + " |", "|---|" + "---|" * len(LOSSES)]
+    runs = [run for run in results(scale) if run.tokens // _batch(run) >= STEPS]
+    for base in BASELINES[:2]:
+        for family in ranked([run for run in runs if run.purpose == "measure" and run.seed == 0]):
+            if family in ("dense", base):
+                continue
+            found = multiplier_at(runs, LOSSES, family, base)
+            if any(not one.reason for one in found):
+                lines.append(f"| {named(family)}, over {named(base)} | " + " | ".join(map(_told, found)) + " |")
     return "\n".join(lines)
 
 
-LOSSES = (1.7, 1.6, 1.5, 1.4, 1.3, 1.25, 1.2)
+def _told(found: Multiplier) -> str:
+    """A multiplier with its interval, in bold where it decides; a dash where there is none."""
+    if found.reason:
+        return "–"
+    return f"**{found}**" if found.verdict != "undecided" else f"{found}"
 
 
 def by_loss(scale: str) -> str:
-    """What dense layers cost over what a family costs at a loss, by straight lines along both hulls: no law."""
-    hulls = hull(results(scale))
+    """Multipliers by training FLOPs read off the hulls, loss by loss: no law, and intervals from seeds.
+
+    Chosen after the second of the windows of training, and before the third.
+    """
     lines = ["| | " + " | ".join(f"{loss:g} nats" for loss in LOSSES) + " |", "|---|" + "---|" * len(LOSSES)]
-    for family, cells in sorted(hulls.items(), key=lambda one: ranked_key(one[0])):
-        if family != "dense" and len(cells) > 2:
-            ratios = (_cost(hulls["dense"], loss) / _cost(cells, loss) for loss in LOSSES)
-            told = ("–" if math.isnan(ratio) else f"{ratio:.2f}×" for ratio in ratios)
-            lines.append(f"| {named(family)} | " + " | ".join(told) + " |")
+    runs = results(scale)
+    for base in BASELINES[:2]:
+        for family in ranked([run for run in runs if run.purpose == "measure"]):
+            if family not in ("dense", base):
+                found = interpolated_multiplier(runs, LOSSES, family, base)
+                if sum(not one.reason for one in found) > 1:
+                    lines.append(f"| {named(family)}, over {named(base)} | " + " | ".join(map(_told, found)) + " |")
     return "\n".join(lines)
-
-
-def _cost(cells: Sequence[Cell], loss: float) -> float:
-    """Where a hull reaches a loss; nan where it does not."""
-    falling = sorted(cells, key=lambda cell: cell.loss)
-    places = [math.log(cell.loss) for cell in falling]
-    costs = [math.log(cell.cost) for cell in falling]
-    return math.exp(float(np.interp(math.log(loss), places, costs, math.nan, math.nan)))
 
 
 def _common(runs: Sequence[Run]) -> int:
@@ -366,7 +364,7 @@ PARTS = {"health": health_table} | {
     f"{part.__name__} {scale}": partial(part, scale)
     for scale, parts in {
         "small": (protocol, table, verdict),
-        "h200": (protocol, table, verdict, windows, by_loss, moves, losses, tuned, checks, health_by_width),
+        "h200": (protocol, table, verdict, curve, by_loss, moves, losses, tuned, checks, health_by_width),
     }.items()
     for part in parts
     if done(scale)

@@ -280,6 +280,7 @@ def test_saved_and_loaded(tmp_path):
             "to 3 tokens.*route the same tokens",
         ),
         (lambda: el.Linear(8, 8, "btt", experts=4, active=2).to_dense(), "another map for each token"),
+        (lambda: el.Mixture("mixture(of='btt', experts=2, active=1)", 2, 1), "has experts already; name what one"),
         (lambda: el.Mixture("btt", 2, 3), "choose active between 1 and 2"),
         (lambda: el.Linear(8, 8, "btt", experts=4, active=1.5), "with 1.5 active entries: it has 4"),
         (lambda: el.Linear(8, 8, "btt", experts=4, active="2"), "with '2' active entries: it has 4"),

@@ -109,5 +109,8 @@ def test_blocks_compile(task: Sequences) -> None:
 def test_a_family_of_the_lab_has_a_short_text() -> None:
     family = el.structure("moe(experts=8, active=2)")
     assert isinstance(family, models.Moe) and str(family) == "moe(experts=8, active=2)"
+    for of in ("moe(experts=2, active=1)", "mixture(of='btt', experts=2, active=1)"):
+        with pytest.raises(ValueError, match="has experts already"):
+            models.Moe(4, 2, of)
     assert family not in el.families()
     assert isinstance(models.feed_forward(trunk(str(family)).architecture), el.MixtureMLP)

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from einlinear.lab.laws import Multiplier, frontiers, hull, measured, multiplier, times
+from einlinear.lab.laws import Multiplier, frontiers, hull, measured, multiplier, multiplier_at, times
 from einlinear.lab.laws.cells import cells_of, near_hull, slope
 from einlinear.lab.summary import answer, summary
 
@@ -65,6 +65,22 @@ def test_curves_that_are_not_parallel_report_a_range(simulate):
     assert found.trend is not None and found.trend[0] != pytest.approx(found.trend[1], rel=0.1)
     assert found.low <= min(found.trend) and max(found.trend) <= found.high
     assert "not parallel" in " ".join(summary(runs).notes)
+
+
+def test_as_a_curve_each_loss_has_its_own_multiplier(simulate):
+    def truth(loss):
+        return 1.5 * (loss - 1) ** (1 / 0.14 - 1 / 0.1)
+
+    losses = (1.9, 1.8, 1.75)
+    exact = simulate({"dense": 1.0, BTT: 1.5}, own_exponents={BTT: 0.14})
+    assert [one.value for one in multiplier_at(exact, losses, BTT)] == pytest.approx([*map(truth, losses)], rel=1e-3)
+    inside = []
+    for seed in range(60):
+        runs = simulate({"dense": 1.0, BTT: 1.5}, own_exponents={BTT: 0.14}, noise=0.003, seed=seed, trunk_share=0.8)
+        inside += [one.low < truth(one.loss_low) < one.high for one in multiplier_at(runs, losses, BTT)]
+    assert 0.88 <= np.mean(inside) <= 0.995
+    reasons = [one.reason for one in multiplier_at(exact, (9.0, 1.8, 1.01), BTT)]
+    assert reasons == ["not both were measured at 9", "", "not both were measured at 1.01"]
 
 
 def test_the_hull_is_convex_improves_and_uses_the_means_over_seeds(simulate):

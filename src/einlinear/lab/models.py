@@ -24,6 +24,7 @@ from einlinear.routing import Router
 from einlinear.scaling import residual_scale
 from einlinear.shared import Together
 from einlinear.structure import Structure
+from einlinear.structures.mixture import refuse_experts
 
 EXPANSION = 4  # hidden features of a feed-forward block, in widths
 SHARPNESS = 8.0  # largest attention logit: queries and keys have norm √K, and muP divides their product by K
@@ -44,6 +45,10 @@ class Moe(Family, listed=False):
     of: str = "dense"
     example: ClassVar = {"experts": 8, "active": 2}
     source: ClassVar = "Lepikhin et al. 2020 (GShard), https://arxiv.org/abs/2006.16668"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_experts(self.of)
 
     def __call__(self, d_in: int, d_out: int) -> Structure:
         return family_of(self.of)(d_in, d_out)

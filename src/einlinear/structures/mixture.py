@@ -23,7 +23,7 @@ class Mixture(Family, listed=False):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        structure(self.of)
+        refuse_experts(self.of)
         if self.active > self.experts:
             raise StructureError(
                 f"cannot make a mixture of {self.experts} experts of which {self.active} are active: "
@@ -32,3 +32,11 @@ class Mixture(Family, listed=False):
 
     def __call__(self, d_in: int, d_out: int) -> Structure:
         return structure(self.of)(d_in, d_out).mixture(self.experts, active=self.active)
+
+
+def refuse_experts(of: str) -> None:
+    """Refuses to make experts of a family that has experts itself."""
+    if hasattr(structure(of), "experts"):
+        raise StructureError(
+            f"cannot make a mixture of '{of}': that has experts already; name what one expert is, such as 'btt'"
+        )

@@ -14,12 +14,14 @@ from einlinear.lab.laws.cells import measured as measured
 from einlinear.lab.laws.frontier import Frontier as Frontier
 from einlinear.lab.laws.frontier import fit_frontier as fit_frontier
 from einlinear.lab.laws.frontier import frontiers as frontiers
+from einlinear.lab.laws.interpolated import interpolated_multiplier as interpolated_multiplier
 from einlinear.lab.laws.isoflop import envelope as envelope
 from einlinear.lab.laws.isoflop import isoflop as isoflop
 from einlinear.lab.laws.multiplier import Multiplier as Multiplier
 from einlinear.lab.laws.multiplier import compare_cells as compare_cells
 from einlinear.lab.laws.multiplier import expected_error as expected_error
 from einlinear.lab.laws.multiplier import multiplier as multiplier
+from einlinear.lab.laws.multiplier import multiplier_at as multiplier_at
 from einlinear.lab.laws.multiplier import times as times
 from einlinear.lab.laws.parametric import NoFit as NoFit
 from einlinear.lab.laws.parametric import Parametric as Parametric

@@ -145,6 +145,42 @@ def compare_cells(
     )  # fmt: skip
 
 
+def multiplier_at(
+    runs: Sequence[Run], losses: Sequence[float], family: str, baseline: str = "dense", axis: Axis = "flops"
+) -> list[Multiplier]:
+    """The multiplier as a curve: one for each loss (nats), of two laws that share E and have an exponent each.
+
+    Where curves are not parallel, the interval of `multiplier` has to cover all of their range; here each holds for
+    its own loss alone. A loss that not both families have reached, or that all cells of one lie below, has a `reason`.
+
+    Raises ValueError as `multiplier` does.
+    """
+    overall = multiplier(runs, family, baseline, axis)
+    if overall.reason:
+        return [overall] * len(losses)
+    groups = cells_of(measured(runs), axis)
+    kept = [frontier_cells(groups[name]) for name in (baseline, family)]
+    if overall.cells < EXPONENT_CELLS or min(map(len, kept)) < 3:
+        return [replace(overall, reason="too few sizes on the lower hulls for a curve")] * len(losses)
+    sample = sample_of(kept, float(log_costs([*kept[0], *kept[1]]).mean()))
+    fit = fit_law(sample, own_exponent=True)
+    at = np.array(losses, dtype=float)
+    best = np.exp(_log_multiplier(fit.parameters[None], at)[0])
+    lower, upper = np.exp(np.clip(fit.interval(lambda parameters: _log_multiplier(parameters, at)), -50, 50))
+    reached = [(min(cell.loss for cell in cells), max(cell.loss for cell in cells)) for cells in kept]
+    found = []
+    for loss, value, low, high in zip(losses, best, lower, upper, strict=True):
+        one = replace(
+            overall, loss_low=loss, loss_high=loss, method="shared floor, own exponents", scatter=fit.scatter,
+            trend=None, value=math.nan, low=math.nan, high=math.nan,
+        )  # fmt: skip
+        if all(least <= loss <= most for least, most in reached):
+            found.append(replace(one, value=float(value), low=float(low), high=float(high)))
+        else:
+            found.append(replace(one, reason=f"not both were measured at {loss:g}"))
+    return found
+
+
 def expected_error(noise: float, slope: float, family: int, baseline: int) -> float:
     """Standard error of ln multiplier that a study will have: noise / |slope| · sqrt(1/family + 1/baseline).
 
