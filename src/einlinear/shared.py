@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from torch import Tensor, nn
 
-from einlinear.kernels import transformed
+from einlinear.kernels import hooked, transformed
 from einlinear.kernels.joint import Joint, join
 from einlinear.kernels.shared import Shared, share
 from einlinear.layer import Linear
@@ -59,7 +59,7 @@ class Together:
 
     def __call__(self, x: Tensor, *layers: nn.Module) -> list[Tensor]:
         """What each layer makes of `x`, `[..., d_in]`."""
-        if self.joint is None and (self.shared is None or not x.is_cuda):
+        if (self.joint is None and (self.shared is None or not x.is_cuda)) or any(map(hooked, layers)):
             return [layer(x) for layer in layers]
         operands = [layer.operands(x) for layer in layers if isinstance(layer, Linear)]
         factors, tokens = [each for each, _, _ in operands], operands[0][1]

@@ -21,6 +21,7 @@ from einlinear.kernels.reference import Materialised, Reference, Rows
 from einlinear.kernels.routed import Routing as Routing
 from einlinear.kernels.routed import explain_routed
 from einlinear.kernels.routed import routed_plan as routed_plan
+from einlinear.kernels.transforms import hooked as hooked
 from einlinear.kernels.transforms import transformed as transformed
 from einlinear.structure import Structure
 
