@@ -4,9 +4,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+PLAIN = frozenset({Tensor, nn.Parameter})
+
 
 def transformed(*tensors: Tensor) -> bool:
-    """Whether forward-mode derivatives or a `torch.func` transform are at work: custom ops know neither."""
+    """Whether custom ops do not know what is at work.
+
+    That is forward-mode derivatives, a `torch.func` transform, or tensors of another class, such as DTensor.
+    """
+    if not PLAIN.issuperset(map(type, tensors)):
+        return True
     if torch.compiler.is_compiling():
         return False
     if torch._C._are_functorch_transforms_active():
