@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from einlinear.family import Family
-from einlinear.kernels import hooked, transformed
+from einlinear.kernels import hooked, ordinary, transformed
 from einlinear.kernels.junction import ACTIVATIONS, nest
 from einlinear.layer import Linear
 from einlinear.structure import StructureError
@@ -144,7 +144,8 @@ class StructuredMLP(nn.Module):
         if self._nested is not None and x.is_cuda and not any(map(hooked, self._modules.values())):
             operands = [layer.operands(x) for layer in self._ups()]
             factors, tokens = [factors for factors, _, _ in operands], operands[0][1]
-            if tokens.element_size() == 2 and not transformed(tokens, *factors[0]):
+            simple = ordinary(tokens, *factors[0]) and not transformed(tokens, *factors[0])
+            if tokens.element_size() == 2 and simple:
                 down, _, bias = self.down.operands(x)
                 hidden_biases = [added for _, _, added in operands if added is not None]
                 return self._nested(factors, down, tokens, hidden_biases, bias)

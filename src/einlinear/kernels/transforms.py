@@ -4,16 +4,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-PLAIN = frozenset({Tensor, nn.Parameter})
+ORDINARY = frozenset({Tensor, nn.Parameter})
+
+
+def ordinary(*tensors: Tensor) -> bool:
+    """Whether all are torch's own, and none of another class that custom ops do not know, such as DTensor."""
+    return ORDINARY.issuperset(map(type, tensors))
 
 
 def transformed(*tensors: Tensor) -> bool:
-    """Whether custom ops do not know what is at work.
-
-    That is forward-mode derivatives, a `torch.func` transform, or tensors of another class, such as DTensor.
-    """
-    if not PLAIN.issuperset(map(type, tensors)):
-        return True
+    """Whether forward-mode derivatives or a `torch.func` transform are at work: custom ops know neither."""
     if torch.compiler.is_compiling():
         return False
     if torch._C._are_functorch_transforms_active():
