@@ -1,5 +1,6 @@
 """What is written runs: examples in docstrings, snippets in the README, and its generated table."""
 
+import csv
 import doctest
 import importlib.util
 import inspect
@@ -121,3 +122,18 @@ def test_the_table_of_goals_is_what_was_measured():
     sys.modules["goals"] = goals
     spec.loader.exec_module(goals)
     assert goals.page() == goals.PAGE.read_text(), "run python benchmarks/goals.py"
+
+
+def test_the_readmes_table_of_speed_is_what_was_measured():
+    with (ROOT / "benchmarks" / "results" / "nvidia_h200" / "layers.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["tokens"] == "16384" and row["d_in"] == row["d_out"]]
+    found = {(row["family"], row["d_in"], row["mode"]): float(row["ratio_to_dense"]) for row in rows}
+    _, after = (ROOT / "README.md").read_text().split("| forward / training, times as fast as dense |")
+    head, _, *lines = after.partition("\n\n")[0].splitlines()
+    widths = [cell.strip() for cell in head.strip("| ").split("|")]
+    assert len(lines) == 6
+    for line in lines:
+        family, *cells = [cell.strip() for cell in line.strip("| ").split("|")]
+        for width, cell in zip(widths, cells, strict=True):
+            speeds = (found[family.strip("`"), width, mode] for mode in ("forward", "training"))
+            assert cell == " / ".join(f"{speed:.2g}" for speed in speeds), f"{family} at {width}"

@@ -438,7 +438,33 @@ def test_what_is_explained_is_what_runs(zen, tokens):
             assert choice(tokens, False) == kernel.prepare(structure), told
 
 
+def test_explain_knows_each_gpu_by_its_number_and_no_other_device():
+    structure = el.BTT()(64, 64)
+    told = el.explain(structure, "cuda:1", torch.bfloat16)
+    assert told == el.explain(structure, torch.device("cuda:1"), torch.bfloat16)
+    assert told.replace("cuda:1", "cuda") == el.explain(structure, "cuda", torch.bfloat16)
+    for wrong, why in (("tpu", "pass cpu or cuda"), ("cpux", "pass cpu or cuda")):
+        with pytest.raises(el.StructureError, match=why):
+            el.explain(structure, wrong)
+
+
+def test_explain_compares_with_the_dense_layer_that_seconds_foretells():
+    for structure in (el.LowRank(rank=2)(8, 4), el.BTT()(1024, 1024)):
+        dense = el.Dense()(structure.d_in, structure.d_out)
+        times = min(
+            float(line.split(" of dense")[0].split(", ")[-1])
+            for line in el.explain(structure, tokens=64).splitlines()
+            if "of dense" in line
+        )
+        assert times == pytest.approx(el.seconds(structure, 64) / el.seconds(dense, 64), rel=0.01)
+
+
 def test_explain_of_something_else():
+    with pytest.raises(TypeError, match=r"in torch\.int8: pass a torch"):
+        el.explain(el.BTT()(16, 16), dtype=torch.int8)
+    for tokens in (-1, 1.5, "many"):
+        with pytest.raises(ValueError, match="pass a whole number"):
+            el.explain(el.BTT()(16, 16), tokens=tokens)
     with pytest.raises(TypeError, match="cannot explain a int: pass a Structure"):
         el.explain(3)
     with pytest.raises(TypeError, match="in 'bfloat16': pass a torch"):

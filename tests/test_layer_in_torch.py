@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_model, save_model
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 from torch.testing import assert_close
 
 import einlinear as el
@@ -135,6 +136,16 @@ def test_from_meta_to_memory(family, widths, options, assert_same):
 def test_device_and_dtype_of_all_parameters(family):
     layer = el.Linear(36, 64, family, device="meta", dtype=torch.float64, cap=True)
     assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.float64)}
+
+
+@pytest.mark.parametrize("tokens", [3, 300])
+def test_on_distributed_tensors(family, tokens, one_process, trained, named_gradients, assert_same):
+    layer = trained(el.Linear(36, 64, family))
+    x = torch.randn(tokens, 36)
+    wanted = named_gradients(layer, x)
+    spread = distribute_module(copy.deepcopy(layer), one_process)
+    found = named_gradients(spread, distribute_tensor(x, one_process, [Shard(0)]))
+    assert_same({name: tensor.full_tensor() for name, tensor in found.items()}, wanted, rtol=1e-4, atol=1e-4)
 
 
 # Copies and checkpoints

@@ -193,13 +193,6 @@ def test_a_changed_model_has_the_same_groups(change, optimizer: str) -> None:
     assert {id(p) for group in changed for p in group["params"]} == {id(p) for p in other.parameters()}
 
 
-@pytest.fixture
-def one_process(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_sharded_model_has_the_same_groups_and_trains_the_same(one_process, optimizer: str) -> None:
     from torch.distributed.fsdp import fully_shard

@@ -50,6 +50,14 @@ def test_what_does_not_run_as_one_is_told_why_and_runs_apart() -> None:
             torch.testing.assert_close(mine, layer(x))
 
 
+def test_hooks_on_a_layer_are_called() -> None:
+    layers, seen = [el.Linear(64, 64, "btt") for _ in range(3)], []
+    layers[1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    _, mine, _ = el.shared_input(torch.randn(1000, 64), *layers)
+    assert seen
+    assert seen[0] is mine
+
+
 def test_planned_once_it_compiles_without_a_break() -> None:
     layers = [el.Linear(64, 64, "btt", bias=False) for _ in range(3)]
     together, x = Together.of(*layers), torch.randn(1000, 64)

@@ -1,12 +1,15 @@
 """`StructuredMLP`: structured layers with an activation between, run as one where their blocks nest."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from einlinear.family import Family
-from einlinear.kernels import transformed
+from einlinear.kernels import hooked, ordinary, transformed
 from einlinear.kernels.junction import ACTIVATIONS, nest
 from einlinear.layer import Linear
+from einlinear.structure import StructureError
 
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu", "bilinear": "identity"}
 """Gated forms, `down(activation(gate(x)) * up(x))`, by their gate's activation (Shazeer 2020, arXiv 2002.05202)."""
@@ -56,30 +59,56 @@ class StructuredMLP(nn.Module):
         super().__init__()
         options = {"cap": cap, "device": device, "dtype": dtype}
         up = Linear(d_model, hidden, family, bias, **options)  # type: ignore[arg-type]
-        gate = Linear(d_model, hidden, family, bias, **options) if activation in GATED else None  # type: ignore[arg-type]
+        gated = isinstance(activation, str) and activation in GATED
+        gate = Linear(d_model, hidden, family, bias, **options) if gated else None  # type: ignore[arg-type]
         down = Linear(hidden, d_model, family, bias, zero=zero, **options)  # type: ignore[arg-type]
         self._assemble(up, down, activation, gate)
 
     @classmethod
-    def of(cls, up: Linear, down: Linear, activation: str, gate: Linear | None = None) -> "StructuredMLP":
-        """An MLP of layers that exist; `activation` is that of the gate where there is one: "silu", not "swiglu".
+    def of(
+        cls,
+        up: Linear,
+        down: Linear,
+        activation: str,
+        gate: Linear | None = None,
+        *,
+        names: Mapping[str, str] | None = None,
+    ) -> "StructuredMLP":
+        """An MLP of layers that exist.
+
+        Args:
+            up, down: read the input and make the output.
+            activation: that of the gate where there is one: "silu", not "swiglu".
+            gate: what is activated in place of `up`, and multiplied by it.
+            names: what state dicts call the layers, where not "up", "down" and "gate": those of another module,
+                whose checkpoints then fit.
 
         Raises:
             ValueError: for an unknown activation.
+            StructureError: for what are no structured layers, or whose widths do not fit.
         """
         mlp = cls.__new__(cls)
         nn.Module.__init__(mlp)
         gated = {plain: name for name, plain in GATED.items()}
-        mlp._assemble(up, down, gated.get(activation, activation) if gate else activation, gate)
+        mlp._assemble(up, down, activation if gate is None else gated.get(activation, activation), gate, names)
         return mlp
 
-    def _assemble(self, up: Linear, down: Linear, activation: str, gate: Linear | None) -> None:
-        plain = GATED.get(activation, activation) if gate else activation
-        if plain not in ACTIVATIONS:
-            known = ", ".join((*ACTIVATIONS, *GATED))
-            raise ValueError(f"cannot make an MLP with activation={activation!r}: pass one of {known}")
+    def _assemble(
+        self, up: Linear, down: Linear, activation: str, gate: Linear | None, names: Mapping[str, str] | None = None
+    ) -> None:
+        known = [*ACTIVATIONS, *(() if gate is None else GATED)]
+        if activation not in known:
+            raise ValueError(
+                f"cannot make an MLP with activation={activation!r}: pass one of {', '.join(ACTIVATIONS)}, or with a "
+                f"gate one of {', '.join(GATED)}"
+            )
+        plain = GATED.get(activation, activation)
+        layers = {"up": up, "down": down} | ({} if gate is None else {"gate": gate})
+        _check(layers)
         self.activation, self._plain = activation, plain
-        self.up, self.down, self.gate = up, down, gate
+        self._names = {part: (names or {}).get(part, part) for part in layers}
+        for part, layer in layers.items():
+            self._modules[self._names[part]] = layer
         ups = [layer.structure for layer in self._ups()]
         nested = nest(ups, self.down.structure, plain)
         if not isinstance(nested, str) and len({layer.bias is None for layer in self._ups()}) > 1:
@@ -87,15 +116,36 @@ class StructuredMLP(nn.Module):
         self.unfused = nested if isinstance(nested, str) else None
         self._nested = None if isinstance(nested, str) else nested
 
+    def _layer(self, part: str) -> Linear:
+        layer = self._modules[self._names[part]]
+        assert isinstance(layer, Linear)
+        return layer
+
+    @property
+    def up(self) -> Linear:
+        """What makes the hidden features: without a gate by itself, else those that the gate is multiplied by."""
+        return self._layer("up")
+
+    @property
+    def down(self) -> Linear:
+        """What makes the output of the hidden features."""
+        return self._layer("down")
+
+    @property
+    def gate(self) -> Linear | None:
+        """What is activated in a gated MLP."""
+        return self._layer("gate") if "gate" in self._names else None
+
     def _ups(self) -> list[Linear]:
         """What reads the input: the gate, where there is one, first."""
         return [self.up] if self.gate is None else [self.gate, self.up]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._nested is not None and x.is_cuda:
+        if self._nested is not None and x.is_cuda and not any(map(hooked, self._modules.values())):
             operands = [layer.operands(x) for layer in self._ups()]
             factors, tokens = [factors for factors, _, _ in operands], operands[0][1]
-            if tokens.element_size() == 2 and not transformed(tokens, *factors[0]):
+            simple = ordinary(tokens, *factors[0]) and not transformed(tokens, *factors[0])
+            if tokens.element_size() == 2 and simple:
                 down, _, bias = self.down.operands(x)
                 hidden_biases = [added for _, _, added in operands if added is not None]
                 return self._nested(factors, down, tokens, hidden_biases, bias)
@@ -105,3 +155,21 @@ class StructuredMLP(nn.Module):
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"
+
+
+def _check(layers: Mapping[str, object]) -> None:
+    """Refuses layers that cannot follow each other."""
+    widths: dict[str, tuple[int, int]] = {}
+    for part, layer in layers.items():
+        if not isinstance(layer, Linear):
+            raise StructureError(
+                f"cannot make an MLP with {part}={layer!r}: it takes structured layers, einlinear.Linear(...) or "
+                f"einlinear.Linear.from_dense(layer, family)"
+            )
+        widths[part] = layer.in_features, layer.out_features
+    if widths["down"][0] != widths["up"][1] or widths.get("gate", widths["up"]) != widths["up"]:
+        told = ", ".join(f"{part} {d_in} to {d_out}" for part, (d_in, d_out) in widths.items())
+        raise StructureError(
+            f"cannot make an MLP of layers that do not fit ({told}): down reads what up makes, and gate and up have "
+            f"the same widths"
+        )

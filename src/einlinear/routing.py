@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from einlinear.kernels import Routing
+from einlinear.kernels import Routing, hooked
 from einlinear.kernels.select import TIE, route, routes
 from einlinear.structure import StructureError, is_count
 
@@ -122,9 +122,8 @@ class Router(nn.Module):
 
     def joins(self, x: Tensor) -> bool:
         """Whether a layer may route `x` in an operator of its own, by `scaled` and `bias`, and then `record` it."""
-        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
         choices = self.choice == "token" and self.capacity is None and not (self.training and self.jitter)
-        return choices and type(self) is Router and not hooks and routes(x, self.experts)
+        return choices and type(self) is Router and not hooked(self) and routes(x, self.experts)
 
     @property
     def scaled(self) -> Tensor:

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from torch import Tensor, nn
 
-from einlinear.kernels import transformed
+from einlinear.kernels import hooked, ordinary, transformed
 from einlinear.kernels.joint import Joint, join
 from einlinear.kernels.shared import Shared, share
 from einlinear.layer import Linear
@@ -59,13 +59,14 @@ class Together:
 
     def __call__(self, x: Tensor, *layers: nn.Module) -> list[Tensor]:
         """What each layer makes of `x`, `[..., d_in]`."""
-        if self.joint is None and (self.shared is None or not x.is_cuda):
+        if (self.joint is None and (self.shared is None or not x.is_cuda)) or any(map(hooked, layers)):
             return [layer(x) for layer in layers]
         operands = [layer.operands(x) for layer in layers if isinstance(layer, Linear)]
         factors, tokens = [each for each, _, _ in operands], operands[0][1]
         biases = [bias for _, _, bias in operands if bias is not None]
         everything = [factor for each in factors for factor in each]
-        if len(biases) in (0, len(layers)) and not transformed(tokens, *everything):
+        simple = ordinary(tokens, *everything) and not transformed(tokens, *everything)
+        if len(biases) in (0, len(layers)) and simple:
             # On a GPU 2.1 to 8.3 times as fast as dense in training (benchmarks/NOTES.md), and without a copy.
             if self.shared and tokens.is_cuda and tokens.element_size() == 2:
                 return self.shared(factors, tokens, biases)

@@ -77,7 +77,7 @@ def candidates(
             refused(str(family), "cannot be had at this width")
             continue
         work, size = _cost(maps)
-        if work > costliest * dense[0]:
+        if not work <= costliest * dense[0]:  # of no number at all, too
             refused(str(family), f"costs more than {costliest:g} of dense's FLOPs")
         elif (form := tuple(map(canonical, maps))) == plain:
             refused(str(family), "is dense in other words")
@@ -92,10 +92,10 @@ def candidates(
             refused(str(other), "is another one in other words")
         psi, nu, omega = taxonomy(family)
         taken = _seconds(_maps(family, width), device)
-        if psi < least_rank:
-            refused(str(family), f"ψ, the exponent of its rank, is below {least_rank:g}")
-        elif omega > most_sharing:
-            refused(str(family), f"ω, the exponent of its sharing, is above {most_sharing:g}")
+        if not psi >= least_rank:
+            refused(str(family), f"has a rank whose exponent ψ is below {least_rank:g}")
+        elif not omega <= most_sharing:
+            refused(str(family), f"has a sharing whose exponent ω is above {most_sharing:g}")
         elif taken and dense_seconds and taken > slowest * dense_seconds:
             refused(str(family), f"is modelled to take more than {slowest:g} of dense's seconds")
         else:

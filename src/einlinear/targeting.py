@@ -56,12 +56,9 @@ def linear_layers(model: nn.Module) -> list[LinearLayer]:
     Raises:
         ValueError: for a model that is one itself.
     """
-    # A model that holds a Conv1D of transformers has had its module imported.
-    transformers = sys.modules.get("transformers.pytorch_utils")
-    kinds: list[type[nn.Module]] = [nn.Linear, Linear, *([] if transformers is None else [transformers.Conv1D])]
     found: dict[nn.Module, LinearLayer] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        for kind in kinds:
+        for kind in linear_kinds():
             if isinstance(module, kind):
                 found.setdefault(module, LinearLayer(module, [], kind)).names.append(name)
     if model in found:
@@ -70,6 +67,13 @@ def linear_layers(model: nn.Module) -> list[LinearLayer]:
             f"use einlinear.Linear.from_dense(model, family)"
         )
     return list(found.values())
+
+
+def linear_kinds() -> tuple[type[nn.Module], ...]:
+    """The classes of linear layers."""
+    # A model that holds a Conv1D of transformers has had its module imported.
+    transformers = sys.modules.get("transformers.pytorch_utils")
+    return (nn.Linear, Linear, *([] if transformers is None else [transformers.Conv1D]))
 
 
 def loose_weights(model: nn.Module) -> dict[str, str]:

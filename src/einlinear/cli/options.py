@@ -1,6 +1,7 @@
 """What several verbs have in common: options, how they are read, and tables."""
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,13 +46,17 @@ def torch_type(name: str) -> Any:
 
 def known_device(name: str, *, present: bool = False) -> str:
     """The name of a device that layers run on; with `present`, one that this machine has."""
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"cannot use the device '{name}': pass cpu or cuda")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"cannot use the device '{name}': pass cpu, cuda or, of several, one such as cuda:1")
     if present and name != "cpu":
         import torch
 
         if not torch.cuda.is_available():
             raise ValueError(f"cannot use the device '{name}': this torch sees no CUDA device; pass cpu")
+        if torch.device(name).index not in (None, *range(torch.cuda.device_count())):
+            raise ValueError(
+                f"cannot use the device '{name}': torch sees {torch.cuda.device_count()} of them, from cuda:0"
+            )
     return name
 
 
@@ -73,6 +78,8 @@ def can_be_written(path: Path | None, *suffixes: str) -> None:
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"cannot write {path}: {folder} is no folder that may be written to")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ValueError(f"cannot write {path}: it is there already, and may not be written to")
 
 
 FIGURES = (".svg", ".png")

@@ -1,6 +1,7 @@
 """What a structure is, costs and needs: `table`, `candidates`, `describe`, `check`."""
 
 import json
+from collections import Counter
 from typing import Annotated, Any
 
 import typer
@@ -65,7 +66,17 @@ def candidates(
     as_json: Json = False,
 ) -> None:
     """Structures worth a try: θ, ranks and block counts, each linear map once, pruned by cost and taxonomy."""
-    found = el.candidates(width, costliest=costliest, least_rank=least_rank, most_sharing=most_sharing)
+    left: list[str] = []
+    found = el.candidates(
+        width,
+        costliest=costliest,
+        least_rank=least_rank,
+        most_sharing=most_sharing,
+        refused=lambda _, reason: left.append(reason),
+    )
+    if not found:
+        often = "; ".join(f"{reason} ({count})" for reason, count in Counter(left).most_common(2))
+        raise ValueError(f"no structure of width {width} is a candidate; most often it {often}; ask for less")
     if as_json:
         typer.echo(json.dumps([vars(candidate) for candidate in found], indent=2))
         return

@@ -8,7 +8,7 @@ from functools import lru_cache, singledispatch
 import torch
 from torch import Tensor
 
-from einlinear.clock import dense_seconds
+from einlinear.clock import seconds
 from einlinear.contract import check, pad_last
 from einlinear.kernels.blocked import Blocked, Turned
 from einlinear.kernels.bottleneck import Bottleneck
@@ -22,8 +22,10 @@ from einlinear.kernels.reference import Materialised, Reference, Rows
 from einlinear.kernels.routed import Routing as Routing
 from einlinear.kernels.routed import explain_routed
 from einlinear.kernels.routed import routed_plan as routed_plan
+from einlinear.kernels.transforms import hooked as hooked
+from einlinear.kernels.transforms import ordinary as ordinary
 from einlinear.kernels.transforms import transformed as transformed
-from einlinear.structure import Structure
+from einlinear.structure import Structure, is_count
 
 KERNELS: tuple[Kernel, ...] = (
     Pair(),
@@ -90,7 +92,7 @@ class Plan:
         choice = halved if x.element_size() == 2 else single
         # Of torch.compile too, torch says that it is exporting.
         exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-        if exporting or torch._C._get_tracing_state() or transformed(x, *factors):
+        if exporting or torch._C._get_tracing_state() or not ordinary(x, *factors) or transformed(x, *factors):
             run = self.plain
         else:
             records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *factors))
@@ -164,21 +166,24 @@ def explain(subject: object, *args: object, **options: object) -> str:
 @explain.register
 def _(
     structure: Structure,
-    device: str = "cpu",
+    device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     tokens: int = 1024,
     training: bool = False,
 ) -> str:
-    if not isinstance(dtype, torch.dtype):
+    if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype.is_complex):
         raise TypeError(f"cannot explain how a structure runs in {dtype!r}: pass a torch.dtype, as torch.bfloat16")
+    if not (tokens == 0 or is_count(tokens)):
+        raise ValueError(f"cannot explain how a structure runs {tokens!r} tokens: pass a whole number")
     if structure.routed:
         return explain_routed(structure, tokens, device, dtype)
     canonical, target, judged = structure.canonical, Target.of(device, dtype), _judged(tokens)
     refusals = {kernel: kernel.refuses(canonical, target) for kernel in KERNELS}
     fitting = [kernel for kernel in KERNELS if refusals[kernel] is None]
     chosen = _fastest(fitting, canonical, judged, target, training)
-    dense = dense_seconds(structure.d_in, structure.d_out, tokens, target.machine, training)
     mode = "forward and backward" if training else "forward"
+    plain = Structure.parse("i, o i -> o", i=structure.d_in, o=structure.d_out)
+    dense = seconds(plain, tokens, target.device, dtype, "training" if training else "forward")
     bound = "" if judged == tokens else f", as up to {judged}"
     lines = [
         f"{structure!r}",

@@ -145,7 +145,8 @@ class Nested:
         seconds = [factors[1].reshape(hidden.weight) for factors, (_, hidden) in zip(ups, self.up, strict=True)]
         states = [state.reshape(hidden.view) for state, (_, hidden) in zip(states, self.up, strict=True)]
         state = junction(states, seconds, list(hidden_biases), down[0].reshape(onward.weight), self.activation)
-        return follow(out, state, down[1], tokens, bias, out.tiled).reshape(*x.shape[:-1], -1)
+        width = math.prod(out.weight[:2])
+        return follow(out, state, down[1], tokens, bias, out.tiled).reshape(*x.shape[:-1], width)
 
 
 def nest(ups: Sequence[Structure], down: Structure, activation: str) -> Nested | str:

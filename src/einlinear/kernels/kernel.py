@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from einlinear.clock import WAYS, Machine, machine
-from einlinear.structure import Structure
+from einlinear.structure import Structure, StructureError
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,17 @@ class Target:
     """FLOPs of a large matmul in the time that it takes to start one."""
 
     @classmethod
-    def of(cls, device: str, dtype: torch.dtype) -> "Target":
-        if device != "cuda":
-            return CPU_HALF if dtype.itemsize == 2 else CPU
-        return CUDA_HALF if dtype.itemsize == 2 else CUDA
+    def of(cls, device: torch.device | str, dtype: torch.dtype) -> "Target":
+        """That of a device, as "cpu" or "cuda:0", and a type.
+
+        Raises:
+            StructureError: for another device.
+        """
+        kind = str(device).partition(":")[0]
+        if kind not in ("cpu", "cuda"):
+            raise StructureError(f"cannot choose a kernel for the device '{device}': pass cpu or cuda")
+        half = dtype.itemsize == 2
+        return (CUDA_HALF if half else CUDA) if kind == "cuda" else (CPU_HALF if half else CPU)
 
     @property
     def machine(self) -> Machine:

@@ -65,7 +65,7 @@ def pair(x: Tensor, firsts: Sequence[Tensor], seconds: Sequence[Tensor], biases:
     else:
         for p, (first, second, y) in enumerate(zip(firsts, seconds, ys, strict=True)):
             by_stages(x, first, second, biases[p] if biases else None, y)
-    return [y.view(tokens, -1) for y in ys]
+    return [y.flatten(1) for y in ys]
 
 
 @pair.register_fake

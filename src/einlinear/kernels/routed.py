@@ -344,7 +344,7 @@ def choose(structure: Structure, target: Target, tokens: int) -> RoutedKernel:
     return min(fitting, key=lambda kernel: kernel.cost(structure, tokens, target))
 
 
-def explain_routed(structure: Structure, tokens: int, device: str, dtype: torch.dtype) -> str:
+def explain_routed(structure: Structure, tokens: int, device: torch.device | str, dtype: torch.dtype) -> str:
     """Each kernel's modelled cost or refusal, as text."""
     canonical, target = structure.canonical, Target.of(device, dtype)
     chosen, dense = choose(canonical, target, tokens), 2 * structure.d_in * structure.d_out

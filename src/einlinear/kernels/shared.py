@@ -1,5 +1,6 @@
 """Layers of two factors that read the same input: their first factors in one launch, a few tokens in one altogether."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -32,7 +33,8 @@ class Shared:
             added: Sequence[Tensor | None] = biases or [None] * len(first)
             ends = zip(self.seconds, states, second, added, strict=True)
             ys = [follow(link, state, factor, len(rows), bias, True) for link, state, factor, bias in ends]
-        return [y.reshape(*x.shape[:-1], -1) for y in ys]
+        widths = [math.prod(link.weight[:2]) for link in self.seconds]
+        return [y.reshape(*x.shape[:-1], width) for y, width in zip(ys, widths, strict=True)]
 
 
 def share(structures: Sequence[Structure]) -> Shared | str:

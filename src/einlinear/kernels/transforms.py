@@ -1,8 +1,15 @@
 """Where custom operators cannot go."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
+
+ORDINARY = frozenset({Tensor, nn.Parameter})
+
+
+def ordinary(*tensors: Tensor) -> bool:
+    """Whether all are torch's own, and none of another class that custom ops do not know, such as DTensor."""
+    return ORDINARY.issuperset(map(type, tensors))
 
 
 def transformed(*tensors: Tensor) -> bool:
@@ -13,3 +20,10 @@ def transformed(*tensors: Tensor) -> bool:
         return True
     inside = forward_ad._current_level >= 0  # of a dual_level(); asking each tensor takes longer
     return inside and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def hooked(module: nn.Module | None) -> bool:
+    """Whether something else is called with it, which an operator that does its work would pass by."""
+    return module is not None and bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

@@ -35,12 +35,13 @@ from einlinear.linalg.questions import (
 )
 from einlinear.linalg.rules.determinant import SLOGDET
 from einlinear.linalg.rules.factors import CHOLESKY, PLU
-from einlinear.linalg.rules.functions import APPLY, EXP, LOG, SQRT, TRACE_OF, Function, power
+from einlinear.linalg.rules.functions import APPLY, TRACE_OF
 from einlinear.linalg.rules.inverse import INVERSE
 from einlinear.linalg.rules.norm import FROBENIUS, SUMS
 from einlinear.linalg.rules.singular import PINV, SINGULAR, SVDVALS
 from einlinear.linalg.rules.spectral import EIG, EIGH, EIGVALS, EIGVALSH
 from einlinear.linalg.rules.trace import DIAGONAL, TRACE
+from einlinear.linalg.scalar import EXP, LOG, SQRT, Function, power
 from einlinear.linalg.subjects import Subject, operator
 from einlinear.linalg.table import Table
 from einlinear.operator import OperatorError

@@ -12,12 +12,13 @@ from einlinear.linalg.direct import written
 from einlinear.linalg.iterative import extreme
 from einlinear.linalg.rules.determinant import SLOGDET, Determinant, real_if_real
 from einlinear.linalg.rules.factors import CHOLESKY, LU, PLU
-from einlinear.linalg.rules.functions import APPLY, EXP, LOG, SQRT, TRACE_OF, Function, power
+from einlinear.linalg.rules.functions import APPLY, TRACE_OF
 from einlinear.linalg.rules.inverse import INVERSE
 from einlinear.linalg.rules.norm import FROBENIUS, SUMS
 from einlinear.linalg.rules.singular import PINV, SINGULAR, SVD, SVDVALS, default_cut
 from einlinear.linalg.rules.spectral import EIG, EIGH, EIGVALS, EIGVALSH, Spectrum
 from einlinear.linalg.rules.trace import DIAGONAL, TRACE
+from einlinear.linalg.scalar import EXP, LOG, SQRT, Function, power
 from einlinear.linalg.subjects import Subject, fitting, hermitian, operator, ready
 from einlinear.operator import Dense, Operator, OperatorError, product, transformed
 from einlinear.operators import Selection

@@ -15,12 +15,9 @@ from einlinear.linalg.refined import Refined, detached, differentiable_logdet, w
 from einlinear.linalg.rules import banded
 from einlinear.linalg.rules.inverse import (
     INVERSE,
-    WoodburyInverse,
     by_eigenvectors,
-    capacitance,
     eliminates,
     first_block,
-    regular_base,
     schur,
     shifted_kronecker,
 )
@@ -35,6 +32,7 @@ from einlinear.linalg.rules.predicates import (
 )
 from einlinear.linalg.rules.spectral import EIGVALS, EIGVALSH
 from einlinear.linalg.table import Rule, Table
+from einlinear.linalg.woodbury import WoodburyInverse, capacitance, regular_base
 from einlinear.operator import Identity, Operator, OperatorError, Product, Scaled, Sum
 from einlinear.operators import (
     Banded,

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 
 from einlinear.linalg.direct import cholesky, cubic, written
-from einlinear.linalg.rules.functions import SQRT
 from einlinear.linalg.rules.predicates import blocks, body, factors, square_blocks, square_factors
+from einlinear.linalg.scalar import SQRT
 from einlinear.linalg.table import Rule, Table
 from einlinear.operator import Dense, Identity, Operator, OperatorError, Scaled, multiple, transformed
 from einlinear.operators import BlockDiagonal, Diagonal, DirectSum, Kronecker, Triangular, kron

@@ -1,17 +1,14 @@
 """Functions of an operator: exp, log, sqrt, powers, and any function of its eigenvalues."""
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import reduce
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from einlinear.linalg.borrowed import matrix_function
 from einlinear.linalg.direct import affordable, cubic, written
 from einlinear.linalg.iterative import IterativeFunction, trace_of
+from einlinear.linalg.matrix_functions import BySchur, OfHermitian
 from einlinear.linalg.rules.inverse import INVERSE, RealPart, nonzero
 from einlinear.linalg.rules.predicates import (
     blocks,
@@ -28,6 +25,7 @@ from einlinear.linalg.rules.predicates import (
 )
 from einlinear.linalg.rules.spectral import EIG, EIGH, EIGVALSH
 from einlinear.linalg.rules.trace import TRACE
+from einlinear.linalg.scalar import EXP, LOG, Function
 from einlinear.linalg.table import Rule, Table
 from einlinear.operator import (
     Dense,
@@ -42,70 +40,6 @@ from einlinear.operator import (
     transformed,
 )
 from einlinear.operators import BlockDiagonal, Circulant, Diagonal, DirectSum, Kronecker, KroneckerSum, kron
-
-
-@dataclass(frozen=True)
-class Function:
-    """A function of one number, `of`, with its derivative, which is needed where eigenvalues coincide."""
-
-    name: str
-    of: Callable[[Tensor], Tensor]
-    slope: Callable[[Tensor], Tensor] | None = None
-    domain: str = "all"
-    """Where the value is real and finite: "all", "positive", "nonnegative" or "nonzero" numbers."""
-    exponent: float | None = None
-    """p, where the function is the power p."""
-
-    def __call__(self, values: Tensor) -> Tensor:
-        """The values, refused outside the domain; of complex numbers, 0 alone can be outside."""
-        if self.domain != "all" and not transformed(values) and values.numel():
-            if self.domain != "nonnegative" and bool((values == 0).any()):
-                raise OperatorError(
-                    f"cannot take the {self.name} of a singular operator: at its eigenvalue 0 there is no finite value"
-                )
-            low = 0.0 if values.is_complex() or self.domain == "nonzero" else float(values.detach().min())
-            if low < 0:
-                raise OperatorError(
-                    f"cannot take the {self.name} of an operator with the eigenvalue {low:.3g}: the value is complex; "
-                    f".to(torch.complex128) allows it"
-                )
-        if self.domain in ("positive", "nonnegative") and values.is_complex():
-            values = values + 0  # −1 − 0i is −1: its argument is π
-        return self.of(values)
-
-    def at(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """The values at computed eigenvalues, `[..., n]`, of a matrix of this dtype."""
-        return self(self.cleared(values, dtype))
-
-    def cleared(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """Computed eigenvalues of a matrix of this dtype, freed of what rounding alone made.
-
-        Where there is a cut along the negative numbers, real ones that are negative to rounding count as zero, and
-        complex ones beside the cut lie on it: the principal value there has the argument π.
-        """
-        if self.domain in ("positive", "nonnegative") and values.shape[-1]:
-            rounding = values.shape[-1] * torch.finfo(values.dtype).eps * values.detach().abs().amax(-1, keepdim=True)
-            real = values.real
-            if values.is_complex():
-                beside = (real < 0) & (values.imag.abs() <= rounding)
-                values = torch.complex(real, torch.where(beside, 0.0, values.imag))
-            else:
-                values = torch.where((real < 0) & (real >= -rounding), 0, real)
-                if dtype.is_complex and not transformed(values) and bool((values < 0).any()):
-                    values = values.to(dtype)
-        return values
-
-
-EXP = Function("exp", torch.exp, torch.exp)
-LOG = Function("log", torch.log, torch.reciprocal, "positive")
-SQRT = Function("sqrt", torch.sqrt, lambda x: 0.5 * x.rsqrt(), "nonnegative", 0.5)
-
-
-def power(p: float) -> Function:
-    """x ↦ xᵖ."""
-    whole = float(p).is_integer()
-    domain = ("all" if p >= 0 else "nonzero") if whole else "nonnegative" if p >= 0 else "positive"
-    return Function(f"power {p:g}", lambda x: x**p, lambda x: p * x ** (p - 1), domain, p)
 
 
 def is_exp(_: Operator, f: Function) -> bool:
@@ -203,50 +137,13 @@ def _dense_hermitian(operator: Operator, f: Function) -> Operator:
     matrix = written(operator)
     if f.slope is None:
         return by_eigh(operator, f)
-    made = Dense(_Spectral.apply(matrix, f)) if torch.is_grad_enabled() and needs_gradient(matrix) else None
+    made = Dense(OfHermitian.apply(matrix, f)) if torch.is_grad_enabled() and needs_gradient(matrix) else None
     return by_eigh(operator, f) if made is None else made
 
 
 def needs_gradient(tensor: Tensor) -> bool:
     """Whether a derivative with respect to the tensor may be asked for."""
     return tensor.requires_grad or transformed(tensor)
-
-
-class _Spectral(torch.autograd.Function):
-    """f(A) for Hermitian A; its derivative by divided differences, finite where eigenvalues coincide.
-
-    Daleckii and Krein 1965; Higham, Functions of Matrices, theorem 3.11.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(matrix: Tensor, f: Function) -> Tensor:
-        values, vectors = torch.linalg.eigh(matrix)
-        return (vectors * f.at(values, matrix.dtype)[..., None, :]) @ vectors.mH
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(inputs[0])
-        ctx.f = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (matrix,) = ctx.saved_tensors
-        values, vectors = torch.linalg.eigh(matrix)
-        inner = vectors.mH @ gradient @ vectors
-        weights = divided(ctx.f.cleared(values, matrix.dtype), ctx.f).conj()
-        return vectors @ (weights * inner) @ vectors.mH, None
-
-
-def divided(values: Tensor, f: Function) -> Tensor:
-    """(f(λᵢ) − f(λⱼ)) / (λᵢ − λⱼ), and f′ between close ones."""
-    assert f.slope is not None
-    row, column = values[..., :, None] + 0, values[..., None, :] + 0
-    gap, scale = row - column, torch.maximum(row.abs(), column.abs())
-    close = gap.abs() <= 1e-5 * scale
-    quotient = (f.of(row) - f.of(column)) / torch.where(close, 1, gap)
-    return torch.where(close, f.slope((row + column) / 2), quotient)
 
 
 def _dense_power(operator: Operator, f: Function) -> Operator:
@@ -283,7 +180,7 @@ def _by_schur(operator: Operator, matrix: Tensor, f: Function) -> Tensor:
             f"cannot take the {f.name} of {operator!r}: its eigenvectors are dependent to working precision "
             f"(a Jordan block), and only exp, log, sqrt and powers are known there"
         )
-    made: Tensor = _Schur.apply(matrix, name, f.exponent)
+    made: Tensor = BySchur.apply(matrix, name, f.exponent)
     if not bool(made.isfinite().all()) or not _is_root(made.detach(), matrix.detach(), f):
         raise OperatorError(f"cannot take the {f.name} of {operator!r}: it has none, or none that is finite")
     return made
@@ -295,25 +192,6 @@ def _is_root(made: Tensor, matrix: Tensor, f: Function) -> bool:
         return True
     back = torch.linalg.matrix_exp(made) if f is LOG else made @ made
     return bool((back - matrix).norm() <= torch.finfo(matrix.dtype).eps ** 0.4 * matrix.norm())
-
-
-class _Schur(torch.autograd.Function):
-    """log and powers by scipy; their derivative is a block of f([[Aᴴ, G], [0, Aᴴ]]) (Higham, theorem 3.6)."""
-
-    @staticmethod
-    def forward(ctx: Any, matrix: Tensor, name: str, p: float | None) -> Tensor:
-        ctx.save_for_backward(matrix)
-        ctx.settings = (name, p)
-        return matrix_function(matrix, name, p)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (matrix,) = ctx.saved_tensors
-        n = matrix.shape[-1]
-        adjoint = matrix.mH
-        top = torch.cat([adjoint, gradient.to(adjoint.dtype)], -1)
-        bottom = torch.cat([torch.zeros_like(adjoint), adjoint], -1)
-        return _Schur.apply(torch.cat([top, bottom], -2), *ctx.settings)[..., :n, n:], None, None
 
 
 APPLY = Table(
