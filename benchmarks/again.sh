@@ -20,7 +20,7 @@ run() { # at most so many seconds, which must be there
 
 mkdir -p "$folder"
 cp -n benchmarks/results/nvidia_h200/*.csv "$folder"/
-first="layers|mlps|few" second="decode|shared|tokens"
+first="layers|mlps|few|decode" second="shared|tokens"
 gpt=(--families dense btt "monarch(blocks=16)")
 limited=("layer btt" "layer monarch")
 
@@ -33,16 +33,16 @@ run 70 python3 benchmarks/counters.py "$folder/ahead.csv" --watched --seconds 40
 wait
 rm -rf "$folder/ahead"
 
-say "layers, MLPs, few tokens"
-run 90 python3 benchmarks/gpu.py "$folder" --only "$first" --again
+say "layers, MLPs, few tokens, decoding"
+run 110 python3 benchmarks/gpu.py "$folder" --only "$first" --again
 say "a training step"
-run 60 python3 benchmarks/gpt_step.py "$folder" --chunks 2 --rows 512 1024 2048 "${gpt[@]}"
+run 60 python3 benchmarks/gpt_step.py "$folder" --chunks 2 --rows 1024 512 2048 "${gpt[@]}"
+say "layers of one input, odd numbers of tokens"
+run 40 python3 benchmarks/gpu.py "$folder" --only "$second" --again
 say "counters"
-if [ "$(left)" -gt 18 ]; then
-    run 25 python3 benchmarks/counters.py "$folder/counters.csv" --seconds 8 --only "${limited[@]}"
+if [ "$(left)" -gt 22 ]; then
+    run 30 python3 benchmarks/counters.py "$folder/counters.csv" --seconds 12 --only "${limited[@]}"
 fi
-say "decoding, layers of one input, odd numbers of tokens"
-run 60 python3 benchmarks/gpu.py "$folder" --only "$second" --again
 say "torch.compile"
 run 60 python3 benchmarks/gpu.py "$folder" --only compiled --again
 say "every kernel"

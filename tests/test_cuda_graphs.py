@@ -59,27 +59,6 @@ def test_a_replay_is_an_mlp_by_its_junction(activation):
     replays_as_it_runs(mlp, 100)
 
 
-@pytest.mark.parametrize("family", ["dense", "btt", "monarch(blocks=4)", "low_rank(rank=16)"])
-def test_a_step_of_the_gpt_compiled_and_in_a_graph_is_the_step_as_it_stands(family):
-    """Blocks compiled, fused AdamW and the copy in bfloat16 included; and it never waits for the GPU."""
-    ids = torch.arange(20000) ** 2 % 61
-    task = Sequences("squares", "", "f", 61, 64, ids, ids, limit=400)
-    recipe = Recipe(batch=16, base_width=128, base_depth=2, head=32, precision="bfloat16", warmup=5)
-    trunk = Trunk(family=family, width=128, depth=2, rate=2**-8, seed=0, horizons=(100,), recipe=recipe)
-    curves = []
-    for compiled in (False, True):
-        training = Training(trunk, task, Execution(device="cuda", compiled=compiled, graphed=compiled))
-        list(training.advance(2 * CHUNK))
-        curves.append([loss for _, loss in training.curve])
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        training.update(*training._batch(training.step), 0.5)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert curves[1] == pytest.approx(curves[0], rel=2e-2)
-
-
 def replays_as_it_runs(layer, tokens):
     dtype = next(layer.parameters()).dtype
     x = torch.randn(tokens, 256, device="cuda", dtype=dtype, requires_grad=True)
@@ -99,3 +78,24 @@ def replays_as_it_runs(layer, tokens):
     assert_close(y, wanted, rtol=0, atol=0)
     for found, want in zip(grads, wanted_grads, strict=True):
         assert_close(found, want, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize("family", ["dense", "btt", "monarch(blocks=4)", "low_rank(rank=16)"])
+def test_a_step_of_the_gpt_compiled_and_in_a_graph_is_the_step_as_it_stands(family):
+    """Blocks compiled, fused AdamW and the copy in bfloat16 included; and it never waits for the GPU."""
+    ids = torch.arange(20000) ** 2 % 61
+    task = Sequences("squares", "", "f", 61, 64, ids, ids, limit=400)
+    recipe = Recipe(batch=16, base_width=128, base_depth=2, head=32, precision="bfloat16", warmup=5)
+    trunk = Trunk(family=family, width=128, depth=2, rate=2**-8, seed=0, horizons=(100,), recipe=recipe)
+    curves = []
+    for compiled in (False, True):
+        training = Training(trunk, task, Execution(device="cuda", compiled=compiled, graphed=compiled))
+        list(training.advance(2 * CHUNK))
+        curves.append([loss for _, loss in training.curve])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        training.update(*training._batch(training.step), 0.5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert curves[1] == pytest.approx(curves[0], rel=2e-2)

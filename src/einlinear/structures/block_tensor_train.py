@@ -166,7 +166,8 @@ def _fast(d_in: int, d_out: int, rank: int, tokens: int = 16384) -> Structure:
         if whole and channels * each >= 0.9 * budget and channels * g * f >= needed:
             candidates.append(_block_chain((d_in // g, g), (f, d_out // f), channels))
     training = {structure: seconds(structure, tokens, "cuda", mode="training") for structure in candidates}
-    tied = [structure for structure in candidates if training[structure] <= TIE * min(training.values())]
+    bound = min(TIE * min(training.values()), training[balanced])
+    tied = [structure for structure in candidates if training[structure] <= bound]
     return min(tied, key=lambda structure: seconds(structure, tokens, "cuda"))
 
 
