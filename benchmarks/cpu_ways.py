@@ -127,8 +127,9 @@ def fit(path: str = str(RESULTS), processor: str = "") -> None:
         for way in clock_cpu.MEASURED:
             if row[way]:
                 family = el.Dense() if way == "dense" else el.structure(row["family"])
-                counted = clock_cpu.terms(way, family(*widths).canonical, tokens)
-                case = f"{way} {getattr(torch, row['dtype']).itemsize} {row['mode']}"
+                size = getattr(torch, row["dtype"]).itemsize
+                counted = clock_cpu.terms(way, family(*widths).canonical, tokens, size)
+                case = f"{way} {size} {row['mode']}"
                 samples.setdefault(case, []).append((counted, 1e-3 * float(row[way])))
     costs = {}
     for case, found in samples.items():

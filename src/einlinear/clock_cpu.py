@@ -26,6 +26,7 @@ TERMS = (
     "apart",
     "packed",
     "far",
+    "fresh",
 )
 """What is counted of a chain of matmuls on so many tokens:
 
@@ -41,7 +42,8 @@ TERMS = (
 * wide: numbers between two matmuls, where there are more than at either end;
 * apart: FLOPs of blocks, beyond a few tokens: their rows do not lie together;
 * packed: weights, beyond a few tokens, which are brought into another order first;
-* far: weights beyond 2^18 of them, which no longer stay in the second-level cache.
+* far: weights beyond 2^18 of them, which no longer stay in the second-level cache;
+* fresh: bytes of results so large that the system may be asked for them in every call.
 """
 
 Cost = tuple[float, ...]
@@ -55,8 +57,8 @@ MEASURED = ("dense", "rows", "columns", "blocked", "turned", "native")
 FEW, FAR = 5, 2**18
 """Tokens up to which weights are used as they lie; weights that the second-level cache holds."""
 
-FRESH, PIECE = 3.4e-10, 2**25
-"""Seconds for each byte of memory that comes from the system; glibc keeps no pieces from this size on."""
+PIECE = 2**21
+"""Bytes from which on memory may come from the system: what is larger than the second-level cache."""
 
 AGAIN = 1.15
 """By how much an operator of our own is slower than torch's matmuls on a CPU; for few tokens it is more."""
@@ -79,12 +81,11 @@ def seconds(way: str, structure: Structure, tokens: int, size: int, training: bo
     """The modelled time of a canonical structure run by `way`, one of those measured, on numbers of `size` bytes."""
     mode = "training" if training else "forward"
     each = costs()[kind()][f"{way} {size} {mode}"]
-    known = sum(cost * count for cost, count in zip(each, terms(way, structure, tokens), strict=True))
-    return known + FRESH * (2 if training else 1) * fresh(way, structure, tokens * size)
+    return sum(cost * count for cost, count in zip(each, terms(way, structure, tokens, size), strict=True))
 
 
-def terms(way: str, structure: Structure, tokens: int) -> Cost:
-    """How many of each of `TERMS` there are."""
+def terms(way: str, structure: Structure, tokens: int, size: int) -> Cost:
+    """How many of each of `TERMS` there are, for numbers of `size` bytes."""
     found = dict.fromkeys(TERMS, 0.0)
     found["call"] = 1
     ends, last = max(structure.size(structure.x), structure.size(structure.y)), structure.steps[-1]
@@ -106,11 +107,12 @@ def terms(way: str, structure: Structure, tokens: int) -> Cost:
         found["number"] += tokens * (structure.size(step.state) + result)
         found["wide"] += tokens * result if step is not last and result > ends else 0
     found["far"] = max(0.0, found["weight"] - FAR)
+    found["fresh"] = fresh(way, structure, tokens * size)
     return tuple(found.values())
 
 
 def fresh(way: str, structure: Structure, bytes_of_one: int) -> int:
-    """Bytes of pieces of memory so large that the system is asked for them in every call."""
+    """Bytes of results so large that the system may be asked for them."""
     kept = way in ("blocked", "turned", "native")  # their states are small, or in memory of their own
     made = structure.steps[-1:] if kept else structure.steps
     pieces = [bytes_of_one * structure.size(step.result) for step in made]
