@@ -291,3 +291,13 @@ def test_saved_and_loaded(tmp_path):
 def test_errors_are_one_sentence(make, says):
     with pytest.raises(el.StructureError, match=says):
         make()
+
+
+@pytest.mark.parametrize("compiling", [True, False])
+def test_compiled_layers_run_no_expert_that_is_not_chosen(compiling: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All experts on all tokens are for exports alone; torch 2.11 says of torch.compile too that it is exporting."""
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda: compiling)
+    layer, x = el.Linear(64, 64, "btt", experts=8, active=1), torch.randn(4096, 64)
+    plan = layer._routed_plan
+    assert (plan._runner([*layer.factors], x, len(x)) is plan.plain) is not compiling

@@ -22,6 +22,7 @@ from einlinear.kernels.reference import Materialised, Reference, Rows
 from einlinear.kernels.routed import Routing as Routing
 from einlinear.kernels.routed import explain_routed
 from einlinear.kernels.routed import routed_plan as routed_plan
+from einlinear.kernels.transforms import exported
 from einlinear.kernels.transforms import hooked as hooked
 from einlinear.kernels.transforms import ordinary as ordinary
 from einlinear.kernels.transforms import transformed as transformed
@@ -90,9 +91,7 @@ class Plan:
             tokens = tokens.reshape(-1, self.d_in + self.pad_in)
         single, halved = (self.cuda, self.cuda_half) if x.is_cuda else (self.cpu, self.cpu_half)
         choice = halved if x.element_size() == 2 else single
-        # Of torch.compile too, torch says that it is exporting.
-        exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-        if exporting or torch._C._get_tracing_state() or not ordinary(x, *factors) or transformed(x, *factors):
+        if exported() or not ordinary(x, *factors) or transformed(x, *factors):
             run = self.plain
         else:
             records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *factors))

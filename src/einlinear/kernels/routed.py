@@ -17,7 +17,7 @@ from einlinear.cost import flops
 from einlinear.kernels import set_pair, sets
 from einlinear.kernels.kernel import CPU, CUDA, CUDA_HALF, Target
 from einlinear.kernels.slots import Experts, Slots, by_expert, by_token, combine, dispatch, expert_links
-from einlinear.kernels.transforms import transformed
+from einlinear.kernels.transforms import exported, transformed
 from einlinear.links import INTO, OUT_OF
 from einlinear.structure import Structure, StructureError
 
@@ -303,7 +303,7 @@ class RoutedPlan:
         return y[:, : self.d_out].reshape(*x.shape[:-1], self.d_out), logits, chosen
 
     def _runner(self, factors: Sequence[Tensor], x: Tensor, tokens: int) -> RoutedRunner:
-        if torch.compiler.is_exporting() or transformed(x, *factors):
+        if exported() or transformed(x, *factors):
             return self.plain
         choices = (self.cuda_half if x.element_size() == 2 else self.cuda) if x.is_cuda else self.cpu
         at = 0

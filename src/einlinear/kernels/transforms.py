@@ -12,6 +12,13 @@ def ordinary(*tensors: Tensor) -> bool:
     return ORDINARY.issuperset(map(type, tensors))
 
 
+def exported() -> bool:
+    """Whether what is traced will run elsewhere, without custom ops: under `torch.export` or `torch.jit.trace`."""
+    # Of torch.compile too, torch 2.11 says that it is exporting.
+    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    return exporting or torch._C._get_tracing_state() is not None
+
+
 def transformed(*tensors: Tensor) -> bool:
     """Whether forward-mode derivatives or a `torch.func` transform are at work: custom ops know neither."""
     if torch.compiler.is_compiling():
