@@ -63,18 +63,21 @@ def products() -> Iterator[Case]:
 def bottlenecks() -> Iterator[Case]:
     """A low rank in one launch, and its weights' gradients, beside stock matmuls."""
     for width, tokens in (*product((1024, 2048), (1, 64, 256, 1024, TOKENS)), (4096, 64)):
+        blocks = bottleneck.Blocks.of((1, 64, width), (1, width, 64))
 
-        def forward(width: int, tokens: int, launch: bottleneck.Launch | None) -> Callable[[], object]:
+        def forward(
+            width: int, tokens: int, launch: bottleneck.Launch | None, blocks: bottleneck.Blocks = blocks
+        ) -> Callable[[], object]:
             x, first, second = half(tokens, width), half(64, width), half(width, 64)
             if launch is None:
                 return lambda: torch.nn.functional.linear(torch.nn.functional.linear(x, first), second)
-            return lambda: bottleneck.launch_forward(x, first, second, None, launch)
+            return lambda: bottleneck.launch_forward(x, first, second, None, blocks, launch)
 
-        def backward(width: int, tokens: int, block: int) -> Callable[[], object]:
-            x, z, first, second = half(tokens, width), half(tokens, 64), half(64, width), half(width, 64)
+        def backward(width: int, tokens: int, block: int, blocks: bottleneck.Blocks = blocks) -> Callable[[], object]:
+            x, z = half(tokens, width), half(tokens, 64)
             if block == 0:
                 return lambda: (x.mT @ z, z.mT @ x)
-            return lambda: bottleneck.launch_weights(x, z, x, z, first, second, block)
+            return lambda: bottleneck.launch_weights(x, z, x, z, blocks, block)
 
         name = f"bottleneck {width} {tokens}"
         yield name, "stock", partial(forward, width, tokens, None)

@@ -46,27 +46,32 @@ def test_two_factors_in_one_launch_are_the_reference_forward_and_each_gradient(
 
 
 def test_a_bottleneck_takes_any_strides() -> None:
-    x, first, second = torch.randn(48, 19).mT, torch.randn(48, 16).mT, torch.randn(16, 40).mT
+    x, first, second = torch.randn(48, 19).mT, torch.randn(1, 48, 16).mT, torch.randn(1, 16, 40).mT
     y, z = bottleneck(x, first, second, None)
-    _close("z", z, x.double() @ first.double().mT)
-    _close("y", y, x.double() @ first.double().mT @ second.double().mT)
+    _close("z", z, x.double() @ first[0].double().mT)
+    _close("y", y, x.double() @ first[0].double().mT @ second[0].double().mT)
 
 
-def test_a_gradient_has_a_gradient() -> None:
-    leaves = [torch.randn(shape, dtype=torch.float32, requires_grad=True) for shape in ((5, 32), (8, 32), (24, 8))]
+@pytest.mark.parametrize("shapes", [((1, 8, 32), (1, 24, 8)), ((2, 24, 16), (3, 8, 16))], ids=["one block", "blocks"])
+def test_a_gradient_has_a_gradient(shapes: tuple[tuple[int, ...], ...]) -> None:
+    leaves = [torch.randn(shape, requires_grad=True) for shape in ((5, 32), *shapes)]
+    (g, made, a), (f, *_) = shapes
 
     def penalty(y: Tensor) -> tuple[Tensor, ...]:
         first = torch.autograd.grad(y.sum(), leaves, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
 
     x, first, second = leaves
-    mine, theirs = penalty(bottleneck(x, first, second, None)[0]), penalty(x @ first.mT @ second.mT)
+    state = torch.einsum("tga,grfa->tfgr", x.view(-1, g, a), first.view(g, made // f, f, a))
+    y = torch.einsum("tfz,fez->tfe", state.flatten(2), second).flatten(1)
+    mine, theirs = penalty(bottleneck(x, first, second, None)[0]), penalty(y)
     for ours, their in zip(mine, theirs, strict=True):
         _close("second derivative", ours, their)
 
 
-def test_a_bottleneck_is_a_proper_operator() -> None:
-    x, first, second = (torch.randn(shape, requires_grad=True) for shape in ((5, 32), (8, 32), (24, 8)))
+@pytest.mark.parametrize("shapes", [((1, 8, 32), (1, 24, 8)), ((2, 24, 16), (3, 8, 16))], ids=["one block", "blocks"])
+def test_a_bottleneck_is_a_proper_operator(shapes: tuple[tuple[int, ...], ...]) -> None:
+    x, first, second = (torch.randn(shape, requires_grad=True) for shape in ((5, 32), *shapes))
     torch.library.opcheck(bottleneck, (x, first, second, torch.randn(24, requires_grad=True)))
 
 
@@ -76,7 +81,7 @@ def test_what_a_bottleneck_cannot_do_is_said() -> None:
     assert "multiples of 8" in str(Bottleneck().refuses(el.LowRank(rank=136)(256, 256), CUDA_HALF))
     assert "two plain factors" in str(Bottleneck().refuses(el.BTT()(256, 256).canonical, CUDA_HALF))
     with pytest.raises(ValueError, match="convert"):
-        bottleneck(torch.randn(4, 16), torch.randn(8, 16).double(), torch.randn(16, 8).double(), None)
+        bottleneck(torch.randn(4, 16), torch.randn(1, 8, 16).double(), torch.randn(1, 16, 8).double(), None)
 
 
 def _close(what: str, mine: Tensor, their: Tensor) -> None:
