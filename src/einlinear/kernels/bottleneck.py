@@ -18,7 +18,6 @@ from torch.utils.flop_counter import register_flop_formula
 
 from einlinear.clock import SUMMED
 from einlinear.kernels.kernel import InTriton, Runner
-from einlinear.kernels.product import product_backward
 from einlinear.kernels.stage import multiprocessors, tile
 from einlinear.structure import Structure
 
@@ -77,15 +76,6 @@ class Blocks:
         """Whether it is a low rank."""
         return self.sizes[0] == self.sizes[3] == 1
 
-    @property
-    def keeps(self) -> int:
-        """Numbers of the state that are kept for each token: none where it is wider than W's sides.
-
-        Gradients of factors then are those of W, whose gradient takes fewer bytes than state and its gradient.
-        """
-        g, a, r, f, e = self.sizes
-        return f * g * r if self.is_one or f * g * r <= max(g * a, f * e) else 0
-
 
 blocks_of = lru_cache(maxsize=1024)(Blocks.of)
 
@@ -104,7 +94,6 @@ class Launch:
     warps: int = 4
     stages: int = 4
     apart: bool = False
-    group: int = 1
     ahead: bool = True
     overlaps: bool = True
 
@@ -127,8 +116,7 @@ def bottleneck(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None) ->
 
 @bottleneck.register_fake
 def _(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    kept = Blocks.of(first.shape, second.shape).keeps
-    return x.new_empty(len(x), math.prod(second.shape[:2])), x.new_empty(len(x), kept)
+    return x.new_empty(len(x), math.prod(second.shape[:2])), x.new_empty(len(x), math.prod(first.shape[:2]))
 
 
 @torch.library.custom_op("einlinear::bottleneck_backward", mutates_args=())
@@ -139,9 +127,6 @@ def bottleneck_backward(
     blocks = blocks_of(first.shape, second.shape)
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
     dx, dz = launch_forward(grad, second, first, None, blocks.mT)
-    if not blocks.keeps:
-        g, a, r, f, e = blocks.sizes
-        return dx, *product_backward(grad.mT @ x, first, second, (f, e, g, a, r))
     if len(x) > SUMMED:
         return dx, *_weights(x, z, grad, dz, blocks)
     return dx, *launch_weights(x, z, grad, dz, blocks)
@@ -208,10 +193,10 @@ def launch_forward(
 
     if x.dtype != first.dtype:
         raise ValueError(f"cannot apply factors of {first.dtype} to an input of {x.dtype}: convert one of the two")
-    _, a, r, f, e = blocks.sizes
+    g, a, r, f, e = blocks.sizes
     x = x if x.stride(1) == 1 else x.contiguous()
     first, second, tokens = first.contiguous(), second.contiguous(), len(x)
-    y, z = x.new_empty(tokens, f * e), x.new_empty(tokens, blocks.keeps)
+    y, z = x.new_empty(tokens, f * e), x.new_empty(tokens, f * g * r)
     launch = launch or forward_launch(tokens, blocks, x.device)
     count, runs = -(-tokens // launch.tokens), how(x, launch)
     with torch.cuda.device_of(x):
@@ -227,17 +212,15 @@ def launch_forward(
                 HAS_BIAS=bias is not None, AHEAD=x.is_cuda and launch.ahead, **runs,
             )  # fmt: skip
         else:
-            rank = tile(r) if launch.group == 1 else max(16 // launch.group, 1 << (r - 1).bit_length())
-            tiles_bottleneck.blocks_forward[(count, -(-f // launch.group), -(-e // launch.block_out))](
+            tiles_bottleneck.blocks_forward[(count, f, -(-e // launch.block_out))](
                 x, first, second, bias, z, y, tokens, x.stride(0), *blocks.sizes, *blocks.first, *blocks.second,
-                GROUP=launch.group, BLOCK_IN=min(launch.block_in, tile(a)), BLOCK_RANK=rank,
-                BLOCK_OUT=launch.block_out, BLOCK_TOKENS=launch.tokens, KEEP=blocks.keeps > 0,
+                BLOCK_IN=tile(a), BLOCK_RANK=tile(r), BLOCK_OUT=launch.block_out, BLOCK_TOKENS=launch.tokens,
                 HAS_BIAS=bias is not None, AHEAD=x.is_cuda and launch.ahead, **runs,
             )  # fmt: skip
     return y, z
 
 
-def how(x: Tensor, launch: Launch) -> dict[str, int | bool]:
+def how(x: Tensor, launch: "Launch | Sums") -> dict[str, int | bool]:
     """Warps, stages, and whether launches overlap."""
     overlaps = launch.overlaps and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
     return {"num_warps": launch.warps, "num_stages": launch.stages, "OVERLAPS": overlaps, "launch_pdl": overlaps}
@@ -249,7 +232,6 @@ def _apart(
     from einlinear.kernels import tiles_bottleneck
 
     (g, a, r, f, e), (fg, fr, ff, fa), (sf, se, sg, sr) = blocks.sizes, blocks.first, blocks.second
-    z = z if blocks.keeps else x.new_empty(len(x), f * g * r)
     count, runs = -(-len(x) // launch.tokens), how(x, launch)
     common = dict(NUMBERS=first.numel(), OTHERS=second.numel(), BLOCK_TOKENS=launch.tokens, BLOCK_OUT=launch.block_out)
     tiles_bottleneck.factor_forward[(count, -(-f * r // launch.block_out), g)](
@@ -266,24 +248,46 @@ def _apart(
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Sums:
+    """Features, numbers of the state and tokens of a tile, and into how many ranges the tokens are cut."""
+
+    block: int = 64
+    states: int = 64
+    tokens: int = 64
+    splits: int = 1
+    warps: int = 4
+    stages: int = 4
+    overlaps: bool = True
+
+
 def launch_weights(
-    x: Tensor, z: Tensor, grad: Tensor, dz: Tensor, blocks: Blocks, block: int = 64, states: int | None = None,
-    tokens: int = 64,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of both factors, in tiles of so many features and numbers of the state."""
+    x: Tensor, z: Tensor, grad: Tensor, dz: Tensor, blocks: Blocks, sums: Sums | None = None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of both factors; of several ranges of tokens, by a launch more that adds them in order."""
     from einlinear.kernels import tiles_bottleneck
 
     x = x if x.stride(1) == 1 else x.contiguous()
     g, a, r, f, e = blocks.sizes
-    dfirst, dsecond = x.new_empty(g, r * f, a), x.new_empty(f, e, g * r)
-    states = states or (tile(r) if blocks.is_one else 64)
-    programs = f * -(-e // block) * -(-g * r // states) + g * -(-a // block) * -(-f * r // states)
+    sums = sums or Sums(states=tile(r) if blocks.is_one else 64)
+    share = -(-len(x) // (sums.splits * sums.tokens)) * sums.tokens
+    splits = -(-len(x) // share) if share else 1
+    kind = x.dtype if splits == 1 else torch.float32
+    firsts, seconds = (x.new_empty(splits, *shape, dtype=kind) for shape in ((g, r * f, a), (f, e, g * r)))
+    tiles = f * -(-e // sums.block) * -(-g * r // sums.states) + g * -(-a // sums.block) * -(-f * r // sums.states)
     with torch.cuda.device_of(x):
-        tiles_bottleneck.bottleneck_weights[(programs,)](
-            x, z, grad, dz, dfirst, dsecond, len(x), x.stride(0), grad.stride(0),
+        tiles_bottleneck.bottleneck_weights[(tiles, splits)](
+            x, z, grad, dz, firsts, seconds, len(x), share, x.stride(0), grad.stride(0),
             *blocks.sizes, *blocks.first, *blocks.second,
-            BLOCK=block, BLOCK_STATE=states, BLOCK_TOKENS=tokens, **how(x, Launch(tokens, 0, 0)),
+            BLOCK=sums.block, BLOCK_STATE=sums.states, BLOCK_TOKENS=sums.tokens, **how(x, sums),
         )  # fmt: skip
+        if splits == 1:
+            return firsts[0], seconds[0]
+        dfirst, dsecond = x.new_empty(firsts.shape[1:]), x.new_empty(seconds.shape[1:])
+        programs = -(-dfirst.numel() // 1024) + -(-dsecond.numel() // 1024)
+        tiles_bottleneck.add_both[(programs,)](
+            firsts, seconds, dfirst, dsecond, SPLITS=splits, FIRST=dfirst.numel(), SECOND=dsecond.numel(), num_warps=8
+        )
     return dfirst, dsecond
 
 

@@ -84,56 +84,41 @@ def blocks_forward(
     G: tl.constexpr, A: tl.constexpr, R: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
     FG: tl.constexpr, FR: tl.constexpr, FF: tl.constexpr, FA: tl.constexpr,
     SF: tl.constexpr, SE: tl.constexpr, SG: tl.constexpr, SR: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_OUT: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, KEEP: tl.constexpr, AHEAD: tl.constexpr, OVERLAPS: tl.constexpr,
+    BLOCK_IN: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, AHEAD: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """z[f, g, r] = sum of first[g, r, f, a] x[g, a], and y[f, e] = sum of second[f, e, g, r] z[f, g, r] + bias[f, e].
 
-    One program for a tile of tokens, `GROUP` output slices f, and some of their e. No two slices read the same of z.
-    Of small ranks a group's second factors are one block-diagonal matrix, with zeros between.
+    One program for a tile of tokens, an output slice f, and some of its e. No two slices read the same of z.
     """
-    part = tl.program_id(2)
+    f, part = tl.program_id(1), tl.program_id(2)
     if AHEAD:
         fetch(first, G * A * R * F)
         fetch(second, G * R * F * E)
     begin_overlapped(OVERLAPS)
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    states, outs, ins = tl.arange(0, GROUP * BLOCK_RANK), tl.arange(0, GROUP * BLOCK_OUT), tl.arange(0, BLOCK_IN)
-    f, r = tl.program_id(1) * GROUP + states // BLOCK_RANK, states % BLOCK_RANK
-    into_f, e = tl.program_id(1) * GROUP + outs // BLOCK_OUT, part * BLOCK_OUT + outs % BLOCK_OUT
-    real, inside = (f < F) & (r < R), (into_f < F) & (e < E)
-    there, row = (token < tokens)[:, None], token.to(tl.int64)[:, None]
-    joined = real[:, None] & inside[None, :]
-    if GROUP > 1:
-        joined = joined & (f[:, None] == into_f[None, :])
-    STEPS: tl.constexpr = (A + BLOCK_IN - 1) // BLOCK_IN
-    state, total = zeros(BLOCK_TOKENS, GROUP * BLOCK_RANK), zeros(BLOCK_TOKENS, GROUP * BLOCK_OUT)
-    for step in range(G * STEPS):
-        g, at = step // STEPS, step % STEPS * BLOCK_IN + ins
-        ends = step % STEPS == STEPS - 1
-        v = tl.load(x + row * x_token + g * A + at[None, :], mask=there & (at < A)[None, :], other=0.0)
+    outs, ranks, ins = part * BLOCK_OUT + tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_RANK), tl.arange(0, BLOCK_IN)
+    there, real, read, made = (token < tokens)[:, None], ranks < R, ins < A, outs < E
+    row = token.to(tl.int64)[:, None]
+    total = zeros(BLOCK_TOKENS, BLOCK_OUT)
+    for g in range(G):
+        v = tl.load(x + row * x_token + g * A + ins[None, :], mask=there & read[None, :], other=0.0)
         u = tl.load(
-            first + g * FG + at[:, None] * FA + (f * FF + r * FR)[None, :],
-            mask=(at < A)[:, None] & real[None, :],
-            other=0.0,
-        )
+            first + g * FG + f * FF + ins[:, None] * FA + ranks[None, :] * FR,
+            mask=read[:, None] & real[None, :], other=0.0,
+        )  # fmt: skip
         w = tl.load(
-            second + g * SG + (f * SF + r * SR)[:, None] + (e * SE)[None, :],
-            mask=joined & ends,
-            other=0.0,
-        )
-        state = tl.dot(v, u, state, input_precision="ieee")
-        if ends:
-            made = state.to(x.dtype.element_ty)
-            if KEEP and part == 0:
-                tl.store(z + row * (F * G * R) + ((f * G + g) * R + r)[None, :], made, mask=there & real[None, :])
-            total = tl.dot(made, w, total, input_precision="ieee")
-            state = zeros(BLOCK_TOKENS, GROUP * BLOCK_RANK)
+            second + f * SF + g * SG + ranks[:, None] * SR + outs[None, :] * SE,
+            mask=real[:, None] & made[None, :], other=0.0,
+        )  # fmt: skip
+        state = tl.dot(v, u, input_precision="ieee").to(x.dtype.element_ty)
+        if part == 0:
+            tl.store(z + row * (F * G * R) + (f * G + g) * R + ranks[None, :], state, mask=there & real[None, :])
+        total = tl.dot(state, w, total, input_precision="ieee")
     if HAS_BIAS:
-        total += tl.load(bias + into_f * E + e, mask=inside, other=0.0).to(tl.float32)[None, :]
-    into = y + row * (F * E) + (into_f * E + e)[None, :]
-    tl.store(into, total.to(y.dtype.element_ty), mask=there & inside[None, :])
+        total += tl.load(bias + f * E + outs, mask=made, other=0.0).to(tl.float32)[None, :]
+    into = y + row * (F * E) + f * E + outs[None, :]
+    tl.store(into, total.to(y.dtype.element_ty), mask=there & made[None, :])
 
 
 @triton.jit
@@ -176,27 +161,31 @@ def factor_forward(
 
 @triton.jit
 def bottleneck_weights(
-    x, z, grad, dz, dfirst, dsecond, tokens, x_token, grad_token,
+    x, z, grad, dz, dfirst, dsecond, tokens, share, x_token, grad_token,
     G: tl.constexpr, A: tl.constexpr, R: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
     FG: tl.constexpr, FR: tl.constexpr, FF: tl.constexpr, FA: tl.constexpr,
     SF: tl.constexpr, SE: tl.constexpr, SG: tl.constexpr, SR: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_STATE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """The sums over tokens of grad[f, e] z[f, g, r], dsecond, by the first programs, and of dz[g, f, r] x[g, a]."""
+    """Sums over `share` tokens of grad[f, e] z[f, g, r], dsecond, by the first programs, and of dz[g, f, r] x[g, a]."""
     begin_overlapped(OVERLAPS)
     tile = tl.program_id(0)
     tiles = F * tl.cdiv(E, BLOCK) * tl.cdiv(G * R, BLOCK_STATE)
     if tile < tiles:
-        add_up(grad, z, dsecond, tile, tokens, grad_token, E, G, R, F, SF, SE, SG, SR, BLOCK, BLOCK_STATE, BLOCK_TOKENS)
+        add_up(
+            grad, z, dsecond + tl.program_id(1) * (F * E * G * R), tile, tokens, share, grad_token,
+            E, G, R, F, SF, SE, SG, SR, BLOCK, BLOCK_STATE, BLOCK_TOKENS,
+        )  # fmt: skip
     else:
         add_up(
-            x, dz, dfirst, tile - tiles, tokens, x_token, A, F, R, G, FG, FA, FF, FR, BLOCK, BLOCK_STATE, BLOCK_TOKENS
+            x, dz, dfirst + tl.program_id(1) * (F * A * G * R), tile - tiles, tokens, share, x_token,
+            A, F, R, G, FG, FA, FF, FR, BLOCK, BLOCK_STATE, BLOCK_TOKENS,
         )  # fmt: skip
 
 
 @triton.jit
 def add_up(
-    wide, narrow, result, tile, tokens, wide_token,
+    wide, narrow, result, tile, tokens, share, wide_token,
     WIDTH: tl.constexpr, OTHERS: tl.constexpr, R: tl.constexpr, SLICES: tl.constexpr,
     SLICE: tl.constexpr, ACROSS: tl.constexpr, OTHER: tl.constexpr, ALONG: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_STATE: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
@@ -210,9 +199,10 @@ def add_up(
     across, along, slice_ = tile % WIDE, tile // WIDE // SLICES, tile // WIDE % SLICES
     features, states = across * BLOCK + tl.arange(0, BLOCK), along * BLOCK_STATE + tl.arange(0, BLOCK_STATE)
     inside, real = features < WIDTH, states < STATE
+    begin = tl.program_id(1) * share
     total = zeros(BLOCK, BLOCK_STATE)
-    for start in range(0, tokens, BLOCK_TOKENS):
-        token = start + tl.arange(0, BLOCK_TOKENS)
+    for start in range(0, share, BLOCK_TOKENS):
+        token = begin + start + tl.arange(0, BLOCK_TOKENS)
         there, row = token < tokens, token.to(tl.int64)
         a = tl.load(
             wide + row[:, None] * wide_token + slice_ * WIDTH + features[None, :],
@@ -225,3 +215,23 @@ def add_up(
         total = tl.dot(tl.trans(a), b, total, input_precision="ieee")
     into = result + slice_ * SLICE + features[:, None] * ACROSS + (states // R * OTHER + states % R * ALONG)[None, :]
     tl.store(into, total.to(result.dtype.element_ty), mask=inside[:, None] & real[None, :])
+
+
+@triton.jit
+def add_both(firsts, seconds, dfirst, dsecond, SPLITS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    """The sums over ranges of tokens of both factors' partial gradients, always in the same order."""
+    BLOCK: tl.constexpr = 1024
+    tile, tiles = tl.program_id(0), tl.cdiv(FIRST, BLOCK)
+    if tile < tiles:
+        add_ranges(firsts, dfirst, tile * BLOCK, SPLITS, FIRST, BLOCK)
+    else:
+        add_ranges(seconds, dsecond, (tile - tiles) * BLOCK, SPLITS, SECOND, BLOCK)
+
+
+@triton.jit
+def add_ranges(partials, result, begin, SPLITS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    at = begin + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(partials + split * COUNT + at, mask=at < COUNT, other=0.0)
+    tl.store(result + at, total.to(result.dtype.element_ty), mask=at < COUNT)
