@@ -40,7 +40,7 @@ gradient = dict(BLOCK_HIDDEN=64, BLOCK_TOKENS=128, NARROW=True, DOWN_LAST=False)
 def sets(**more):
     return dict(SLICES=64, OUT=64, BLOCK_OUT=64, EXPERTS=16, ACTIVE=2, PIECE=128) | more
 
-low = dict(IN=1024, RANK=64, OUT=1024, BLOCK_RANK=64, HAS_BIAS=False, AHEAD=True, OVERLAPS=True)
+low = dict(IN=1024, RANK=64, OUT=1024, BLOCK_RANK=64, HAS_BIAS=False, OVERLAPS=True)
 
 def blocks(g, a, r, turned=False, **more):
     first, second = (r * g * a, g * a, a, 1), (a * g * r, g * r, r, 1)
@@ -50,7 +50,7 @@ def blocks(g, a, r, turned=False, **more):
     names = ("G", "A", "R", "F", "E", "FG", "FR", "FF", "FA", "SF", "SE", "SG", "SR")
     return dict(zip(names, (g, a, r, g, a, *first, *second)), OVERLAPS=True) | more
 
-few = dict(BLOCK_TOKENS=64, BLOCK_IN=256, BLOCK_RANK=64, BLOCK_OUT=128, AHEAD=True, HAS_BIAS=False)
+few = dict(BLOCK_TOKENS=64, BLOCK_IN=256, BLOCK_RANK=64, BLOCK_OUT=128, HAS_BIAS=False)
 apart = dict(X_SLICE=512, W_SLICE=2**18, NUMBERS=2**20, OTHERS=2**20, N=512, K=512, BLOCK_TOKENS=64, BLOCK_OUT=32,
              BLOCK_IN=128, HAS_BIAS=False, OVERLAPS=True)
 ins, state = dict(IN=64, BLOCK_IN=64), dict(STATE=64, BLOCK_STATE=64)
@@ -89,11 +89,11 @@ cases = {
     "factor_forward": (
         tiles_bottleneck.factor_forward,
         apart | dict(Y_SLICE=128, N_INNER=128, W_OUTER=512, W_INNER=2048, Y_OUTER=512, K_INNER=512, W_SUMMED=0,
-                     W_ALONG=1, AHEAD=True), 1, 4, 4),
+                     W_ALONG=1, LEADS=True), 1, 4, 4),
     "factor_forward of transposes": (
         tiles_bottleneck.factor_forward,
         apart | dict(Y_SLICE=512, N_INNER=512, W_OUTER=0, W_INNER=1, Y_OUTER=0, K_INNER=128, W_SUMMED=512,
-                     W_ALONG=2048, AHEAD=False), 1, 4, 4),
+                     W_ALONG=2048, LEADS=False), 1, 4, 4),
     "junction_backward": (
         tiles_junction.junction_backward, junction(1, 256, "relu2", **gradient | dict(NARROW=False)), 1, 8, 2),
     "junction_backward gated": (

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from einlinear.clock import SUMMED
+from einlinear import launches
 from einlinear.kernels.kernel import InTriton, Runner
-from einlinear.kernels.stage import multiprocessors, tile
+from einlinear.kernels.stage import multiprocessors
+from einlinear.launches import Blocks, Launch, Sums, tile
 from einlinear.structure import Structure
 
 
@@ -44,58 +45,7 @@ class BottleneckRunner:
         return y
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """The sizes of g, a, r, f and e in factors `[g, (r f), a]` and `[f, e, (g r)]`, and how far apart each lies there.
-
-    Args:
-        sizes: of g, a, r, f and e.
-        first: the first factor's strides along g, r, f and a.
-        second: the second one's along f, e, g and r.
-    """
-
-    sizes: tuple[int, int, int, int, int]
-    first: tuple[int, int, int, int]
-    second: tuple[int, int, int, int]
-
-    @classmethod
-    def of(cls, first: tuple[int, ...], second: tuple[int, ...]) -> "Blocks":
-        """Of contiguous factors with these shapes."""
-        (g, made, a), (f, e, _) = first, second
-        r = made // f
-        return cls((g, a, r, f, e), (made * a, f * a, a, 1), (e * g * r, g * r, r, 1))
-
-    @property
-    def mT(self) -> "Blocks":
-        """Of the layer's transpose: the second factor is the first one there."""
-        (g, a, r, f, e), (fg, fr, ff, fa), (sf, se, sg, sr) = self.sizes, self.first, self.second
-        return Blocks((f, e, r, g, a), (sf, sr, sg, se), (fg, fa, ff, fr))
-
-    @property
-    def is_one(self) -> bool:
-        """Whether it is a low rank."""
-        return self.sizes[0] == self.sizes[3] == 1
-
-
 blocks_of = lru_cache(maxsize=1024)(Blocks.of)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Tokens of a program, features read and made at a time, into how many parts a low rank's output is cut.
-
-    `apart`: each factor by a launch of its own, the second one waiting for the state.
-    """
-
-    tokens: int
-    block_in: int
-    block_out: int
-    splits: int = 1
-    warps: int = 4
-    stages: int = 4
-    apart: bool = False
-    ahead: bool = True
-    overlaps: bool = True
 
 
 @torch.library.custom_op("einlinear::bottleneck", mutates_args=())
@@ -127,9 +77,10 @@ def bottleneck_backward(
     blocks = blocks_of(first.shape, second.shape)
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
     dx, dz = launch_forward(grad, second, first, None, blocks.mT)
-    if len(x) > SUMMED:
-        return dx, *_weights(x, z, grad, dz, blocks)
-    return dx, *launch_weights(x, z, grad, dz, blocks)
+    sums, _ = launches.weights(blocks.sizes, len(x))
+    if sums is None:
+        return dx, *stock_weights(x, z, grad, dz, blocks)
+    return dx, *launch_weights(x, z, grad, dz, blocks, sums)
 
 
 @bottleneck_backward.register_fake
@@ -161,7 +112,7 @@ def _backward(  # type: ignore[no-untyped-def]
     z = torch.einsum("tga,grfa->tfgr", x.reshape(-1, g, a), u)
     dz = torch.einsum("tfe,fegr->tgfr", d, v)
     dx = torch.einsum("tgfr,grfa->tga", dz, u)
-    return dx.reshape(x.shape), *_weights(x, z, grad, dz, blocks), dbias
+    return dx.reshape(x.shape), *stock_weights(x, z, grad, dz, blocks), dbias
 
 
 bottleneck.register_autograd(_backward, setup_context=_setup_context)
@@ -177,7 +128,7 @@ def _(grad: object, x: list[int], z: object, first: list[int], second: list[int]
     return 4 * x[0] * (math.prod(first) + math.prod(second))
 
 
-def _weights(x: Tensor, z: Tensor, grad: Tensor, dz: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
+def stock_weights(x: Tensor, z: Tensor, grad: Tensor, dz: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
     """The gradients of both factors by stock matmuls."""
     g, a, r, f, e = blocks.sizes
     dfirst = torch.bmm(dz.reshape(-1, g, f * r).permute(1, 2, 0), x.reshape(-1, g, a).transpose(0, 1))
@@ -197,7 +148,7 @@ def launch_forward(
     x = x if x.stride(1) == 1 else x.contiguous()
     first, second, tokens = first.contiguous(), second.contiguous(), len(x)
     y, z = x.new_empty(tokens, f * e), x.new_empty(tokens, f * g * r)
-    launch = launch or forward_launch(tokens, blocks, x.device)
+    launch = launch or launches.forward(blocks.sizes, tokens, multiprocessors(x.device))[0]
     count, runs = -(-tokens // launch.tokens), how(x, launch)
     with torch.cuda.device_of(x):
         if launch.apart:
@@ -209,18 +160,18 @@ def launch_forward(
                 blocks.first[1], blocks.first[3], blocks.second[1], blocks.second[3],
                 IN=a, RANK=r, OUT=e,
                 BLOCK_IN=launch.block_in, BLOCK_RANK=tile(r), BLOCK_OUT=launch.block_out, BLOCK_TOKENS=launch.tokens,
-                HAS_BIAS=bias is not None, AHEAD=x.is_cuda and launch.ahead, **runs,
+                HAS_BIAS=bias is not None, **runs,
             )  # fmt: skip
         else:
             tiles_bottleneck.blocks_forward[(count, f, -(-e // launch.block_out))](
                 x, first, second, bias, z, y, tokens, x.stride(0), *blocks.sizes, *blocks.first, *blocks.second,
                 BLOCK_IN=tile(a), BLOCK_RANK=tile(r), BLOCK_OUT=launch.block_out, BLOCK_TOKENS=launch.tokens,
-                HAS_BIAS=bias is not None, AHEAD=x.is_cuda and launch.ahead, **runs,
+                HAS_BIAS=bias is not None, **runs,
             )  # fmt: skip
     return y, z
 
 
-def how(x: Tensor, launch: "Launch | Sums") -> dict[str, int | bool]:
+def how(x: Tensor, launch: Launch | Sums) -> dict[str, int | bool]:
     """Warps, stages, and whether launches overlap."""
     overlaps = launch.overlaps and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
     return {"num_warps": launch.warps, "num_stages": launch.stages, "OVERLAPS": overlaps, "launch_pdl": overlaps}
@@ -229,47 +180,34 @@ def how(x: Tensor, launch: "Launch | Sums") -> dict[str, int | bool]:
 def _apart(
     x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None, z: Tensor, y: Tensor, blocks: Blocks, launch: Launch
 ) -> None:
+    """Fills `z` and then `y`, each in a launch of its own."""
     from einlinear.kernels import tiles_bottleneck
 
     (g, a, r, f, e), (fg, fr, ff, fa), (sf, se, sg, sr) = blocks.sizes, blocks.first, blocks.second
     count, runs = -(-len(x) // launch.tokens), how(x, launch)
-    common = dict(NUMBERS=first.numel(), OTHERS=second.numel(), BLOCK_TOKENS=launch.tokens, BLOCK_OUT=launch.block_out)
+    common = {
+        "NUMBERS": first.numel(), "OTHERS": second.numel(), "BLOCK_TOKENS": launch.tokens, "BLOCK_OUT": launch.block_out
+    }  # fmt: skip
     tiles_bottleneck.factor_forward[(count, -(-f * r // launch.block_out), g)](
         x, first, second, None, z, len(x), x.stride(0), z.stride(0),
         X_SLICE=a, W_SLICE=fg, Y_SLICE=r, N=f * r, N_INNER=r, W_OUTER=ff, W_INNER=fr, Y_OUTER=g * r,
         K=a, K_INNER=a, W_SUMMED=0, W_ALONG=fa, BLOCK_IN=min(launch.block_in, tile(a)),
-        HAS_BIAS=False, AHEAD=x.is_cuda and launch.ahead, **common, **runs,
+        HAS_BIAS=False, LEADS=True, **common, **runs,
     )  # fmt: skip
     tiles_bottleneck.factor_forward[(count, -(-e // launch.block_out), f)](
         z, second, first, bias, y, len(x), z.stride(0), y.stride(0),
         X_SLICE=g * r, W_SLICE=sf, Y_SLICE=e, N=e, N_INNER=e, W_OUTER=0, W_INNER=se, Y_OUTER=0,
         K=g * r, K_INNER=r, W_SUMMED=sg, W_ALONG=sr, BLOCK_IN=min(launch.block_in, tile(g * r)),
-        HAS_BIAS=bias is not None, AHEAD=False, **common, **runs,
+        HAS_BIAS=bias is not None, LEADS=False, **common, **runs,
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Sums:
-    """Features, numbers of the state and tokens of a tile, and into how many ranges the tokens are cut."""
-
-    block: int = 64
-    states: int = 64
-    tokens: int = 64
-    splits: int = 1
-    warps: int = 4
-    stages: int = 4
-    overlaps: bool = True
-
-
-def launch_weights(
-    x: Tensor, z: Tensor, grad: Tensor, dz: Tensor, blocks: Blocks, sums: Sums | None = None
-) -> tuple[Tensor, Tensor]:
+def launch_weights(x: Tensor, z: Tensor, grad: Tensor, dz: Tensor, blocks: Blocks, sums: Sums) -> tuple[Tensor, Tensor]:
     """The gradients of both factors; of several ranges of tokens, by a launch more that adds them in order."""
     from einlinear.kernels import tiles_bottleneck
 
     x = x if x.stride(1) == 1 else x.contiguous()
     g, a, r, f, e = blocks.sizes
-    sums = sums or Sums(states=tile(r) if blocks.is_one else 64)
     share = -(-len(x) // (sums.splits * sums.tokens)) * sums.tokens
     splits = -(-len(x) // share) if share else 1
     kind = x.dtype if splits == 1 else torch.float32
@@ -289,23 +227,3 @@ def launch_weights(
             firsts, seconds, dfirst, dsecond, SPLITS=splits, FIRST=dfirst.numel(), SECOND=dsecond.numel(), num_warps=8
         )
     return dfirst, dsecond
-
-
-def forward_launch(tokens: int, blocks: Blocks, device: torch.device) -> Launch:
-    """The fastest of those measured (benchmarks/NOTES.md): small tiles of tokens, while they are few."""
-    many, (*_, f, e) = multiprocessors(device), blocks.sizes
-    size = next((size for size in (16, 32, 64) if tokens * f <= many * size), 128)
-    wide = size == 128
-    if blocks.is_one:
-        splits = max(1, min(e // 64, many * size // max(1, tokens)))
-        return Launch(
-            tokens=size, block_in=64 if size > 32 else 128, block_out=64, splits=splits, warps=8 if wide else 4
-        )
-    return Launch(
-        tokens=size,
-        block_in=64 if wide else 128,
-        block_out=min(128, tile(e)),
-        splits=1,
-        warps=8 if wide else 4,
-        stages=3,
-    )

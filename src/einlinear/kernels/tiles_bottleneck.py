@@ -19,7 +19,7 @@ def fetch(base, NUMBERS: tl.constexpr):
     program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
     share = tl.cdiv(LINES, tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2))
     for start in range(0, share, 128):
-        line = tl.minimum(program * share + start + tl.arange(0, 128), LINES - 1)
+        line = tl.minimum(program * share + tl.minimum(start + tl.arange(0, 128), share - 1), LINES - 1)
         tl.inline_asm_elementwise(
             "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l", [(base + line * 64).to(tl.int64)],
             dtype=tl.int32, is_pure=False, pack=1,
@@ -27,11 +27,19 @@ def fetch(base, NUMBERS: tl.constexpr):
 
 
 @triton.jit
-def begin_overlapped(OVERLAPS: tl.constexpr):
-    """Lets the next launch begin, which waits in its turn, and waits itself for whatever came before."""
-    if OVERLAPS:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+def fetch_and_wait(first, second, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    """Lets the next launch begin, asks memory for factors of so many numbers, and waits for whatever came before."""
+    tl.extra.cuda.gdc_launch_dependents()
+    fetch(first, FIRST)
+    fetch(second, SECOND)
+    tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def wait():
+    """Lets the next launch begin, and waits for whatever came before."""
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -39,13 +47,11 @@ def bottleneck_forward(
     x, first, second, bias, z, y, tokens, share, x_token, first_rank, first_in, second_out, second_rank,
     IN: tl.constexpr, RANK: tl.constexpr, OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, AHEAD: tl.constexpr, OVERLAPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """z = first x and y = second z + bias, of a tile of tokens and `share` features of y; each program makes its z."""
-    if AHEAD:
-        fetch(first, RANK * IN)
-        fetch(second, OUT * RANK)
-    begin_overlapped(OVERLAPS)
+    if OVERLAPS:
+        fetch_and_wait(first, second, RANK * IN, OUT * RANK)
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     begin = tl.program_id(1) * share
     ranks, ins, outs = tl.arange(0, BLOCK_RANK), tl.arange(0, BLOCK_IN), tl.arange(0, BLOCK_OUT)
@@ -85,17 +91,15 @@ def blocks_forward(
     FG: tl.constexpr, FR: tl.constexpr, FF: tl.constexpr, FA: tl.constexpr,
     SF: tl.constexpr, SE: tl.constexpr, SG: tl.constexpr, SR: tl.constexpr,
     BLOCK_IN: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, AHEAD: tl.constexpr, OVERLAPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """z[f, g, r] = sum of first[g, r, f, a] x[g, a], and y[f, e] = sum of second[f, e, g, r] z[f, g, r] + bias[f, e].
 
     One program for a tile of tokens, an output slice f, and some of its e. No two slices read the same of z.
     """
     f, part = tl.program_id(1), tl.program_id(2)
-    if AHEAD:
-        fetch(first, G * A * R * F)
-        fetch(second, G * R * F * E)
-    begin_overlapped(OVERLAPS)
+    if OVERLAPS:
+        fetch_and_wait(first, second, G * A * R * F, G * R * F * E)
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     outs, ranks, ins = part * BLOCK_OUT + tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_RANK), tl.arange(0, BLOCK_IN)
     there, real, read, made = (token < tokens)[:, None], ranks < R, ins < A, outs < E
@@ -128,7 +132,7 @@ def factor_forward(
     N: tl.constexpr, N_INNER: tl.constexpr, W_OUTER: tl.constexpr, W_INNER: tl.constexpr, Y_OUTER: tl.constexpr,
     K: tl.constexpr, K_INNER: tl.constexpr, W_SUMMED: tl.constexpr, W_ALONG: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, AHEAD: tl.constexpr, OVERLAPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, LEADS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """y[slice, n] = sum over k of weight[slice, n, k] x[slice, k] + bias[slice, n], for a tile of tokens and n.
 
@@ -136,10 +140,11 @@ def factor_forward(
     along them, `W_SUMMED` and `W_ALONG` those along the two parts of k. `other` is what the next launch reads.
     """
     slice_ = tl.program_id(2)
-    if AHEAD:
-        fetch(weight, NUMBERS)
-        fetch(other, OTHERS)
-    begin_overlapped(OVERLAPS)
+    if OVERLAPS:
+        if LEADS:
+            fetch_and_wait(weight, other, NUMBERS, OTHERS)
+        else:
+            wait()
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     outs, summed = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_IN)
     there, inside, row = (token < tokens)[:, None], (outs < N)[None, :], token.to(tl.int64)[:, None]
@@ -168,7 +173,8 @@ def bottleneck_weights(
     BLOCK: tl.constexpr, BLOCK_STATE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Sums over `share` tokens of grad[f, e] z[f, g, r], dsecond, by the first programs, and of dz[g, f, r] x[g, a]."""
-    begin_overlapped(OVERLAPS)
+    if OVERLAPS:
+        wait()
     tile = tl.program_id(0)
     tiles = F * tl.cdiv(E, BLOCK) * tl.cdiv(G * R, BLOCK_STATE)
     if tile < tiles:
