@@ -129,7 +129,7 @@ def weights(sizes: tuple[int, int, int, int, int], tokens: int) -> tuple[Sums | 
     waves = -(-programs * sums.splits // MANY)
     adding = 1.3e-6 + 8 * sums.splits * numbers / 8e12 if sums.splits > 1 else 0.0
     moved = 2 * (numbers + tokens * (g * a + f * e + 2 * state))
-    return sums, 2e-6 + waves * taken / 1e11 + moved / 4.2e12 + adding
+    return sums, 2e-6 + waves * taken / 1e11 + moved / 8e12 + adding
 
 
 def _low_rank(sizes: tuple[int, int, int, int, int], tokens: int, many: int) -> tuple[Launch, float]:
@@ -164,7 +164,7 @@ def _together(sizes: tuple[int, int, int, int, int], tokens: int, many: int) -> 
     stages = max(1, min(stages, (SHARED - 2 * size * out) // piece))
     launch = Launch(size, tile(a), out, warps=8 if size == 128 else 4, stages=stages, overlaps=programs <= many)
     moved = 2 * (g * r * f * (a + e) + tokens * (g * a + g * r * f + f * e))
-    return launch, 2.35e-6 + math.ceil(programs / many) * g * piece / 1.2e11 + moved / 3.8e12
+    return launch, 2.45e-6 + math.ceil(programs / many) * g * piece / 1.2e11 + moved / 5e12
 
 
 def _apart(sizes: tuple[int, int, int, int, int], tokens: int, many: int) -> tuple[Launch, float]:
@@ -191,5 +191,5 @@ def _apart(sizes: tuple[int, int, int, int, int], tokens: int, many: int) -> tup
         each = math.ceil(programs / many) * 2 * -(-summed // piece) * piece * (size + out)
         moved = 2 * slices * (made * summed + tokens * (made + summed))
         work = 2 * tokens * slices * made * summed
-        total += 1.9e-6 + max(each / 1e11 + moved / 8e12, work / 4.5e14)
+        total += 1.75e-6 + max(each / 1e11 + moved / 8e12, work / 4.5e14)
     return launch, total
