@@ -20,6 +20,7 @@ import torch
 
 import einlinear as el
 from einlinear.kernels import bottleneck, junction
+from einlinear.kernels.chain import Chain
 from einlinear.kernels.product import product_of
 from einlinear.kernels.stage import Launch, empty_state, launch_backward, launch_forward
 from einlinear.lab.bench import _graph_milliseconds
@@ -61,37 +62,47 @@ def products() -> Iterator[Case]:
 
 
 def bottlenecks() -> Iterator[Case]:
-    """A low rank in one launch, and its weights' gradients, beside stock matmuls."""
-    for width, tokens in (*product((1024, 2048), (1, 64, 256, 1024, TOKENS)), (4096, 64)):
+    """Two factors with few blocks, each way with weights beyond the cache: forward, and both factors' gradients."""
+    families = (el.Monarch(blocks=4), el.LowRank(rank=64))
+    for family, (width, tokens) in product(families, product((512, 1024, 2048), (1, 64, 1024, 4096))):
+        first, second = family(width, width).canonical.matrix_shapes
+        blocks = bottleneck.Blocks.of(first, second)
+        g, a, r, _, e = blocks.sizes
+        low, name = g == 1, f"bottleneck {family} {width} {tokens}"
 
-        def forward(width: int, tokens: int, launch: bottleneck.Launch | None) -> Callable[[], object]:
-            x, first, second = half(tokens, width), half(64, width), half(width, 64)
+        def forward(
+            launch: bottleneck.Launch | None, family: el.Family = family, width: int = width, tokens: int = tokens
+        ) -> Callable[[], object]:
+            x, (one, two) = half(tokens, width), factors(family(width, width))
             if launch is None:
-                return lambda: torch.nn.functional.linear(torch.nn.functional.linear(x, first), second)
-            return lambda: bottleneck.launch_forward(x, first, second, None, launch)
+                run = Chain().prepare(family(width, width).canonical)
+                return lambda: run([one, two], x)
+            return lambda: bottleneck.launch_forward(
+                x, one, two, None, bottleneck.Blocks.of(one.shape, two.shape), launch
+            )
 
-        def backward(width: int, tokens: int, block: int) -> Callable[[], object]:
-            x, z, first, second = half(tokens, width), half(tokens, 64), half(64, width), half(width, 64)
-            if block == 0:
-                return lambda: (x.mT @ z, z.mT @ x)
-            return lambda: bottleneck.launch_weights(x, z, x, z, first, second, block)
+        def backward(
+            sums: bottleneck.Sums | None, blocks: bottleneck.Blocks = blocks, width: int = width, tokens: int = tokens
+        ) -> Callable[[], object]:
+            state = blocks.sizes[0] * blocks.sizes[2] * blocks.sizes[3]
+            x, z = half(tokens, width), half(tokens, state)
+            if sums is None:
+                return lambda: bottleneck.stock_weights(x, z, x, z, blocks)
+            return lambda: bottleneck.launch_weights(x, z, x, z, blocks, sums)
 
-        name = f"bottleneck {width} {tokens}"
-        yield name, "stock", partial(forward, width, tokens, None)
-        sizes = (16, 32) if tokens <= 64 else (16, 32, 64) if tokens <= 1024 else (64, 128)
-        for size in sizes:
-            programs = -(-tokens // size)
-            full = max(1, 132 // programs)
-            shares = {min(full, width // 64), max(1, min(full, width // 64) // 2), min(2 * full, width // 64)}
-            for splits in sorted(shares):
-                for block_in in (128, 256) if size <= 32 else (64, 128):
-                    launch = bottleneck.Launch(
-                        size, block_in, 64, splits, 8 if size == 128 else 4, 3 if block_in * (size + 64) > 20480 else 4
-                    )
-                    yield name, str(launch), partial(forward, width, tokens, launch)
-        if tokens < TOKENS:
-            for block in (0, 32, 64):
-                yield f"bottleneck weights {width} {tokens}", str(block), partial(backward, width, tokens, block)
+        yield name, "stock", partial(forward, None)
+        for size, out, apart in product((16, 32, 64, 128), (16, 64, 128), (False, True)):
+            if size > max(16, tokens) or (low and apart):
+                continue
+            for block_in in (128, 256, 512):
+                splits = max(1, min(e // out, 132 * size // tokens)) if low else 1
+                deep = max(1, min(4, 200_000 // (2 * min(block_in, a) * (size + max(r, out)))))
+                launch = bottleneck.Launch(size, block_in, out, splits, 8 if size == 128 else 4, deep, apart)
+                yield name, str(launch), partial(forward, launch)
+        yield name, "stock weights", partial(backward, None)
+        for block, states, many, splits in product((64, 128), (64, 128), (64, 256), (1, 4)):
+            sums = bottleneck.Sums(block, states, many, splits, 8 if block + states == 256 else 4, 3)
+            yield name, str(sums), partial(backward, sums)
 
 
 def stages() -> Iterator[Case]:
@@ -202,8 +213,9 @@ def main(path: Path, only: list[str], compile_only: bool, timed_only: bool, work
         writer = csv.writer(file)
         writer.writerow(["kernel", "variant", "us", "device", "torch", "triton"])
         for name, variant, make in cases(only):
+            copies = 64 if name.startswith("bottleneck") else 2  # weights beyond the cache
             try:
-                microseconds = 1e3 * _graph_milliseconds([make() for _ in range(2)], rounds=5)
+                microseconds = 1e3 * _graph_milliseconds([make() for _ in range(copies)], rounds=5)
             except Exception as error:
                 print(f"{name} {variant}: {str(error).splitlines()[0]}", flush=True)
                 continue

@@ -13,7 +13,7 @@ import einlinear
 ROOT = Path(einlinear.__file__).parent
 FLOORS = [
     {"structure", "toolchain"},
-    {"family", "cost", "scaling", "links", "clusters"},
+    {"family", "cost", "scaling", "links", "clusters", "launches"},
     {"clock_cpu"},
     {"clock"},
     {"taxonomy", "equivalence", "structures", "contract", "operator"},

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from einlinear import clock_cpu, toolchain
+from einlinear import clock_cpu, launches, toolchain
 from einlinear.clusters import Cut, cut
+from einlinear.launches import Blocks
 from einlinear.links import INTO, OUT_OF, STAGES, links
 from einlinear.structure import Structure, StructureError
 
@@ -56,8 +57,8 @@ RESIDENT = {1: 132, 2: 66, 4: 30, 8: 15}
 WIDEST = 128
 """The largest rank whose state one program holds."""
 
-SUMMED = 2048
-"""Tokens that one program sums over; for more of them stock matmuls make the gradients of a low rank's weights."""
+FEW_BLOCKS = 8
+"""The most blocks of a factor for which one launch is made."""
 
 FEW = 1024
 """Tokens up to which the second launch of a two-factor layer begins before the first one ends."""
@@ -169,11 +170,17 @@ def refuses_cluster(structure: Structure, here: Machine) -> str | None:
 def refuses_bottleneck(structure: Structure, here: Machine) -> str | None:
     if here is not CUDA_HALF:
         return "it takes numbers of 16 bits on a CUDA device"
-    shapes = structure.matrix_shapes
-    if any(step.batch or step.passive or step.inner for step in structure.steps) or len(shapes) != 2:
-        return "it takes two plain factors, as of a low rank"
-    rank = shapes[0][1]
-    if rank % 8 or not 8 <= rank <= WIDEST:
+    shapes, found = structure.matrix_shapes, links(structure)
+    if len(shapes) != 2 or isinstance(found, str):
+        return "it takes two factors"
+    (g, rows, a), (f, e, _) = shapes
+    if [link.spec for link in found] == [INTO, OUT_OF]:
+        if max(g, f) > FEW_BLOCKS or any(side % 8 for side in (a, rows // f, e)):
+            return f"it takes up to {FEW_BLOCKS} blocks, whose sides and ranks are multiples of 8"
+        return None
+    if any(step.batch or step.passive or step.inner for step in structure.steps):
+        return "it takes two plain factors, as of a low rank, or two of a few blocks"
+    if rows % 8 or not 8 <= rows <= WIDEST:
         return f"it takes ranks up to {WIDEST} that are multiples of 8"
     return None
 
@@ -264,23 +271,15 @@ def _again(structure: Structure, tokens: int, here: Machine) -> float:
 
 
 def bottleneck(structure: Structure, tokens: int, here: Machine, training: bool) -> float:
-    """One launch, whose programs each read the first factor and a part of the second; gradients by two more."""
-    (_, rank, d_in), (_, d_out, _) = structure.matrix_shapes
-
-    def launch(read: int, made: int) -> float:
-        size = next((size for size in (16, 32, 64) if tokens <= 132 * size), 128)
-        splits = max(1, min(made // 64, 132 * size // tokens))
-        waves = math.ceil(math.ceil(tokens / size) * splits / 132)
-        each = (rank + min(size, tokens)) * (read + made / splits)
-        moved = rank * (read + made) + tokens * (read + made)
-        waiting = 1e-9 * read  # for the first factor, step by step: it comes from memory, and all programs ask for it
-        return here.kernel + 0.9e-6 + waiting + here.bytes * (waves * each / 1.35e11 + moved / (1.1 * here.memory))
-
-    forward = launch(d_in, d_out)
+    """One launch, or two that overlap; the input's gradient as many, and one or two for those of the weights."""
+    blocks, tokens = Blocks.of(*structure.matrix_shapes), max(1, tokens)
+    forward = launches.forward(blocks.sizes, tokens)[1]
     if not training:
         return forward
-    weights = 1.6e-6 + 3.5e-9 * tokens if tokens <= SUMMED else chain(structure, tokens, here, False)
-    return forward + launch(d_out, d_in) + weights
+    sums, weights = launches.weights(blocks.sizes, tokens)
+    if sums is None:
+        weights = (1 if blocks.is_one else 2) * chain(structure, tokens, here, False)
+    return forward + launches.forward(blocks.mT.sizes, tokens)[1] + weights
 
 
 def reference(structure: Structure, tokens: int, here: Machine, training: bool) -> float:

@@ -40,7 +40,19 @@ gradient = dict(BLOCK_HIDDEN=64, BLOCK_TOKENS=128, NARROW=True, DOWN_LAST=False)
 def sets(**more):
     return dict(SLICES=64, OUT=64, BLOCK_OUT=64, EXPERTS=16, ACTIVE=2, PIECE=128) | more
 
-low = dict(IN=1024, RANK=64, OUT=1024, BLOCK_RANK=64)
+low = dict(IN=1024, RANK=64, OUT=1024, BLOCK_RANK=64, HAS_BIAS=False, OVERLAPS=True)
+
+def blocks(g, a, r, turned=False, **more):
+    first, second = (r * g * a, g * a, a, 1), (a * g * r, g * r, r, 1)
+    if turned:
+        (fg, fr, ff, fa), (sf, se, sg, sr) = first, second
+        first, second = (sf, sr, sg, se), (fg, fa, ff, fr)
+    names = ("G", "A", "R", "F", "E", "FG", "FR", "FF", "FA", "SF", "SE", "SG", "SR")
+    return dict(zip(names, (g, a, r, g, a, *first, *second)), OVERLAPS=True) | more
+
+few = dict(BLOCK_TOKENS=64, BLOCK_IN=256, BLOCK_RANK=64, BLOCK_OUT=128, HAS_BIAS=False)
+apart = dict(X_SLICE=512, W_SLICE=2**18, NUMBERS=2**20, OTHERS=2**20, N=512, K=512, BLOCK_TOKENS=64, BLOCK_OUT=32,
+             BLOCK_IN=128, HAS_BIAS=False, OVERLAPS=True)
 ins, state = dict(IN=64, BLOCK_IN=64), dict(STATE=64, BLOCK_STATE=64)
 wide = dict(OUT=128, BLOCK_OUT=128, IN=128, BLOCK_IN=128)  # as at d = 8192
 into = dict(X_MINOR=False, Y_MINOR=True, x_feature=1)
@@ -65,12 +77,23 @@ cases = {
     "junction_backward by tanh": (
         tiles_junction.junction_backward, junction(1, 256, "gelu", **gradient), 1, 8, 2),
     "bottleneck_forward": (
-        tiles_bottleneck.bottleneck_forward, low | dict(first_in=1, second_rank=1, BLOCK_TOKENS=16, HAS_BIAS=False,
-                                                        BLOCK_IN=128, BLOCK_OUT=64), 1, 4, 4),
+        tiles_bottleneck.bottleneck_forward,
+        low | dict(first_in=1, second_rank=1, BLOCK_TOKENS=16, BLOCK_IN=128, BLOCK_OUT=64), 1, 4, 4),
     "bottleneck_forward of transposes": (
-        tiles_bottleneck.bottleneck_forward, low | dict(first_rank=1, second_out=1, BLOCK_TOKENS=16, HAS_BIAS=False,
-                                                        BLOCK_IN=128, BLOCK_OUT=64), 1, 4, 4),
-    "bottleneck_weights": (tiles_bottleneck.bottleneck_weights, low | dict(BLOCK=64, BLOCK_TOKENS=64), 1, 4, 4),
+        tiles_bottleneck.bottleneck_forward,
+        low | dict(first_rank=1, second_out=1, BLOCK_TOKENS=16, BLOCK_IN=128, BLOCK_OUT=64), 1, 4, 4),
+    "bottleneck_weights": (
+        tiles_bottleneck.bottleneck_weights, blocks(4, 256, 64, BLOCK=64, BLOCK_STATE=64, BLOCK_TOKENS=64), 1, 4, 4),
+    "blocks_forward": (tiles_bottleneck.blocks_forward, blocks(4, 256, 64) | few, 1, 4, 2),
+    "blocks_forward of transposes": (tiles_bottleneck.blocks_forward, blocks(4, 256, 64, True) | few, 1, 4, 2),
+    "factor_forward": (
+        tiles_bottleneck.factor_forward,
+        apart | dict(Y_SLICE=128, N_INNER=128, W_OUTER=512, W_INNER=2048, Y_OUTER=512, K_INNER=512, W_SUMMED=0,
+                     W_ALONG=1, LEADS=True), 1, 4, 4),
+    "factor_forward of transposes": (
+        tiles_bottleneck.factor_forward,
+        apart | dict(Y_SLICE=512, N_INNER=512, W_OUTER=0, W_INNER=1, Y_OUTER=0, K_INNER=128, W_SUMMED=512,
+                     W_ALONG=2048, LEADS=False), 1, 4, 4),
     "junction_backward": (
         tiles_junction.junction_backward, junction(1, 256, "relu2", **gradient | dict(NARROW=False)), 1, 8, 2),
     "junction_backward gated": (
@@ -114,6 +137,7 @@ accumulated |= {"drouter", "dfirst", "dsecond", "dgate", "gates", "logits", "cho
 integers = {"index", "starts", "rooms", "run_set", "runs", "token_of"}
 integers |= {"counts", "before", "size", "place", "first_run"}
 tensors = {"x", "router", "dlogits", "z", "dz", "weight", "bias", "y", "grad", "dx", "down", "first", "second"} | tuples
+tensors |= {"other"}
 numbers = {"y_slices", "y_features", "y_tokens_apart"}
 ptxas = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/ptxas")
 for name, (kernel, constants, parts, warps, stages) in cases.items():
@@ -151,7 +175,7 @@ def test_kernels_use_the_matrix_units_and_fit() -> None:
     ran = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
     kernels = {kernel["name"]: kernel for kernel in map(json.loads, ran.stdout.splitlines())}
-    assert len(kernels) == 30
+    assert len(kernels) == 34
     for name, kernel in kernels.items():
         # For one token, for W and to sort, there is nothing to multiply by tiles.
         assert (kernel["wgmma"] > 0) == (not name.startswith(("pair", "product", "sort"))), kernel
