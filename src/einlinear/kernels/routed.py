@@ -238,12 +238,12 @@ class SetsRunner(RoutedRunner):
         return y
 
     def routed(
-        self, factors: Sequence[Tensor], x: Tensor, router: Tensor, router_bias: Tensor | None, bias: Tensor | None,
-        active: int,
+        self, factors: Sequence[Tensor], x: Tensor, router: Tensor, scale: float, router_bias: Tensor | None,
+        bias: Tensor | None, active: int,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """The result, logits and choices, of a router whose every token has `active` experts (`route`)."""
         first, second = factors[0].reshape(self.first), factors[1].reshape(self.second)
-        y, logits, chosen, *_ = set_pair.routed_pair(x, router, router_bias, first, second, bias, active)
+        y, logits, chosen, *_ = set_pair.routed_pair(x, router, scale, router_bias, first, second, bias, active)
         return y, logits, chosen
 
 
@@ -285,12 +285,13 @@ class RoutedPlan:
         return y[:, : self.d_out].reshape(*x.shape[:-1], self.d_out)
 
     def with_router(
-        self, factors: Sequence[Tensor], x: Tensor, router: Tensor, router_bias: Tensor | None, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        self, factors: Sequence[Tensor], x: Tensor, router: Tensor, scale: float, router_bias: Tensor | None,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
         """Result, logits `[tokens, experts]` and choices in one operator, where there is one for `x`; else None.
 
         Args:
-            router, router_bias: as `einlinear.kernels.select.route` takes them.
+            router, scale, router_bias: as `einlinear.kernels.select.route` takes them.
         """
         if self.pad_in or x.ndim == 0 or x.shape[-1] != self.d_in:
             return None
@@ -299,7 +300,7 @@ class RoutedPlan:
         if not isinstance(run, SetsRunner):
             return None
         padded = None if bias is None else pad_last(bias, self.pad_out)
-        y, logits, chosen = run.routed(factors, tokens, router, router_bias, padded, self.structure.active)
+        y, logits, chosen = run.routed(factors, tokens, router, scale, router_bias, padded, self.structure.active)
         return y[:, : self.d_out].reshape(*x.shape[:-1], self.d_out), logits, chosen
 
     def _runner(self, factors: Sequence[Tensor], x: Tensor, tokens: int) -> RoutedRunner:
