@@ -16,7 +16,7 @@ from einlinear.contract import check, equation, pad_last
 from einlinear.cost import flops
 from einlinear.kernels import set_pair, sets
 from einlinear.kernels.kernel import CPU, CUDA, CUDA_HALF, Target
-from einlinear.kernels.slots import Experts, Slots, by_expert, by_token, combine, dispatch, expert_links
+from einlinear.kernels.slots import MOST_GROUPS, Experts, Slots, by_expert, by_token, combine, dispatch, expert_links
 from einlinear.kernels.transforms import transformed
 from einlinear.links import INTO, OUT_OF
 from einlinear.structure import Structure, StructureError
@@ -151,6 +151,8 @@ class ExpertSorted(RoutedKernel):
             return None
         if not target.half:
             return "grouped matmuls take numbers of 16 bits on a CUDA device"
+        if structure.sizes[axis or ""] > MOST_GROUPS:
+            return f"a grouped matmul takes up to {MOST_GROUPS} experts"
         odd = [
             step
             for step, (_, out, width) in zip(expert.steps, expert.matrix_shapes, strict=True)
