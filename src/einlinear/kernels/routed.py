@@ -14,7 +14,7 @@ from torch import Tensor
 
 from einlinear.contract import check, equation, pad_last
 from einlinear.cost import flops
-from einlinear.kernels import set_pair, sets
+from einlinear.kernels import set_cluster, set_pair, sets
 from einlinear.kernels.kernel import CPU, CUDA, CUDA_HALF, Target
 from einlinear.kernels.slots import MOST_GROUPS, Experts, Slots, by_expert, by_token, combine, dispatch, expert_links
 from einlinear.kernels.transforms import transformed
@@ -235,6 +235,9 @@ class SetsRunner(RoutedRunner):
         if routing.chosen_by_experts or routing.partial:
             return self.otherwise(factors, x, routing, bias)
         first, second = factors[0].reshape(self.first), factors[1].reshape(self.second)
+        if not _differentiated(x, first, second, bias, routing.weight):
+            made: Tensor = set_cluster.set_result(x, first, second, bias, routing.chosen, routing.weight)
+            return made
         layout = sets.set_layout(routing.chosen, routing.weight.detach(), routing.experts)
         y: Tensor = set_pair.set_pair(x, first, second, bias, routing.chosen, routing.weight, *layout)[0]
         return y
@@ -245,8 +248,17 @@ class SetsRunner(RoutedRunner):
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """The result, logits and choices, of a router whose every token has `active` experts (`route`)."""
         first, second = factors[0].reshape(self.first), factors[1].reshape(self.second)
+        if not _differentiated(x, router, first, second, bias):
+            made: tuple[Tensor, Tensor, Tensor] = set_cluster.routed_result(
+                x, router, scale, router_bias, first, second, bias, active
+            )
+            return made
         y, logits, chosen, *_ = set_pair.routed_pair(x, router, scale, router_bias, first, second, bias, active)
         return y, logits, chosen
+
+
+def _differentiated(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 ROUTED_KERNELS: tuple[RoutedKernel, ...] = (SetSorted(), ExpertSorted(), Everyone())

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from einlinear.kernels.select import choose, route
-from einlinear.kernels.sets import PIECE, RUN, Sizes, empty_counts, lay_out, set_layout
+from einlinear.kernels.sets import PIECE, Sizes, empty_counts, lay_out, set_layout
 from einlinear.kernels.stage import multiprocessors, tile
 
 LAUNCHES = {
@@ -47,7 +47,7 @@ def set_pair(
     Returns:
         `[tokens, later slices * out]`, and the state, for the backward pass.
     """
-    return _forward(x, first, second, bias, layout, gates, index.shape[1])
+    return forward(x, first, second, bias, layout, gates, Sizes(len(x), len(first), index.shape[1]))
 
 
 @set_pair.register_fake
@@ -113,7 +113,7 @@ def routed_pair(
     counts = empty_counts(x, sizes)
     logits, index, weight = choose(x, router, scale, router_bias, active, counts)
     layout, gates = lay_out(index, weight, counts, sizes)
-    y, z = _forward(x, first, second, bias, layout, gates, active)
+    y, z = forward(x, first, second, bias, layout, gates, sizes)
     return y, logits, index, weight, layout, gates, z
 
 
@@ -232,12 +232,13 @@ def _empty(x: Tensor, first: Tensor, second: Tensor, sizes: Sizes) -> tuple[Tens
     return y, x.new_empty(sizes.slots // PIECE, first.shape[1] * first.shape[2], PIECE)
 
 
-def _forward(
-    x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None, layout: Tensor, gates: Tensor, active: int
+def forward(
+    x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None, layout: Tensor, gates: Tensor, sizes: Sizes
 ) -> tuple[Tensor, Tensor]:
+    """The result and the state, by two launches."""
     from einlinear.kernels import tiles_sets
 
-    sizes, x = Sizes(len(x), len(first), active), x.contiguous()
+    x = x.contiguous()
     y, z = _empty(x, first, second, sizes)
     _, *tables = sizes.split(layout)
     with torch.cuda.device_of(x):
@@ -282,7 +283,7 @@ def _backward(
         tiles_sets.add_gates[(sizes.runs,)](
             dgate, saved.index.contiguous(), saved.gates, dlogits, dweight if total is None else total,
             *tables, sizes.runs, sizes.slots,
-            SLICES=second.shape[1], EXPERTS=sizes.experts, ACTIVE=sizes.active, RUN=RUN, SOME_SLICES=16,
+            SLICES=second.shape[1], EXPERTS=sizes.experts, ACTIVE=sizes.active, RUN=sizes.run, SOME_SLICES=16,
             BLOCK_EXPERTS=tile(sizes.experts), HAS_ROUTER=own is not None, HAS_LOGITS=dlogits is not None, num_warps=8,
         )  # fmt: skip
         tiles_sets.into_backward_input[(first.shape[1], sizes.runs)](

@@ -34,6 +34,8 @@ class Sizes:
     tokens: int
     experts: int
     active: int
+    run: int = RUN
+    """The most tokens of a run."""
 
     @property
     def sets(self) -> int:
@@ -47,7 +49,7 @@ class Sizes:
     @property
     def runs(self) -> int:
         """The most runs."""
-        return -(-self.tokens // RUN) + self.filled
+        return -(-self.tokens // self.run) + self.filled
 
     @property
     def filled(self) -> int:
@@ -76,20 +78,21 @@ def fits(first: tuple[int, ...], second: tuple[int, ...], experts: int, active: 
 
 
 @torch.library.custom_op("einlinear::set_layout", mutates_args=())
-def set_layout(index: Tensor, weight: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+def set_layout(index: Tensor, weight: Tensor, experts: int, run: int = RUN) -> tuple[Tensor, Tensor]:
     """Sorts tokens by their sets of experts without waiting for the device.
 
     Args:
         index: `[tokens, active]`, the experts of each token, all different.
         weight: `[tokens, active]`, float32.
         experts: how many there are.
+        run: the most tokens of a run, a multiple of 16, at most 1024.
 
     Returns:
         The tables of `Sizes`, and the weight of each slot.
     """
     from einlinear.kernels import tiles_route
 
-    sizes, index = Sizes(len(index), experts, index.shape[1]), index.contiguous()
+    sizes, index = Sizes(len(index), experts, index.shape[1], run), index.contiguous()
     counts = empty_counts(index, sizes)
     with torch.cuda.device_of(index):
         tiles_route.count_sets[(sizes.chunks,)](
@@ -100,8 +103,8 @@ def set_layout(index: Tensor, weight: Tensor, experts: int) -> tuple[Tensor, Ten
 
 
 @set_layout.register_fake
-def _(index: Tensor, weight: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    return _empty_layout(index, weight, Sizes(index.shape[0], experts, index.shape[1]))
+def _(index: Tensor, weight: Tensor, experts: int, run: int = RUN) -> tuple[Tensor, Tensor]:
+    return _empty_layout(index, weight, Sizes(index.shape[0], experts, index.shape[1], run))
 
 
 def empty_counts(like: Tensor, sizes: Sizes) -> Tensor:
@@ -123,7 +126,7 @@ def lay_out(index: Tensor, weight: Tensor, counts: Tensor, sizes: Sizes) -> tupl
     before = torch.empty_like(counts)
     size, first_run, *place = index.new_empty(2 + sizes.active, sizes.sets, dtype=torch.int32)
     starts, rooms, run_set, runs, token_of = sizes.split(layout)
-    shape = {"EXPERTS": sizes.experts, "ACTIVE": sizes.active, "SETS": sizes.sets, "RUN": RUN, "ALIGN": ALIGN}
+    shape = {"EXPERTS": sizes.experts, "ACTIVE": sizes.active, "SETS": sizes.sets, "RUN": sizes.run, "ALIGN": ALIGN}
     with torch.cuda.device_of(index):
         tiles_route.lay_out[(-(-sizes.sets // 16),)](
             counts, before, size, place[0], first_run, starts, rooms, sizes.chunks,
