@@ -11,6 +11,7 @@ import einlinear as el
 from einlinear import routing
 from einlinear.kernels.routed import SetSorted
 from einlinear.kernels.select import route
+from einlinear.kernels.set_cluster import routed_result, set_result
 from einlinear.kernels.set_pair import routed_pair, set_pair
 from einlinear.kernels.sets import PIECE, RUN, Sizes, set_layout
 
@@ -107,6 +108,9 @@ def test_a_layer_joins_its_router_and_says_what_was_chosen(monkeypatch) -> None:
     (el.balance_loss(layer) + compiled.sum()).backward()  # its logits are outputs of the graph
     layer.eval()(x)
     assert layer.router.latest is None
+    with torch.no_grad():  # another operator, which keeps no state
+        assert (layer(x) == y).all()
+        assert (torch.compile(layer, fullgraph=True, backend="aot_eager")(x) == y).all()
     # What a user hangs on a router, and what is not a choice alone, goes the long way.
     joins = layer.router.joins(x)
     assert joins
@@ -157,6 +161,10 @@ def test_the_operators_are_proper() -> None:
         *(drawn[n] for n in ("first", "second", "bias")),
     )
     torch.library.opcheck(routed_pair, (*routed, 1), test_utils=checks)
+    values = [value.detach() if isinstance(value, Tensor) else value for value in routed]
+    torch.library.opcheck(routed_result, (*values, 1), test_utils=("test_schema", "test_faketensor"))
+    given = [drawn[name].detach() for name in ("x", "first", "second", "bias", "index", "weight")]
+    torch.library.opcheck(set_result, given, test_utils=("test_schema", "test_faketensor"))
     torch.library.opcheck(route, (drawn["x"], torch.randn(3, 64, requires_grad=True), 0.5, None, 2), test_utils=checks)
 
 
