@@ -89,9 +89,9 @@ cases = {
         tiles_route.count_sets, dict(EXPERTS=16, ACTIVE=2, SETS=256, BLOCK_SETS=256, CHUNK=64), 1, 4, 3),
     "sort's layout": (
         tiles_route.lay_out, dict(EXPERTS=16, ACTIVE=2, SETS=256, BLOCK_SETS=256, SOME_SETS=16, BLOCK_CHUNKS=128,
-                                  BLOCK_EXPERTS=16, RUN=256, ALIGN=16, PIECE=128), 1, 8, 3),
+                                  BLOCK_EXPERTS=16, RUN=256, TILE=16, ALIGN=16, PIECE=128), 1, 8, 3),
     "sort's slots": (
-        tiles_route.fill_in, dict(EXPERTS=16, ACTIVE=2, SETS=256, CHUNK=64, RUN=256, ALIGN=16), 1, 4, 3),
+        tiles_route.fill_in, dict(EXPERTS=16, ACTIVE=2, SETS=256, CHUNK=64, RUN=256, TILE=16, ALIGN=16), 1, 4, 3),
     "into_forward of experts": (tiles_sets.into_forward, sets(**ins, BLOCK=64), 1, 4, 1),
     "into_forward of wide experts": (tiles_sets.into_forward, sets(**wide, BLOCK=64), 1, 8, 1),
     "into_backward_weight of wide experts": (
@@ -115,7 +115,7 @@ none = {"biases", "dbiases"}
 accumulated = {"dweight", "dweights", "dups", "ddown", "dbias"}
 accumulated |= {"drouter", "dfirst", "dsecond", "dgate", "gates", "logits", "chosen", "partials", "parts"}
 integers = {"index", "starts", "rooms", "run_set", "runs", "token_of"}
-integers |= {"counts", "before", "size", "place", "first_run"}
+integers |= {"counts", "before", "size", "place", "first_run", "first_tile", "tile_set", "tiles"}
 tensors = {"x", "router", "dlogits", "result", "z", "dz", "weight", "bias", "y", "grad", "dx", "down", "first", "second"} | tuples
 numbers = {"y_slices", "y_features", "y_tokens_apart", "lengths"}
 ptxas = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/ptxas")

@@ -11,8 +11,8 @@ import einlinear as el
 from einlinear import routing
 from einlinear.kernels.routed import SetSorted
 from einlinear.kernels.select import route
-from einlinear.kernels.set_cluster import routed_result, set_result
 from einlinear.kernels.set_pair import routed_pair, set_pair
+from einlinear.kernels.set_result import routed_result, set_result
 from einlinear.kernels.sets import PIECE, RUN, Sizes, set_layout
 
 pytest.importorskip("triton", reason="Triton is not installed: its interpreter runs these kernels")

@@ -28,7 +28,7 @@ constexpr int CHUNKS = TOKENS / 8;           // of 16 bytes, in a row of the sta
 constexpr int SHIFT = CHUNKS == 2 ? 2 : 1;
 constexpr int SLICE = (ROUNDED + 1) * TOKENS * 2;  // bytes of the state that one f reads; a row more spreads the banks
 constexpr int STATE = FS * SLICE;
-static_assert(CHUNKS == 2 || CHUNKS == 4, "tiles have 16 or 32 tokens");
+static_assert(TOKENS == 16, "a tile lies within a piece of the state");
 static_assert(G % CLUSTER == 0 && F % CLUSTER == 0 && A % 32 == 0 && ROWS % 16 == 0 && SUMS % 8 == 0 && E % 8 == 0, "");
 static_assert(MT * WARPS == GS * RT && (MT % RT == 0 || RT % MT == 0), "a warp has rows of whole slices, or of one");
 static_assert(NW * WARPS == FS * ET && FW * P == NW && ET % P == 0, "a warp has features of whole slices, or of one");
@@ -44,17 +44,17 @@ __device__ __forceinline__ int feature_at(int q, int tile) { return tile / RUN *
 __device__ __forceinline__ int place(int sum) { return (sum & ~31) | ((sum & 7) << 2) | ((sum >> 3) & 3); }
 
 extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(WARPS * 32, 1)
-void layer(const u16* x, const u16* first, const u16* second, const u16* bias, u16* y, const int* rooms, const int* run_set,
-           const int* runs, const int* token_of, const float* gates, int most, int x_token) {
+void layer(const u16* x, const u16* first, const u16* second, const u16* bias, u16* y, u16* z, const int* rooms,
+           const int* token_of, const int* tile_set, const int* tiles_at, const float* gates, int most, int x_token) {
   const int warp = thread() / 32, lane = thread() % 32, row = lane / 4, q = lane % 4;
   const u32 rank = cluster_rank(), cluster = cluster_index(), clusters = cluster_count();
   // Of each tile of the state: whether it is there, and whether it was read.
   const u32 whole = shared_memory(), read = whole + 8 * STATES;
   const u32 inputs = whole + 128 + warp * STAGES * INPUT, states = whole + 128 + WARPS * STAGES * INPUT;
-  // A tile is a run of tokens that have the same experts, and those of a cluster follow each other.
-  const int tiles = rooms[EXPERTS], begin = (long long)tiles * cluster / clusters;
+  // The tokens of a tile have the same experts, and the tiles of a cluster follow each other.
+  const int tiles = rooms[EXPERTS + 1], begin = (long long)tiles * cluster / clusters;
   const int mine = (int)((long long)tiles * (cluster + 1) / clusters) - begin;
-  auto run = [&](int i) { return begin + min(i, mine - 1); };
+  auto tile = [&](int i) { return begin + min(i, mine - 1); };
 
   // Every warp fetches its own input: where its tokens lie was asked for a tile earlier, and where that stands another one.
   const int slice = warp * MT / RT;
@@ -84,11 +84,11 @@ void layer(const u16* x, const u16* first, const u16* second, const u16* bias, u
   auto fetch_next = [&](int i) {
     fetch(i);
     find(i + 1, packed_ahead);
-    if (i + 2 < mine) packed_ahead = runs[run(i + 2)];
+    if (i + 2 < mine) packed_ahead = tiles_at[tile(i + 2)];
   };
   if (mine > 0) {
-    find(0, runs[run(0)]);
-    packed_ahead = runs[run(1)];
+    find(0, tiles_at[tile(0)]);
+    packed_ahead = tiles_at[tile(1)];
   }
 #pragma unroll
   for (int i = 0; i < STAGES; i++) fetch_next(i);
@@ -142,9 +142,9 @@ void layer(const u16* x, const u16* first, const u16* second, const u16* bias, u
   int slots[ACTIVE], next_slots[ACTIVE], slot_before = 0, count_before = 0;
   float weights[ACTIVE][2 * NT];
   auto look = [&](int i) {
-    next_set = run_set[run(i)];
+    next_set = tile_set[tile(i)];
 #pragma unroll
-    for (int j = 0; j < ACTIVE; j++) next_slots[j] = runs[j * most + run(i)];
+    for (int j = 0; j < ACTIVE; j++) next_slots[j] = tiles_at[j * most + tile(i)];
   };
   auto weigh = [&]() {
 #pragma unroll
@@ -210,6 +210,21 @@ void layer(const u16* x, const u16* first, const u16* second, const u16* bias, u
         for (int h = 0; h < 2; h++) {
           const int at = m * 16 + h * 8 + row, f = at % F, j = at / EACH, sum = place(j * OWN + (rank * GS + slice + g) * R + at % EACH / F);
           const u32 into = of_rank(state + (f % FS) * SLICE + sum * (TOKENS * 2), f / FS), barrier = of_rank(there, f / FS);
+          if (KEPT) {
+            int packed = slots[0];
+#pragma unroll
+            for (int other = 1; other < ACTIVE; other++)
+              if (j == other) packed = slots[other];
+            const int slot = packed / 64, count = packed % 64 + 1, feature = (rank * GS + slice + g) * EACH + at % EACH;
+            u32 own[NT];
+            u16* to = z + ((size_t)(slot / PIECE) * (G * EACH) + feature) * PIECE + slot % PIECE + q * 2 * NT;
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+              const int token = q * 2 * NT + 2 * n;  // slots of nobody hold zeros
+              own[n] = pack(token < count ? made[n][2 * h] : 0.0f, token + 1 < count ? made[n][2 * h + 1] : 0.0f);
+            }
+            *(uint2*)to = make_uint2(own[0], own[1]);
+          }
           u32 v[NT];
 #pragma unroll
           for (int n = 0; n < NT; n++) {
@@ -220,8 +235,7 @@ void layer(const u16* x, const u16* first, const u16* second, const u16* bias, u
             v[n] = pack(made[n][2 * h] * low, made[n][2 * h + 1] * high);
           }
           const int turn = (sum >> SHIFT) & (CHUNKS - 1);
-          if constexpr (NT == 2) send(into + (((q >> 1) ^ turn) * 16) + (q & 1) * 8, make_uint2(v[0], v[1]), barrier);
-          else send(into + ((q ^ turn) * 16), make_uint4(v[0], v[1], v[2], v[3]), barrier);
+          send(into + (((q >> 1) ^ turn) * 16) + (q & 1) * 8, make_uint2(v[0], v[1]), barrier);
         }
       }
     }

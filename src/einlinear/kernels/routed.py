@@ -14,7 +14,7 @@ from torch import Tensor
 
 from einlinear.contract import check, equation, pad_last
 from einlinear.cost import flops
-from einlinear.kernels import set_cluster, set_pair, sets
+from einlinear.kernels import set_pair, set_result, sets
 from einlinear.kernels.kernel import CPU, CUDA, CUDA_HALF, Target
 from einlinear.kernels.slots import MOST_GROUPS, Experts, Slots, by_expert, by_token, combine, dispatch, expert_links
 from einlinear.kernels.transforms import transformed
@@ -236,7 +236,7 @@ class SetsRunner(RoutedRunner):
             return self.otherwise(factors, x, routing, bias)
         first, second = factors[0].reshape(self.first), factors[1].reshape(self.second)
         if not _differentiated(x, first, second, bias, routing.weight):
-            made: Tensor = set_cluster.set_result(x, first, second, bias, routing.chosen, routing.weight)
+            made: Tensor = set_result.set_result(x, first, second, bias, routing.chosen, routing.weight)
             return made
         layout = sets.set_layout(routing.chosen, routing.weight.detach(), routing.experts)
         y: Tensor = set_pair.set_pair(x, first, second, bias, routing.chosen, routing.weight, *layout)[0]
@@ -249,7 +249,7 @@ class SetsRunner(RoutedRunner):
         """The result, logits and choices, of a router whose every token has `active` experts (`route`)."""
         first, second = factors[0].reshape(self.first), factors[1].reshape(self.second)
         if not _differentiated(x, router, first, second, bias):
-            made: tuple[Tensor, Tensor, Tensor] = set_cluster.routed_result(
+            made: tuple[Tensor, Tensor, Tensor] = set_result.routed_result(
                 x, router, scale, router_bias, first, second, bias, active
             )
             return made

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from einlinear.kernels.select import choose, route
-from einlinear.kernels.sets import PIECE, Sizes, empty_counts, lay_out, set_layout
+from einlinear.kernels.set_cluster import clustered
+from einlinear.kernels.sets import PIECE, RUN, Sizes, empty_counts, lay_out, set_layout
 from einlinear.kernels.stage import multiprocessors, tile
 
 LAUNCHES = {
@@ -227,20 +228,24 @@ class _Own:
     dlogits: Tensor | None
 
 
-def _empty(x: Tensor, first: Tensor, second: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
+def _empty(x: Tensor, first: Tensor, second: Tensor, sizes: Sizes, kept: bool = True) -> tuple[Tensor, Tensor]:
     y = x.new_empty(x.shape[0], second.shape[1] * second.shape[2])
-    return y, x.new_empty(sizes.slots // PIECE, first.shape[1] * first.shape[2], PIECE)
+    return y, x.new_empty(sizes.slots // PIECE if kept else 0, first.shape[1] * first.shape[2], PIECE)
 
 
 def forward(
-    x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None, layout: Tensor, gates: Tensor, sizes: Sizes
-) -> tuple[Tensor, Tensor]:
-    """The result and the state, by two launches."""
+    x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None, layout: Tensor, gates: Tensor, sizes: Sizes,
+    kept: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The result, and the state, which holds nothing unless it is to be `kept`."""
     from einlinear.kernels import tiles_sets
 
     x = x.contiguous()
-    y, z = _empty(x, first, second, sizes)
-    _, *tables = sizes.split(layout)
+    y, z = _empty(x, first, second, sizes, kept)
+    if clustered(x, first, second, bias, layout, gates, sizes, y, z if kept else None):
+        return y, z
+    z = z if kept else _empty(x, first, second, sizes)[1]
+    _, *tables, _, _ = sizes.split(layout)
     with torch.cuda.device_of(x):
         tiles_sets.into_forward[(first.shape[1], sizes.runs)](
             x, first.contiguous(), z, *tables, sizes.runs, x.shape[1],
@@ -260,7 +265,7 @@ def _backward(
     from einlinear.kernels import tiles_sets
 
     x, first, second, sizes = saved.x, saved.first, saved.second, saved.sizes
-    starts, *tables = sizes.split(saved.layout)
+    starts, *tables, _, _ = sizes.split(saved.layout)
     rooms, token_of = tables[0], tables[-1]
     dz, dx, dweight = torch.empty_like(saved.z), torch.empty_like(x), torch.empty_like(saved.weight)
     dgate = saved.gates.new_empty(second.shape[1], sizes.slots)
@@ -283,7 +288,7 @@ def _backward(
         tiles_sets.add_gates[(sizes.runs,)](
             dgate, saved.index.contiguous(), saved.gates, dlogits, dweight if total is None else total,
             *tables, sizes.runs, sizes.slots,
-            SLICES=second.shape[1], EXPERTS=sizes.experts, ACTIVE=sizes.active, RUN=sizes.run, SOME_SLICES=16,
+            SLICES=second.shape[1], EXPERTS=sizes.experts, ACTIVE=sizes.active, RUN=RUN, SOME_SLICES=16,
             BLOCK_EXPERTS=tile(sizes.experts), HAS_ROUTER=own is not None, HAS_LOGITS=dlogits is not None, num_warps=8,
         )  # fmt: skip
         tiles_sets.into_backward_input[(first.shape[1], sizes.runs)](

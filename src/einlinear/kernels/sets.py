@@ -14,6 +14,9 @@ CHUNK = 64
 RUN = 256
 """Tokens of one set that one program takes, one block after another, without loading weights again."""
 
+TILE = 16
+"""Tokens of one set that a cluster takes at once; a tile of the most is filled by the last tokens of a set alone."""
+
 PIECE = 128
 """Slots whose numbers lie side by side in the state; the slots of an expert start at a multiple of it."""
 
@@ -34,8 +37,6 @@ class Sizes:
     tokens: int
     experts: int
     active: int
-    run: int = RUN
-    """The most tokens of a run."""
 
     @property
     def sets(self) -> int:
@@ -49,7 +50,12 @@ class Sizes:
     @property
     def runs(self) -> int:
         """The most runs."""
-        return -(-self.tokens // self.run) + self.filled
+        return -(-self.tokens // RUN) + self.filled
+
+    @property
+    def tiles(self) -> int:
+        """The most tiles."""
+        return -(-self.tokens // TILE) + self.filled
 
     @property
     def filled(self) -> int:
@@ -64,8 +70,10 @@ class Sizes:
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """Lengths of: first slots of experts; their slots, and how many runs; sets of runs; runs; tokens of slots."""
-        return self.experts, self.experts + 1, self.runs, self.active * self.runs, self.slots
+        """Lengths of: first slots of experts; their slots, and how many runs and tiles there are; sets of runs; runs;
+        tokens of slots; sets of tiles; tiles."""
+        runs, tiles = self.runs, self.tiles
+        return self.experts, self.experts + 2, runs, self.active * runs, self.slots, tiles, self.active * tiles
 
     def split(self, layout: Tensor) -> list[Tensor]:
         """The tables."""
@@ -78,21 +86,20 @@ def fits(first: tuple[int, ...], second: tuple[int, ...], experts: int, active: 
 
 
 @torch.library.custom_op("einlinear::set_layout", mutates_args=())
-def set_layout(index: Tensor, weight: Tensor, experts: int, run: int = RUN) -> tuple[Tensor, Tensor]:
+def set_layout(index: Tensor, weight: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """Sorts tokens by their sets of experts without waiting for the device.
 
     Args:
         index: `[tokens, active]`, the experts of each token, all different.
         weight: `[tokens, active]`, float32.
         experts: how many there are.
-        run: the most tokens of a run, a multiple of 16, at most 1024.
 
     Returns:
         The tables of `Sizes`, and the weight of each slot.
     """
     from einlinear.kernels import tiles_route
 
-    sizes, index = Sizes(len(index), experts, index.shape[1], run), index.contiguous()
+    sizes, index = Sizes(len(index), experts, index.shape[1]), index.contiguous()
     counts = empty_counts(index, sizes)
     with torch.cuda.device_of(index):
         tiles_route.count_sets[(sizes.chunks,)](
@@ -103,8 +110,8 @@ def set_layout(index: Tensor, weight: Tensor, experts: int, run: int = RUN) -> t
 
 
 @set_layout.register_fake
-def _(index: Tensor, weight: Tensor, experts: int, run: int = RUN) -> tuple[Tensor, Tensor]:
-    return _empty_layout(index, weight, Sizes(index.shape[0], experts, index.shape[1], run))
+def _(index: Tensor, weight: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    return _empty_layout(index, weight, Sizes(index.shape[0], experts, index.shape[1]))
 
 
 def empty_counts(like: Tensor, sizes: Sizes) -> Tensor:
@@ -124,18 +131,18 @@ def lay_out(index: Tensor, weight: Tensor, counts: Tensor, sizes: Sizes) -> tupl
 
     layout, gates = _empty_layout(index, weight, sizes)
     before = torch.empty_like(counts)
-    size, first_run, *place = index.new_empty(2 + sizes.active, sizes.sets, dtype=torch.int32)
-    starts, rooms, run_set, runs, token_of = sizes.split(layout)
-    shape = {"EXPERTS": sizes.experts, "ACTIVE": sizes.active, "SETS": sizes.sets, "RUN": sizes.run, "ALIGN": ALIGN}
+    size, first_run, first_tile, *place = index.new_empty(3 + sizes.active, sizes.sets, dtype=torch.int32)
+    starts, rooms, run_set, runs, token_of, tile_set, tiles = sizes.split(layout)
+    shape = {"EXPERTS": sizes.experts, "ACTIVE": sizes.active, "SETS": sizes.sets, "RUN": RUN, "TILE": TILE, "ALIGN": ALIGN}
     with torch.cuda.device_of(index):
         tiles_route.lay_out[(-(-sizes.sets // 16),)](
-            counts, before, size, place[0], first_run, starts, rooms, sizes.chunks,
+            counts, before, size, place[0], first_run, first_tile, starts, rooms, sizes.chunks,
             **shape, BLOCK_SETS=tile(sizes.sets), SOME_SETS=16, BLOCK_CHUNKS=min(128, tile(sizes.chunks)),
             BLOCK_EXPERTS=tile(sizes.experts), PIECE=PIECE, num_warps=8,
         )  # fmt: skip
         tiles_route.fill_in[(sizes.chunks + sizes.sets,)](
-            index, weight, before, size, place[0], first_run, run_set, runs, token_of, gates,
-            sizes.tokens, sizes.chunks, sizes.runs, **shape, CHUNK=CHUNK,
+            index, weight, before, size, place[0], first_run, first_tile, run_set, runs, tile_set, tiles, token_of, gates,
+            sizes.tokens, sizes.chunks, sizes.runs, sizes.tiles, **shape, CHUNK=CHUNK,
         )  # fmt: skip
     return layout, gates
 

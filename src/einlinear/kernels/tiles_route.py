@@ -4,7 +4,7 @@ Imported by the operators that launch these kernels (`select.py`, `sets.py`) whe
 a number whose digits to the base `EXPERTS`, `ACTIVE` of them, are its experts in ascending order. A slot is one token
 at one of its experts. The slots of an expert lie next to each other, from a multiple of `PIECE` on, and among them
 those of each set, from a multiple of `ALIGN` on; what is left between is nobody's. A run is at most `RUN` tokens of
-one set.
+one set, and a tile at most `TILE`.
 """
 
 # No jaxtyping, no annotations but constexpr: Triton reads these signatures itself.
@@ -174,12 +174,12 @@ def add_chunks(
 
 @triton.jit
 def lay_out(
-    counts, before, size, place, first_run, starts, rooms, chunks,
+    counts, before, size, place, first_run, first_tile, starts, rooms, chunks,
     EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, SETS: tl.constexpr, BLOCK_SETS: tl.constexpr,
     SOME_SETS: tl.constexpr, BLOCK_CHUNKS: tl.constexpr,
-    BLOCK_EXPERTS: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, PIECE: tl.constexpr,
+    BLOCK_EXPERTS: tl.constexpr, RUN: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """The first slot of each set at each of its experts, its first run, and the slots of each expert.
+    """The first slot of each set at each of its experts, its first run and tile, and the slots of each expert.
 
     Each program adds up the chunks for some sets, and the last one to have done so then knows all sizes: no program
     waits for another.
@@ -192,6 +192,9 @@ def lay_out(
         made = (count + RUN - 1) // RUN
         tl.store(first_run + sets, tl.cumsum(made, 0) - made, mask=sets < SETS)
         tl.store(rooms + EXPERTS, tl.sum(made, axis=0))
+        made = (count + TILE - 1) // TILE
+        tl.store(first_tile + sets, tl.cumsum(made, 0) - made, mask=sets < SETS)
+        tl.store(rooms + EXPERTS + 1, tl.sum(made, axis=0))
         has = tl.zeros((BLOCK_EXPERTS, BLOCK_SETS), tl.int32)
         for j in tl.static_range(ACTIVE):
             has += (member(sets, j, EXPERTS, ACTIVE)[None, :] == experts[:, None]).to(tl.int32)
@@ -209,11 +212,12 @@ def lay_out(
 
 @triton.jit
 def fill_in(
-    index, weight, before, size, place, first_run, run_set, runs, token_of, gates, tokens, chunks, most,
+    index, weight, before, size, place, first_run, first_tile, run_set, runs, tile_set, tiles, token_of, gates,
+    tokens, chunks, most_runs, most_tiles,
     EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, SETS: tl.constexpr, CHUNK: tl.constexpr, RUN: tl.constexpr,
-    ALIGN: tl.constexpr,
+    TILE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Token and gate of each slot (a program for each chunk); the runs of each set (one for each set)."""
+    """Token and gate of each slot (a program for each chunk); the runs and tiles of each set (one for each set)."""
     program, here = tl.program_id(0), tl.arange(0, CHUNK)
     if program < chunks:
         token = program * CHUNK + here
@@ -230,16 +234,21 @@ def fill_in(
             tl.store(gates + tl.load(place + plane * SETS + key, mask=inside, other=0) + rank, gate, mask=inside)
     else:
         s = program - chunks
-        count, first = tl.load(size + s), tl.load(first_run + s)
-        lanes = tl.arange(0, ALIGN)
+        count, lanes = tl.load(size + s), tl.arange(0, ALIGN)
         for j in tl.static_range(ACTIVE):
             begin = tl.load(place + j * SETS + s)
             gap = count + lanes < (count + ALIGN - 1) // ALIGN * ALIGN
             tl.store(token_of + begin + count + lanes, tl.full((ALIGN,), -1, tl.int32), mask=gap)
             tl.store(gates + begin + count + lanes, tl.zeros((ALIGN,), tl.float32), mask=gap)
-            for block in range(0, (count + RUN - 1) // RUN, CHUNK):
-                i = block + here
-                kept = i * RUN < count
-                packed = (begin + i * RUN) * 64 + tl.minimum(count - i * RUN, RUN) - 1
-                tl.store(runs + j * most + first + i, packed, mask=kept)
-                tl.store(run_set + first + i, tl.zeros((CHUNK,), tl.int32) + s, mask=kept)
+            cut(begin, count, s, run_set, runs + j * most_runs, tl.load(first_run + s), RUN, CHUNK)
+            cut(begin, count, s, tile_set, tiles + j * most_tiles, tl.load(first_tile + s), TILE, CHUNK)
+
+
+@triton.jit
+def cut(begin, count, set_, set_of_part, parts, first, PART: tl.constexpr, CHUNK: tl.constexpr):
+    """The tokens of a set in parts: first slot and size of each, packed, and its set."""
+    for block in range(0, (count + PART - 1) // PART, CHUNK):
+        i = block + tl.arange(0, CHUNK)
+        kept = i * PART < count
+        tl.store(parts + first + i, (begin + i * PART) * 64 + tl.minimum(count - i * PART, PART) - 1, mask=kept)
+        tl.store(set_of_part + first + i, tl.zeros((CHUNK,), tl.int32) + set_, mask=kept)
