@@ -116,14 +116,16 @@ accumulated = {"dweight", "dweights", "dups", "ddown", "dbias"}
 accumulated |= {"drouter", "dfirst", "dsecond", "dgate", "gates", "logits", "chosen", "partials", "parts"}
 integers = {"index", "starts", "rooms", "run_set", "runs", "token_of"}
 integers |= {"counts", "before", "size", "place", "first_run", "first_tile", "tile_set", "tiles"}
-tensors = {"x", "router", "dlogits", "result", "z", "dz", "weight", "bias", "y", "grad", "dx", "down", "first", "second"} | tuples
+tensors = {"result", "x", "router", "dlogits", "z", "dz", "weight", "bias", "y", "grad", "dx", "down", "first"}
+tensors |= tuples | {"second"}
 numbers = {"y_slices", "y_features", "y_tokens_apart", "lengths"}
 ptxas = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/ptxas")
 for name, (kernel, constants, parts, warps, stages) in cases.items():
     kinds, aligned = {}, {}
     for position, argument in enumerate(kernel.arg_names):
         kind = sums if argument in accumulated else half if argument in tensors - numbers else "i32"
-        kind = "*i64" if argument == "index" else "*i32" if argument in integers else "fp32" if argument in ("scale", "factors") else kind
+        kind = "*i64" if argument == "index" else "*i32" if argument in integers else kind
+        kind = "fp32" if argument in ("scale", "factors") else kind
         if argument in constants:
             kinds[argument] = "constexpr"
         elif argument in none:

@@ -10,7 +10,7 @@ from einlinear.links import INTO, OUT_OF
 
 @pytest.fixture
 def strict(monkeypatch):
-    """A grouped matmul that takes what one on a GPU does: few groups, and groups that begin at multiples of 16 bytes."""
+    """A grouped matmul that takes what one on a GPU does: few groups, and groups that begin at 16 bytes."""
     real = torch._grouped_mm
     groups = []
 
@@ -28,7 +28,7 @@ def strict(monkeypatch):
 
 @pytest.mark.parametrize("spec", [INTO, OUT_OF, "mb,nb->mn"])
 def test_grouped_matmuls_of_a_gpu_are_those_of_each_expert(spec, strict) -> None:
-    names, factor, made = slots._names(spec)
+    names, factor, _ = slots._names(spec)
     size = {"m": 21, "b": 8, "k": 8, "n": 16, "a": 8}
     offsets = torch.tensor([0, 3, 3, 21])  # not by multiples of 8, one expert idle
     a = torch.randn([size[n] for n in names]).bfloat16()

@@ -25,10 +25,10 @@ constexpr int GW = MT > RT ? MT / RT : 1;    // slices of the input that a warp 
 constexpr int LINE = GW * A * 2;             // and their bytes, for one token
 constexpr int INPUT = TOKENS * LINE;
 constexpr int CHUNKS = TOKENS / 8;           // of 16 bytes, in a row of the state
-constexpr int SHIFT = CHUNKS == 2 ? 2 : 1;
+constexpr int SHIFT = 1;
 constexpr int SLICE = (ROUNDED + 1) * TOKENS * 2;  // bytes of the state that one f reads; a row more spreads the banks
 constexpr int STATE = FS * SLICE;
-static_assert(TOKENS == 16, "a tile lies within a piece of the state");
+static_assert(TOKENS == 32 && PIECE % 8 == 0, "a thread has eight tokens, in one piece of the state");
 static_assert(G % CLUSTER == 0 && F % CLUSTER == 0 && A % 32 == 0 && ROWS % 16 == 0 && SUMS % 8 == 0 && E % 8 == 0, "");
 static_assert(MT * WARPS == GS * RT && (MT % RT == 0 || RT % MT == 0), "a warp has rows of whole slices, or of one");
 static_assert(NW * WARPS == FS * ET && FW * P == NW && ET % P == 0, "a warp has features of whole slices, or of one");
@@ -215,15 +215,15 @@ void layer(const u16* x, const u16* first, const u16* second, const u16* bias, u
 #pragma unroll
             for (int other = 1; other < ACTIVE; other++)
               if (j == other) packed = slots[other];
-            const int slot = packed / 64, count = packed % 64 + 1, feature = (rank * GS + slice + g) * EACH + at % EACH;
+            const int slot = packed / 64 + q * 8, count = packed % 64 + 1 - q * 8, feature = (rank * GS + slice + g) * EACH + at % EACH;
             u32 own[NT];
-            u16* to = z + ((size_t)(slot / PIECE) * (G * EACH) + feature) * PIECE + slot % PIECE + q * 2 * NT;
+            u16* to = z + ((size_t)(slot / PIECE) * (G * EACH) + feature) * PIECE + slot % PIECE;
 #pragma unroll
             for (int n = 0; n < NT; n++) {
-              const int token = q * 2 * NT + 2 * n;  // slots of nobody hold zeros
-              own[n] = pack(token < count ? made[n][2 * h] : 0.0f, token + 1 < count ? made[n][2 * h + 1] : 0.0f);
+              own[n] = pack(2 * n < count ? made[n][2 * h] : 0.0f, 2 * n + 1 < count ? made[n][2 * h + 1] : 0.0f);
             }
-            *(uint2*)to = make_uint2(own[0], own[1]);
+            // A set's slots end at a multiple of 16; those of nobody hold zeros.
+            if (q % 2 * 8 + count > 0) *(uint4*)to = make_uint4(own[0], own[1], own[2], own[3]);
           }
           u32 v[NT];
 #pragma unroll
@@ -235,7 +235,7 @@ void layer(const u16* x, const u16* first, const u16* second, const u16* bias, u
             v[n] = pack(made[n][2 * h] * low, made[n][2 * h + 1] * high);
           }
           const int turn = (sum >> SHIFT) & (CHUNKS - 1);
-          send(into + (((q >> 1) ^ turn) * 16) + (q & 1) * 8, make_uint2(v[0], v[1]), barrier);
+          send(into + ((q ^ turn) * 16), make_uint4(v[0], v[1], v[2], v[3]), barrier);
         }
       }
     }

@@ -62,9 +62,7 @@ def choose(
 
 
 @route.register_fake
-def _(
-    tokens: Tensor, weight: Tensor, scale: float, bias: Tensor | None, active: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(tokens: Tensor, weight: Tensor, scale: float, bias: Tensor | None, active: int) -> tuple[Tensor, Tensor, Tensor]:
     return _empty(tokens, weight, active)
 
 

@@ -1,11 +1,12 @@
 """BTT experts in one launch, where the multiprocessors of a cluster hold those of a set.
 
-Two launches write the state of every token's experts, and read it (set_pair.py). Here the multiprocessors of a cluster
-send each other the state (cluster_sets.cu); it is written where a backward pass will want it. What is moved instead are
-the factors of a set of experts, once for each cluster that meets it.
+Two launches write the state of every token's experts, and read it (set_pair.py): two thirds of all that they move with
+two active experts. Here the multiprocessors of a cluster send each other the state (cluster_sets.cu); it is written where
+a backward pass will want it.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from einlinear.kernels.sets import PIECE, TILE, Sizes
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("hopper.cuh", "cluster_sets.cu"))
 LARGER = (*SIZES, 16)
 """Multiprocessors in a cluster, up to what a Hopper GPU has."""
+
+TILE_BYTES = 7e6
+"""What two launches move on an H200 in the 2.2 us in which a cluster is done with a tile (benchmarks/NOTES.md)."""
 
 
 def set_cut(first: tuple[int, ...], second: tuple[int, ...], active: int) -> Cut | str:
@@ -43,8 +47,8 @@ def clustered(
     x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None, layout: Tensor, gates: Tensor, sizes: Sizes,
     y: Tensor, z: Tensor | None,
 ) -> bool:  # fmt: skip
-    """Fills `y`, and `z` where it is given, if a cluster moves less than two launches do; returns whether it does."""
-    found = _pays(x, first, second, sizes, z is not None)
+    """Fills `y`, and `z` where it is given, if that is faster than two launches; returns whether it did."""
+    found = _pays(x, first, second, bias, sizes)
     if found is None:
         return False
     with torch.cuda.device_of(x):
@@ -58,24 +62,24 @@ def clustered(
         x, first, second = (_aligned(each) for each in (x, first, second))
         added = None if bias is None else _aligned(bias)
         _, rooms, _, _, token_of, *tiles = sizes.split(layout)
-        tables = (rooms, token_of, *tiles, gates, sizes.tiles)
-        run(min(run.resident, sizes.tiles), [x, first, second, added, y, z, *tables, x.stride(0)])
+        tables = [rooms, token_of, *tiles, gates]
+        run(min(run.resident, sizes.tiles), [x, first, second, added, y, z, *tables, sizes.tiles, x.stride(0)])
     return True
 
 
-def _pays(x: Tensor, first: Tensor, second: Tensor, sizes: Sizes, kept: bool) -> Cut | None:
+def _pays(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None, sizes: Sizes) -> Cut | None:
     if not x.is_cuda or torch.cuda.get_device_capability(x.device) < (9, 0) or nvrtc.refusal():
         return None
-    if x.dtype != first.dtype or x.dtype != second.dtype:
+    if any(each is not None and each.dtype != x.dtype for each in (first, second, bias)):
         return None
     found = set_cut(tuple(first.shape[1:]), tuple(second.shape[1:]), sizes.active)
-    device = torch.cuda.get_device_properties(x.device)
+    device: Any = torch.cuda.get_device_properties(x.device)
     if isinstance(found, str) or found.memory > device.shared_memory_per_block_optin:
         return None
+    (_, slices, rows, width), (_, later, out, _) = first.shape, second.shape
+    moved = sizes.tokens * x.element_size() * (slices * width + 2 * sizes.active * slices * rows + later * out)
     clusters = device.multi_processor_count // found.size
-    loaded = (sizes.filled + clusters) * sizes.active * (first.numel() + second.numel()) // sizes.experts
-    state = (1 if kept else 2) * sizes.active * len(x) * first.shape[1] * first.shape[2]
-    return found if loaded < state else None
+    return found if TILE_BYTES * sizes.tiles / clusters < moved else None
 
 
 def _aligned(tensor: Tensor) -> Tensor:

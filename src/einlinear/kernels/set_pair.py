@@ -19,14 +19,14 @@ from einlinear.kernels.sets import PIECE, RUN, Sizes, empty_counts, lay_out, set
 from einlinear.kernels.stage import multiprocessors, tile
 
 LAUNCHES = {
-    "into_forward": ((64, 4, 1), (64, 8, 1)),
-    "out_forward": ((64, 8, 3), (64, 8, 1)),
-    "out_backward": ((128, 4, 4), (64, 8, 3)),
-    "into_backward_input": ((64, 4, 2), (64, 8, 1)),
-    "into_backward_weight": ((128, 4, 2), (64, 8, 3)),
+    "into_forward": ((64, 4, 1), (64, 4, 1), (64, 8, 1)),
+    "out_forward": ((64, 4, 3), (64, 8, 3), (64, 8, 1)),
+    "out_backward": ((64, 4, 5), (128, 4, 4), (64, 8, 3)),
+    "into_backward_input": ((64, 4, 2), (64, 4, 2), (64, 8, 1)),
+    "into_backward_weight": ((128, 4, 2), (128, 4, 2), (64, 8, 3)),
 }
-"""Tokens at once, warps and pipeline stages: the fastest of those measured, for weights of up to 64 x 128 and for
-larger ones, which need more registers."""
+"""Tokens at once, warps and pipeline stages: the fastest of those measured, for weights of up to 32 x 32, of up to
+64 x 128, and for larger ones, which need more registers."""
 
 
 @torch.library.custom_op("einlinear::set_pair", mutates_args=())
@@ -258,9 +258,7 @@ def forward(
     return y, z
 
 
-def _backward(
-    grad: Tensor, saved: _Saved, own: _Own | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward(grad: Tensor, saved: _Saved, own: _Own | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of `x`, of the router (of `weight`, where that is given), of `first` and of `second`."""
     from einlinear.kernels import tiles_sets
 
@@ -333,10 +331,11 @@ def _whole(sizes: Sizes) -> dict[str, int]:
 
 def _launch(kernel: str, factor: Tensor) -> dict[str, int]:
     """Tokens at once, warps and pipeline stages."""
-    tokens, warps, stages = LAUNCHES[kernel][_large(factor)]
+    tokens, warps, stages = LAUNCHES[kernel][_size(factor)]
     across = "TILE" if kernel in ("out_backward", "into_backward_weight") else "BLOCK"
     return {across: tokens, "num_warps": warps, "num_stages": stages}
 
 
-def _large(factor: Tensor) -> bool:
-    return tile(factor.shape[2]) * tile(factor.shape[3]) > 64 * 128
+def _size(factor: Tensor) -> int:
+    weights = tile(factor.shape[2]) * tile(factor.shape[3])
+    return (weights > 32 * 32) + (weights > 64 * 128)

@@ -12,9 +12,7 @@ from einlinear.kernels.sets import Sizes, empty_counts, lay_out, set_layout
 
 
 @torch.library.custom_op("einlinear::set_result", mutates_args=())
-def set_result(
-    x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None, index: Tensor, weight: Tensor
-) -> Tensor:
+def set_result(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None, index: Tensor, weight: Tensor) -> Tensor:
     """The result of `set_pair`, without gradients."""
     layout, gates = set_layout(index, weight, len(first))
     sizes = Sizes(len(x), len(first), index.shape[1])

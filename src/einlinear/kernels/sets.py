@@ -14,8 +14,8 @@ CHUNK = 64
 RUN = 256
 """Tokens of one set that one program takes, one block after another, without loading weights again."""
 
-TILE = 16
-"""Tokens of one set that a cluster takes at once; a tile of the most is filled by the last tokens of a set alone."""
+TILE = 32
+"""Tokens of one set that a cluster takes at once: half as many take as long, 2 us on an H200 (benchmarks/NOTES.md)."""
 
 PIECE = 128
 """Slots whose numbers lie side by side in the state; the slots of an expert start at a multiple of it."""
@@ -133,7 +133,8 @@ def lay_out(index: Tensor, weight: Tensor, counts: Tensor, sizes: Sizes) -> tupl
     before = torch.empty_like(counts)
     size, first_run, first_tile, *place = index.new_empty(3 + sizes.active, sizes.sets, dtype=torch.int32)
     starts, rooms, run_set, runs, token_of, tile_set, tiles = sizes.split(layout)
-    shape = {"EXPERTS": sizes.experts, "ACTIVE": sizes.active, "SETS": sizes.sets, "RUN": RUN, "TILE": TILE, "ALIGN": ALIGN}
+    shape = {"EXPERTS": sizes.experts, "ACTIVE": sizes.active, "SETS": sizes.sets}
+    shape |= {"RUN": RUN, "TILE": TILE, "ALIGN": ALIGN}
     with torch.cuda.device_of(index):
         tiles_route.lay_out[(-(-sizes.sets // 16),)](
             counts, before, size, place[0], first_run, first_tile, starts, rooms, sizes.chunks,
@@ -141,8 +142,8 @@ def lay_out(index: Tensor, weight: Tensor, counts: Tensor, sizes: Sizes) -> tupl
             BLOCK_EXPERTS=tile(sizes.experts), PIECE=PIECE, num_warps=8,
         )  # fmt: skip
         tiles_route.fill_in[(sizes.chunks + sizes.sets,)](
-            index, weight, before, size, place[0], first_run, first_tile, run_set, runs, tile_set, tiles, token_of, gates,
-            sizes.tokens, sizes.chunks, sizes.runs, sizes.tiles, **shape, CHUNK=CHUNK,
+            index, weight, before, size, place[0], first_run, first_tile, run_set, runs, tile_set, tiles,
+            token_of, gates, sizes.tokens, sizes.chunks, sizes.runs, sizes.tiles, **shape, CHUNK=CHUNK,
         )  # fmt: skip
     return layout, gates
 

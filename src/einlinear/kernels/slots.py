@@ -20,7 +20,7 @@ from einlinear.kernels.pairwise import fill
 from einlinear.links import Link, links
 from einlinear.structure import Structure
 
-MOST_GROUPS = 1024
+MOST_GROUPS = 1023
 """Matmuls of one `torch._grouped_mm`."""
 
 
