@@ -19,7 +19,8 @@ constexpr int KT = A / 32;                   // sums of the first factor, 32 at 
 constexpr int ET = E / 8;                    // tiles of 8 features of a slice of the result
 constexpr int NW = FS * ET / WARPS;          // those of one warp
 constexpr int P = NW < ET ? NW : ET, FW = NW / P;
-constexpr int RUN = P % 4 == 0 ? 4 : P % 2 == 0 ? 2 : 1;
+constexpr int PAIRS = P % 4 == 0 ? 4 : P % 2 == 0 ? 2 : 1;  // of features that a thread stores at a time
+constexpr int RUN = PAIRS == 4 ? P : PAIRS;                  // that it has one after the other
 constexpr int ST = ROUNDED / 32;
 constexpr int GW = MT > RT ? MT / RT : 1;    // slices of the input that a warp reads
 constexpr int LINE = GW * A * 2;             // and their bytes, for one token
@@ -36,8 +37,7 @@ static_assert(NW * WARPS == FS * ET && FW * P == NW && ET % P == 0, "a warp has 
 // The order in which a tile's tokens lie in shared memory: those that a thread holds follow each other in the state.
 __device__ __forceinline__ int token_at(int row) { return ((row & 7) >> 1) * (2 * NT) + 2 * (row >> 3) + (row & 1); }
 
-// The features that a thread has of P tiles of 8: RUN pairs follow each other, and those of its four threads, such that a
-// store fills whole sectors.
+// The features that a thread has of P tiles of 8: RUN pairs follow each other, then those of the next thread.
 __device__ __forceinline__ int feature_at(int q, int tile) { return tile / RUN * (8 * RUN) + q * (2 * RUN) + tile % RUN * 2; }
 
 // Where the state's row of one sum lies: those that one instruction reads lie in different banks.
@@ -66,7 +66,7 @@ void layer(const u16* x, const u16* first, const u16* second, const u16* bias, u
 #pragma unroll
       for (int n = 0; n < COPIES; n++) {
         const int token = token_at((n * 32 + lane) / (LINE / 16));
-        tokens_at[n] = token < packed % 64 + 1 ? token_of[packed / 64 + token] : -1;
+        tokens_at[n] = token_of[packed / 64 + (token < packed % 64 + 1 ? token : 0)];  // the rest of a tile is made and not stored
       }
     }
   };
@@ -76,7 +76,7 @@ void layer(const u16* x, const u16* first, const u16* second, const u16* bias, u
       for (int n = 0; n < COPIES; n++) {
         const int at = (n * 32 + lane) / (LINE / 16), chunk = (n * 32 + lane) % (LINE / 16);
         const u32 into = inputs + (i % STAGES) * INPUT + at * LINE + ((LINE % 128 ? chunk : chunk ^ (at & 1) * 4) * 16);
-        copy_there(into, source + (size_t)(tokens_at[n] < 0 ? 0 : tokens_at[n]) * x_token + chunk * 8, tokens_at[n] >= 0);
+        copy_there(into, source + (size_t)tokens_at[n] * x_token + chunk * 8);
       }
     }
     copies_end();
@@ -223,7 +223,7 @@ void layer(const u16* x, const u16* first, const u16* second, const u16* bias, u
               own[n] = pack(2 * n < count ? made[n][2 * h] : 0.0f, 2 * n + 1 < count ? made[n][2 * h + 1] : 0.0f);
             }
             // A set's slots end at a multiple of 16; those of nobody hold zeros.
-            if (q % 2 * 8 + count > 0) *(uint4*)to = make_uint4(own[0], own[1], own[2], own[3]);
+            if (q % 2 * 8 + count > 0) write(to, make_uint4(own[0], own[1], own[2], own[3]));
           }
           u32 v[NT];
 #pragma unroll
@@ -276,10 +276,10 @@ void layer(const u16* x, const u16* first, const u16* second, const u16* bias, u
               for (int j = 0; j < P; j++) v[j] = pack(made[j][2 * h], made[j][2 * h + 1]);
               u16* to = y + (size_t)token * (F * E) + e;
 #pragma unroll
-              for (int j = 0; j < P; j += RUN)
-                if constexpr (P % 4 == 0) *(uint4*)(to + feature_at(q, j)) = make_uint4(v[j], v[j + 1], v[j + 2], v[j + 3]);
-                else if constexpr (P % 2 == 0) *(uint2*)(to + feature_at(q, j)) = make_uint2(v[j], v[j + 1]);
-                else *(u32*)(to + feature_at(q, j)) = v[j];
+              for (int j = 0; j < P; j += PAIRS)
+                if constexpr (PAIRS == 4) write(to + feature_at(q, j), make_uint4(v[j], v[j + 1], v[j + 2], v[j + 3]));
+                else if constexpr (PAIRS == 2) write(to + feature_at(q, j), make_uint2(v[j], v[j + 1]));
+                else write(to + feature_at(q, j), v[j]);
             }
           }
         }
