@@ -16,6 +16,7 @@ from einlinear.contract import check, equation, pad_last
 from einlinear.cost import flops
 from einlinear.kernels import set_pair, set_result, sets
 from einlinear.kernels.kernel import CPU, CUDA, CUDA_HALF, Target
+from einlinear.kernels.set_cluster import set_cut
 from einlinear.kernels.slots import MOST_GROUPS, Experts, Slots, by_expert, by_token, combine, dispatch, expert_links
 from einlinear.kernels.transforms import transformed
 from einlinear.links import INTO, OUT_OF
@@ -74,6 +75,10 @@ class RoutedKernel(ABC):
     @abstractmethod
     def prepare(self, structure: Structure) -> RoutedRunner:
         """All that can be decided from the spec."""
+
+    def remark(self, structure: Structure) -> str:
+        """What to add to an explanation, after its first words."""
+        return ""
 
 
 class Everyone(RoutedKernel):
@@ -222,6 +227,13 @@ class SetSorted(RoutedKernel):
         first, second = ((experts, *shape) for shape in structure.expert.matrix_shapes)
         return SetsRunner(first, second, ExpertSorted().prepare(structure))
 
+    def remark(self, structure: Structure) -> str:
+        first, second = structure.expert.matrix_shapes
+        found = set_cut(first, second, structure.active)
+        if isinstance(found, str):
+            return f"; in two launches: {found}"
+        return f"; many tokens in one launch, on a GPU with clusters of {found.size} multiprocessors"
+
 
 @dataclass(frozen=True)
 class SetsRunner(RoutedRunner):
@@ -368,6 +380,7 @@ def explain_routed(structure: Structure, tokens: int, device: torch.device | str
         verdict = kernel.refuses(canonical, target)
         if verdict is None:
             verdict = f"fits, modelled cost {kernel.cost(canonical, tokens, target) / (tokens * dense):.4g} of dense"
+            verdict += kernel.remark(canonical)
         lines.append(f"  {kernel.name:13} {verdict}")
     return "\n".join(lines)
 

@@ -1,8 +1,8 @@
 """BTT experts in one launch, where the multiprocessors of a cluster hold those of a set.
 
 Two launches write the state of every token's experts, and read it (set_pair.py): two thirds of all that they move with
-two active experts. Here the multiprocessors of a cluster send each other the state (cluster_sets.cu); it is written where
-a backward pass will want it.
+two active experts. Here the multiprocessors of a cluster send each other the state (cluster_sets.cu); it is written
+where a backward pass will want it.
 """
 
 from pathlib import Path
