@@ -1,13 +1,14 @@
 """Layers of experts against dense ones, against all experts on all tokens, and standard mixtures, as CSV.
 
-    python benchmarks/experts.py [folder]           # on a GPU, in bfloat16
+    python benchmarks/experts.py [--brief] [folder] # on a GPU, in bfloat16; in brief, without what compares other ways
     python benchmarks/experts.py --cpu [folder]     # in float32, on one thread
     ncu <COUNTERS> python benchmarks/experts.py --once 4096 8 > counted.csv   # each kernel of one layer, once
     python benchmarks/experts.py --counted counted.csv [folder]               # as a table
 
 Writes `experts.csv` (or `cpu_experts.csv`, `experts_counters.csv`) into the folder, by default `results/<device>`
 (`results`). Routers have random weights, so that loads are even and every set of experts occurs: the hardest case. A
-layer's time includes its router's; "given" is the same layer with the routing of another layer.
+layer's time includes its router's; "given" is the same layer with the routing of another layer. "forward" takes no
+gradients, so that nothing is kept for them; "training" is both passes.
 """
 
 import csv
@@ -28,7 +29,7 @@ from einlinear.kernels.routed import Everyone
 from einlinear.lab.bench import MODES, milliseconds, provenance
 
 TOKENS, ACTIVE = 16384, 2
-LAYERS = [(width, experts) for width in (1024, 2048, 4096, 8192) for experts in (8, 16)]
+LAYERS = [(width, experts) for width in (2048, 4096, 8192, 1024) for experts in (8, 16)]
 MLPS = ((1024, 4096, 8), (2048, 8192, 8), (2048, 8192, 16))
 CPU = [
     (family, width, experts)
@@ -126,7 +127,7 @@ def measured(what: str, make: Callable[[], nn.Module], like: Row, tokens: int, m
         return row | {"ms": float("nan"), "error": f"{type(error).__name__}: {str(error)[:200]}", **provenance(**where)}
 
 
-def layers(where: Row, cases: list[tuple[int, int]]) -> Iterator[Row]:
+def layers(where: Row, brief: bool) -> Iterator[Row]:
     kinds: dict[str, Callable[[int, int], nn.Module]] = {
         "dense": lambda width, _: nn.Linear(width, width, False, **where),
         "btt of rank 2": lambda width, _: el.Linear(width, width, "btt(rank=2)", False, **where),
@@ -134,12 +135,12 @@ def layers(where: Row, cases: list[tuple[int, int]]) -> Iterator[Row]:
         "experts, routing given": lambda width, experts: Given(layer("btt", width, experts, **where)),
         "all experts on all tokens": lambda width, experts: Everywhere(layer("btt", width, experts, **where)),
     }
-    for width, experts in cases:
+    for width, experts in LAYERS:
         for mode in MODES:
             base = float("nan")
             for what, make in kinds.items():
-                if what.startswith("all") and experts * width > 16 * 4096:
-                    continue  # tens of gigabytes of states
+                if what.startswith("all") and (brief or experts * width > 16 * 4096):
+                    continue  # of the largest, tens of gigabytes of states
                 about = {"width": width, "experts": experts, "active": ACTIVE}
                 row = measured(what, partial(make, width, experts), about, TOKENS, mode, where)
                 base = row["ms"] if what == "dense" else base
@@ -160,14 +161,15 @@ def mlps(where: Row) -> Iterator[Row]:
                 yield measured(what, make, about, TOKENS, mode, where)
 
 
-def memory(where: Row) -> Iterator[Row]:
+def memory(where: Row, brief: bool) -> Iterator[Row]:
     """Bytes that a forward pass keeps for the backward pass, input and output included."""
-    for width, experts in LAYERS[4:6]:
+    for width, experts in ((4096, 8), (4096, 16)):
         kinds = {
             "btt of rank 2": el.Linear(width, width, "btt(rank=2)", False, **where),
             "experts": layer("btt", width, experts, **where),
-            "all experts on all tokens": Everywhere(layer("btt", width, experts, **where)),
         }
+        if not brief:
+            kinds["all experts on all tokens"] = Everywhere(layer("btt", width, experts, **where))
         for what, module in kinds.items():
             x = torch.randn(TOKENS, width, **where, requires_grad=True)
             module(x).sum().backward()
@@ -198,13 +200,16 @@ def cpu() -> Iterator[Row]:
 
 
 def once(width: int, experts: int, where: Row) -> None:
-    """One forward and one backward pass of a layer, for a profiler."""
+    """A forward pass without gradients, then one with them and the backward pass, for a profiler."""
     module, x = layer("btt", width, experts, **where), torch.randn(TOKENS, width, **where, requires_grad=True)
     grad = torch.randn_like(x)
-    module(x).backward(grad)
-    torch.cuda.synchronize()
-    torch.cuda.profiler.start()
-    module(x).backward(grad)
+    for counting in (False, True):
+        if counting:
+            torch.cuda.synchronize()
+            torch.cuda.profiler.start()
+        with torch.no_grad():
+            module(x)
+        module(x).backward(grad)
     torch.cuda.synchronize()
     torch.cuda.profiler.stop()
 
@@ -246,10 +251,11 @@ def write(file: Path, rows: Iterator[Row]) -> None:
             writer.writerows(done)
 
 
-def gpu(where: Row) -> Iterator[Row]:
-    yield from layers(where, LAYERS)
-    yield from mlps(where)
-    yield from memory(where)
+def gpu(where: Row, brief: bool) -> Iterator[Row]:
+    yield from layers(where, brief)
+    if not brief:
+        yield from mlps(where)
+    yield from memory(where, brief)
 
 
 def main(arguments: list[str]) -> None:
@@ -269,7 +275,7 @@ def main(arguments: list[str]) -> None:
         write((folders[1:] or [results / named])[0] / "experts_counters.csv", counted(folders[0], where))
         return
     warm(where)
-    write((folders or [results / named])[0] / "experts.csv", gpu(where))
+    write((folders or [results / named])[0] / "experts.csv", gpu(where, "--brief" in arguments))
 
 
 if __name__ == "__main__":

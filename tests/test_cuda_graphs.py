@@ -59,6 +59,15 @@ def test_a_replay_is_an_mlp_by_its_junction(activation):
     replays_as_it_runs(mlp, 100)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("tokens", "experts", "active"), [(33, 4, 1), (1024, 8, 2), (4096, 16, 2)])
+@pytest.mark.parametrize("family", [el.BTT(), el.LowRank(rank=16)], ids=str)
+def test_a_replay_routes_what_the_input_then_holds(family, tokens, experts, active, dtype):
+    layer = el.Linear(256, 256, family, experts=experts, active=active, device="cuda", dtype=dtype)
+    torch.nn.init.normal_(layer.router.weight)
+    replays_as_it_runs(layer, tokens)
+
+
 def replays_as_it_runs(layer, tokens):
     dtype = next(layer.parameters()).dtype
     x = torch.randn(tokens, 256, device="cuda", dtype=dtype, requires_grad=True)

@@ -36,16 +36,26 @@ class Cut:
 
 
 @lru_cache(maxsize=4096)
-def cut(first: tuple[int, int, int], second: tuple[int, int, int]) -> Cut | str:
-    """The smallest cluster for factors of these shapes, `[g, r f, a]` and `[f, e, g r]`, or why there is none."""
+def cut(
+    first: tuple[int, int, int],
+    second: tuple[int, int, int],
+    sizes: tuple[int, ...] = SIZES,
+    tiles: tuple[int, ...] = (32, 16),
+) -> Cut | str:
+    """The smallest cluster for factors of these shapes, `[g, r f, a]` and `[f, e, g r]`, or why there is none.
+
+    Args:
+        sizes: of clusters, in ascending order.
+        tiles: how many tokens at a time, the better ones first.
+    """
     slices, rows, width = first
     later, out, sums = second
     if width % 32 or rows % 16 or out % 8 or sums % 8:
         return f"blocks of {width} by {rows} and {sums} by {out} are no multiples of 32 by 16 and 8 by 8"
-    found = (_cut(size, tokens, first, second) for tokens in (32, 16) for size in SIZES)
+    found = (_cut(size, tokens, first, second) for tokens in tiles for size in sizes)
     return next(
         (each for each in found if each is not None),
-        f"no cluster of up to {SIZES[-1]} multiprocessors keeps {slices} blocks of {rows} by {width} and {later} of "
+        f"no cluster of up to {sizes[-1]} multiprocessors keeps {slices} blocks of {rows} by {width} and {later} of "
         f"{out} by {sums} in its registers, in equal parts",
     )
 

@@ -127,7 +127,8 @@ class Linear(nn.Module):
                 f"pass layer(x, routing) with the routing that a Router made of the same tokens"
             )
         if tokens.dtype == x.dtype and self.router.joins(tokens):
-            made = self._routed_plan.with_router(factors, tokens, self.router.scaled, self.router.bias, bias)
+            router = self.router
+            made = self._routed_plan.with_router(factors, tokens, router.weight, router.scale, router.bias, bias)
             if made is not None:
                 y, logits, chosen = made
                 self.router.record(logits, chosen)

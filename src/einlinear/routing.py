@@ -106,7 +106,7 @@ class Router(nn.Module):
         if self.training and self.jitter:
             tokens = tokens * torch.empty_like(tokens).uniform_(1 - self.jitter, 1 + self.jitter)
         if self.choice == "token" and routes(tokens, self.experts):
-            logits, index, weight = route(tokens, self.scaled, self.bias, self.active)
+            logits, index, weight = route(tokens, self.weight, self.scale, self.bias, self.active)
         else:
             logits = self._logits(tokens)
             index, weight = self._chosen(logits)
@@ -121,21 +121,21 @@ class Router(nn.Module):
             self.latest = Choices(logits, chosen)
 
     def joins(self, x: Tensor) -> bool:
-        """Whether a layer may route `x` in an operator of its own, by `scaled` and `bias`, and then `record` it."""
+        """Whether a layer may route `x` in an operator of its own, and then `record` what was chosen."""
         choices = self.choice == "token" and self.capacity is None and not (self.training and self.jitter)
         return choices and type(self) is Router and not hooked(self) and routes(x, self.experts)
 
     @property
-    def scaled(self) -> Tensor:
-        """Logits are the product of tokens with this."""
-        return self.weight * (SHARPNESS / self.d_in)
+    def scale(self) -> float:
+        """Logits are the product of tokens with the weight, times this."""
+        return SHARPNESS / self.d_in
 
     def _logits(self, tokens: Tensor) -> Tensor:
         dtype = torch.promote_types(torch.promote_types(tokens.dtype, self.weight.dtype), torch.float32)
         if tokens.device.type == "meta":
             return functional.linear(tokens.to(dtype), self.weight.to(dtype))
         with torch.autocast(tokens.device.type, enabled=False):
-            return functional.linear(tokens.to(dtype), self.scaled.to(dtype))
+            return functional.linear(tokens.to(dtype), self.weight.to(dtype) * self.scale)
 
     def _chosen(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Indices and weights, `[tokens, active]`, or `[experts, capacity]` where experts choose."""

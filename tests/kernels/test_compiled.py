@@ -106,16 +106,15 @@ cases = {
         1, 4, 3),
     "route_forward": (
         tiles_route.route_forward, dict(EXPERTS=16, ACTIVE=2, TIE=1e-6, BLOCK_EXPERTS=16, BLOCK_TOKENS=64,
-                                       BLOCK_WIDTH=128, SPLIT=True, HAS_BIAS=True), 1, 4, 3),
+                                       BLOCK_WIDTH=128, SPLIT=True, HAS_BIAS=True, SETS=256, BLOCK_SETS=256,
+                                       COUNTED=True), 1, 4, 3),
     "sort's count": (
-        tiles_route.count_sets, dict(EXPERTS=16, ACTIVE=2, SETS=256, BLOCK_SETS=256, CHUNK=128), 1, 4, 3),
-    "sort's sums": (
-        tiles_route.add_chunks, dict(SETS=256, SOME_SETS=16, BLOCK_CHUNKS=128), 1, 4, 3),
+        tiles_route.count_sets, dict(EXPERTS=16, ACTIVE=2, SETS=256, BLOCK_SETS=256, CHUNK=64), 1, 4, 3),
     "sort's layout": (
-        tiles_route.lay_out, dict(EXPERTS=16, ACTIVE=2, SETS=256, BLOCK_SETS=256, BLOCK_EXPERTS=16, RUN=256, ALIGN=64,
-                                  PIECE=128), 1, 8, 3),
+        tiles_route.lay_out, dict(EXPERTS=16, ACTIVE=2, SETS=256, BLOCK_SETS=256, SOME_SETS=16, BLOCK_CHUNKS=128,
+                                  BLOCK_EXPERTS=16, RUN=256, TILE=16, ALIGN=16, PIECE=128), 1, 8, 3),
     "sort's slots": (
-        tiles_route.fill_in, dict(EXPERTS=16, ACTIVE=2, SETS=256, CHUNK=128, RUN=256, ALIGN=64), 1, 4, 3),
+        tiles_route.fill_in, dict(EXPERTS=16, ACTIVE=2, SETS=256, CHUNK=64, RUN=256, TILE=16, ALIGN=16), 1, 4, 3),
     "into_forward of experts": (tiles_sets.into_forward, sets(**ins, BLOCK=64), 1, 4, 1),
     "into_forward of wide experts": (tiles_sets.into_forward, sets(**wide, BLOCK=64), 1, 8, 1),
     "into_backward_weight of wide experts": (
@@ -128,30 +127,37 @@ cases = {
     "into_backward_weight of experts": (
         tiles_sets.into_backward_weight,
         sets(**ins, TILE=128, SPLITS=1, BLOCK_EXPERTS=16, HAS_ROUTER=True), 1, 4, 2),
+    "sort's gates": (
+        tiles_sets.add_gates, dict(SLICES=64, EXPERTS=16, ACTIVE=2, RUN=256, SOME_SLICES=16, BLOCK_EXPERTS=16,
+                                   HAS_ROUTER=True, HAS_LOGITS=True), 1, 8, 3),
+    "sort's gradients added up": (tiles_sets.add_sums, dict(SPLITS=(3, 3, 24), BLOCK=1024), 3, 8, 3),
 }
 tuples = {"weights", "ys", "grads", "dweights", "y_slices", "y_features", "y_tokens_apart", "zs", "ups", "dzs", "dups",
-          "firsts", "seconds"}
+          "firsts", "seconds", "parts", "sums", "lengths", "factors"}
 none = {"biases", "dbiases"}
 accumulated = {"dweight", "dweights", "dups", "ddown", "dbias"}
-accumulated |= {"drouter", "dfirst", "dsecond", "dgate", "gates", "logits", "chosen"}
+accumulated |= {"drouter", "dfirst", "dsecond", "dgate", "gates", "logits", "chosen", "partials", "parts"}
 integers = {"index", "starts", "rooms", "run_set", "runs", "token_of"}
-integers |= {"counts", "before", "size", "place", "first_run"}
-tensors = {"x", "router", "dlogits", "z", "dz", "weight", "bias", "y", "grad", "dx", "down", "first", "second"} | tuples
-tensors |= {"other"}
-numbers = {"y_slices", "y_features", "y_tokens_apart"}
+integers |= {"counts", "before", "size", "place", "first_run", "first_tile", "tile_set", "tiles"}
+tensors = {"result", "x", "router", "dlogits", "z", "dz", "weight", "bias", "y", "grad", "dx", "down", "first"}
+tensors |= tuples | {"second", "other"}
+numbers = {"y_slices", "y_features", "y_tokens_apart", "lengths"}
 ptxas = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/ptxas")
 for name, (kernel, constants, parts, warps, stages) in cases.items():
     kinds, aligned = {}, {}
     for position, argument in enumerate(kernel.arg_names):
         kind = sums if argument in accumulated else half if argument in tensors - numbers else "i32"
         kind = "*i64" if argument == "index" else "*i32" if argument in integers else kind
+        kind = "fp32" if argument in ("scale", "factors") else kind
         if argument in constants:
             kinds[argument] = "constexpr"
         elif argument in none:
             kinds[argument] = ()
         elif argument in tuples:
             kinds[argument] = (kind,) * parts
-            aligned |= {(position, part): [["tt.divisibility", 16]] for part in range(parts)}
+            aligned |= {(position, part): [["tt.divisibility", 16]] for part in range(parts) if kind != "fp32"}
+        elif kind == "fp32":
+            kinds[argument] = kind
         else:
             kinds[argument] = kind
             aligned[position,] = [["tt.divisibility", 16]]
@@ -175,7 +181,7 @@ def test_kernels_use_the_matrix_units_and_fit() -> None:
     ran = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
     kernels = {kernel["name"]: kernel for kernel in map(json.loads, ran.stdout.splitlines())}
-    assert len(kernels) == 34
+    assert len(kernels) == 36
     for name, kernel in kernels.items():
         # For one token, for W and to sort, there is nothing to multiply by tiles.
         assert (kernel["wgmma"] > 0) == (not name.startswith(("pair", "product", "sort"))), kernel

@@ -12,6 +12,7 @@ from einlinear import routing
 from einlinear.kernels.routed import SetSorted
 from einlinear.kernels.select import route
 from einlinear.kernels.set_pair import routed_pair, set_pair
+from einlinear.kernels.set_result import routed_result, set_result
 from einlinear.kernels.sets import PIECE, RUN, Sizes, set_layout
 
 pytest.importorskip("triton", reason="Triton is not installed: its interpreter runs these kernels")
@@ -61,8 +62,8 @@ def test_set_sorted_tiles_are_the_reference_with_every_gradient(case) -> None:
 def test_a_layer_with_its_router_is_the_two_after_each_other(bias: Tensor | None) -> None:
     drawn, router = _drawn(*CASES[0]), torch.randn(3, 64, requires_grad=True)
     named = {name: drawn[name] for name in ("x", "first", "second", "bias")} | {"router": router}
-    y, logits, index, *_ = routed_pair(drawn["x"], router, bias, drawn["first"], drawn["second"], drawn["bias"], 2)
-    apart, chosen, weight = route(drawn["x"], router, bias, 2)
+    y, logits, index, *_ = routed_pair(drawn["x"], router, 0.5, bias, drawn["first"], drawn["second"], drawn["bias"], 2)
+    apart, chosen, weight = route(drawn["x"], router, 0.5, bias, 2)
     layout = set_layout(chosen, weight.detach(), 3)
     expected, _ = set_pair(*(drawn[n] for n in ("x", "first", "second", "bias")), chosen, weight, *layout)
     assert (y == expected).all()
@@ -107,6 +108,9 @@ def test_a_layer_joins_its_router_and_says_what_was_chosen(monkeypatch) -> None:
     (el.balance_loss(layer) + compiled.sum()).backward()  # its logits are outputs of the graph
     layer.eval()(x)
     assert layer.router.latest is None
+    with torch.no_grad():  # another operator, which keeps no state
+        assert (layer(x) == y).all()
+        assert (torch.compile(layer, fullgraph=True, backend="aot_eager")(x) == y).all()
     # What a user hangs on a router, and what is not a choice alone, goes the long way.
     joins = layer.router.joins(x)
     assert joins
@@ -124,7 +128,7 @@ def test_routing_is_that_of_the_router(bias: Tensor | None) -> None:
         router.bias.copy_(bias)
     x = torch.randn(70, 40, requires_grad=True)
     wanted = router(x)
-    logits, index, weight = route(x, router.scaled, router.bias, 2)
+    logits, index, weight = route(x, router.weight, router.scale, router.bias, 2)
     assert (index == wanted.chosen).all()
     _close("weights", weight, wanted.weight)
     _close("logits", logits, router.latest.logits)
@@ -138,7 +142,7 @@ def test_routing_is_that_of_the_router(bias: Tensor | None) -> None:
 
 def test_a_new_router_spreads_its_tokens_like_the_kernel() -> None:
     router, x = el.Router(16, 5, 2), torch.randn(33, 16)
-    _, index, weight = route(x, router.scaled, None, 2)
+    _, index, weight = route(x, router.weight, router.scale, None, 2)
     assert (index.sort(-1).values == router(x).chosen.sort(-1).values).all()
     assert (weight == 0.5).all()
 
@@ -152,11 +156,16 @@ def test_the_operators_are_proper() -> None:
     routed = (
         drawn["x"],
         torch.randn(2, 64, requires_grad=True),
+        0.5,
         None,
         *(drawn[n] for n in ("first", "second", "bias")),
     )
     torch.library.opcheck(routed_pair, (*routed, 1), test_utils=checks)
-    torch.library.opcheck(route, (drawn["x"], torch.randn(3, 64, requires_grad=True), None, 2), test_utils=checks)
+    values = [value.detach() if isinstance(value, Tensor) else value for value in routed]
+    torch.library.opcheck(routed_result, (*values, 1), test_utils=("test_schema", "test_faketensor"))
+    given = [drawn[name].detach() for name in ("x", "first", "second", "bias", "index", "weight")]
+    torch.library.opcheck(set_result, given, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(route, (drawn["x"], torch.randn(3, 64, requires_grad=True), 0.5, None, 2), test_utils=checks)
 
 
 def test_a_layout_has_room_for_any_routing() -> None:

@@ -77,6 +77,9 @@ def function(
     handle = _checked(driver.cuModuleGetFunction(module, name.encode()))
     dynamic = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _checked(driver.cuFuncSetAttribute(handle, dynamic, memory))
+    if cluster > 8:  # the most that every GPU with clusters has; a Hopper GPU has twice as many for those who ask
+        larger = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+        _checked(driver.cuFuncSetAttribute(handle, larger, 1))
     config, attribute = driver.CUlaunchConfig(), driver.CUlaunchAttribute()
     config.gridDimX, config.gridDimY, config.gridDimZ = cluster, 1, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1

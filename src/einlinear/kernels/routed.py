@@ -14,9 +14,10 @@ from torch import Tensor
 
 from einlinear.contract import check, equation, pad_last
 from einlinear.cost import flops
-from einlinear.kernels import set_pair, sets
+from einlinear.kernels import set_pair, set_result, sets
 from einlinear.kernels.kernel import CPU, CUDA, CUDA_HALF, Target
-from einlinear.kernels.slots import Experts, Slots, by_expert, by_token, combine, dispatch, expert_links
+from einlinear.kernels.set_cluster import set_cut
+from einlinear.kernels.slots import MOST_GROUPS, Experts, Slots, by_expert, by_token, combine, dispatch, expert_links
 from einlinear.kernels.transforms import exported, transformed
 from einlinear.links import INTO, OUT_OF
 from einlinear.structure import Structure, StructureError
@@ -74,6 +75,10 @@ class RoutedKernel(ABC):
     @abstractmethod
     def prepare(self, structure: Structure) -> RoutedRunner:
         """All that can be decided from the spec."""
+
+    def remark(self, structure: Structure) -> str:
+        """What to add to an explanation, after its first words."""
+        return ""
 
 
 class Everyone(RoutedKernel):
@@ -151,6 +156,8 @@ class ExpertSorted(RoutedKernel):
             return None
         if not target.half:
             return "grouped matmuls take numbers of 16 bits on a CUDA device"
+        if structure.sizes[axis or ""] > MOST_GROUPS:
+            return f"a grouped matmul takes up to {MOST_GROUPS} experts"
         odd = [
             step
             for step, (_, out, width) in zip(expert.steps, expert.matrix_shapes, strict=True)
@@ -220,6 +227,13 @@ class SetSorted(RoutedKernel):
         first, second = ((experts, *shape) for shape in structure.expert.matrix_shapes)
         return SetsRunner(first, second, ExpertSorted().prepare(structure))
 
+    def remark(self, structure: Structure) -> str:
+        first, second = structure.expert.matrix_shapes
+        found = set_cut(first, second, structure.active)
+        if isinstance(found, str):
+            return f"; in two launches: {found}"
+        return f"; many tokens in one launch, on a GPU with clusters of {found.size} multiprocessors"
+
 
 @dataclass(frozen=True)
 class SetsRunner(RoutedRunner):
@@ -233,18 +247,30 @@ class SetsRunner(RoutedRunner):
         if routing.chosen_by_experts or routing.partial:
             return self.otherwise(factors, x, routing, bias)
         first, second = factors[0].reshape(self.first), factors[1].reshape(self.second)
+        if not _differentiated(x, first, second, bias, routing.weight):
+            made: Tensor = set_result.set_result(x, first, second, bias, routing.chosen, routing.weight)
+            return made
         layout = sets.set_layout(routing.chosen, routing.weight.detach(), routing.experts)
         y: Tensor = set_pair.set_pair(x, first, second, bias, routing.chosen, routing.weight, *layout)[0]
         return y
 
     def routed(
-        self, factors: Sequence[Tensor], x: Tensor, router: Tensor, router_bias: Tensor | None, bias: Tensor | None,
-        active: int,
+        self, factors: Sequence[Tensor], x: Tensor, router: Tensor, scale: float, router_bias: Tensor | None,
+        bias: Tensor | None, active: int,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """The result, logits and choices, of a router whose every token has `active` experts (`route`)."""
         first, second = factors[0].reshape(self.first), factors[1].reshape(self.second)
-        y, logits, chosen, *_ = set_pair.routed_pair(x, router, router_bias, first, second, bias, active)
+        if not _differentiated(x, router, first, second, bias):
+            made: tuple[Tensor, Tensor, Tensor] = set_result.routed_result(
+                x, router, scale, router_bias, first, second, bias, active
+            )
+            return made
+        y, logits, chosen, *_ = set_pair.routed_pair(x, router, scale, router_bias, first, second, bias, active)
         return y, logits, chosen
+
+
+def _differentiated(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 ROUTED_KERNELS: tuple[RoutedKernel, ...] = (SetSorted(), ExpertSorted(), Everyone())
@@ -285,12 +311,13 @@ class RoutedPlan:
         return y[:, : self.d_out].reshape(*x.shape[:-1], self.d_out)
 
     def with_router(
-        self, factors: Sequence[Tensor], x: Tensor, router: Tensor, router_bias: Tensor | None, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        self, factors: Sequence[Tensor], x: Tensor, router: Tensor, scale: float, router_bias: Tensor | None,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
         """Result, logits `[tokens, experts]` and choices in one operator, where there is one for `x`; else None.
 
         Args:
-            router, router_bias: as `einlinear.kernels.select.route` takes them.
+            router, scale, router_bias: as `einlinear.kernels.select.route` takes them.
         """
         if self.pad_in or x.ndim == 0 or x.shape[-1] != self.d_in:
             return None
@@ -299,7 +326,7 @@ class RoutedPlan:
         if not isinstance(run, SetsRunner):
             return None
         padded = None if bias is None else pad_last(bias, self.pad_out)
-        y, logits, chosen = run.routed(factors, tokens, router, router_bias, padded, self.structure.active)
+        y, logits, chosen = run.routed(factors, tokens, router, scale, router_bias, padded, self.structure.active)
         return y[:, : self.d_out].reshape(*x.shape[:-1], self.d_out), logits, chosen
 
     def _runner(self, factors: Sequence[Tensor], x: Tensor, tokens: int) -> RoutedRunner:
@@ -353,6 +380,7 @@ def explain_routed(structure: Structure, tokens: int, device: torch.device | str
         verdict = kernel.refuses(canonical, target)
         if verdict is None:
             verdict = f"fits, modelled cost {kernel.cost(canonical, tokens, target) / (tokens * dense):.4g} of dense"
+            verdict += kernel.remark(canonical)
         lines.append(f"  {kernel.name:13} {verdict}")
     return "\n".join(lines)
 

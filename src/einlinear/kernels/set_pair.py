@@ -13,19 +13,20 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from einlinear.kernels.select import logits_gradient, route
-from einlinear.kernels.sets import PIECE, RUN, Sizes, set_layout
-from einlinear.kernels.stage import add_partials, multiprocessors, tile
+from einlinear.kernels.select import choose, route
+from einlinear.kernels.set_cluster import clustered
+from einlinear.kernels.sets import PIECE, RUN, Sizes, empty_counts, lay_out, set_layout
+from einlinear.kernels.stage import multiprocessors, tile
 
 LAUNCHES = {
-    "into_forward": ((64, 4, 1), (64, 8, 1)),
-    "out_forward": ((64, 8, 3), (64, 8, 1)),
-    "out_backward": ((128, 4, 4), (64, 8, 3)),
-    "into_backward_input": ((64, 4, 2), (64, 8, 1)),
-    "into_backward_weight": ((128, 4, 2), (64, 8, 3)),
+    "into_forward": ((64, 4, 1), (64, 4, 1), (64, 8, 1)),
+    "out_forward": ((64, 4, 3), (64, 8, 3), (64, 8, 1)),
+    "out_backward": ((64, 4, 5), (128, 4, 4), (64, 8, 3)),
+    "into_backward_input": ((64, 4, 2), (64, 4, 2), (64, 8, 1)),
+    "into_backward_weight": ((128, 4, 2), (128, 4, 2), (64, 8, 3)),
 }
-"""Tokens at once, warps and pipeline stages: the fastest of those measured, for weights of up to 64 x 128 and for
-larger ones, which need more registers."""
+"""Tokens at once, warps and pipeline stages: the fastest of those measured, for weights of up to 32 x 32, of up to
+64 x 128, and for larger ones, which need more registers."""
 
 
 @torch.library.custom_op("einlinear::set_pair", mutates_args=())
@@ -47,7 +48,7 @@ def set_pair(
     Returns:
         `[tokens, later slices * out]`, and the state, for the backward pass.
     """
-    return _forward(x, first, second, bias, layout, gates, index.shape[1])
+    return forward(x, first, second, bias, layout, gates, Sizes(len(x), len(first), index.shape[1]))
 
 
 @set_pair.register_fake
@@ -65,8 +66,7 @@ def set_pair_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of `x`, `first`, `second` and `weight`."""
     saved = _Saved(x.contiguous(), first.contiguous(), second.contiguous(), index, weight, layout, gates, z)
-    dz, dsecond, dweight = _backward_out(grad.contiguous(), saved)
-    dx, dfirst, _ = _backward_into(dz, saved)
+    dx, dweight, dfirst, dsecond = _backward(grad.contiguous(), saved)
     return dx, dfirst, dsecond, dweight
 
 
@@ -96,32 +96,34 @@ set_pair.register_autograd(_pair_backward, setup_context=_setup_pair)
 
 @torch.library.custom_op("einlinear::routed_pair", mutates_args=())
 def routed_pair(
-    x: Tensor, router: Tensor, router_bias: Tensor | None, first: Tensor, second: Tensor, bias: Tensor | None,
-    active: int,
+    x: Tensor, router: Tensor, scale: float, router_bias: Tensor | None, first: Tensor, second: Tensor,
+    bias: Tensor | None, active: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`set_pair` with the choices of a router of its own: the gradient of `x` is then written once for both.
 
     Args:
         x: `[tokens, slices * in]`.
-        router, router_bias, active: as in `einlinear.kernels.select.route`.
+        router, scale, router_bias, active: as in `einlinear.kernels.select.route`.
         first, second, bias: as in `set_pair`.
 
     Returns:
         The output, the logits, which have gradients too; the chosen experts; and weights, layout, gates and state,
         for the backward pass.
     """
-    logits, index, weight = route(x, router, router_bias, active)
-    layout, gates = set_layout(index, weight, len(first))
-    y, z = _forward(x, first, second, bias, layout, gates, active)
+    sizes = Sizes(len(x), len(first), active)
+    counts = empty_counts(x, sizes)
+    logits, index, weight = choose(x, router, scale, router_bias, active, counts)
+    layout, gates = lay_out(index, weight, counts, sizes)
+    y, z = forward(x, first, second, bias, layout, gates, sizes)
     return y, logits, index, weight, layout, gates, z
 
 
 @routed_pair.register_fake
 def _(
-    x: Tensor, router: Tensor, router_bias: Tensor | None, first: Tensor, second: Tensor, bias: Tensor | None,
-    active: int,
+    x: Tensor, router: Tensor, scale: float, router_bias: Tensor | None, first: Tensor, second: Tensor,
+    bias: Tensor | None, active: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    logits, index, weight = route(x, router, router_bias, active)
+    logits, index, weight = route(x, router, scale, router_bias, active)
     layout, gates = set_layout(index, weight, first.shape[0])
     y, z = _empty(x, first, second, Sizes(x.shape[0], first.shape[0], active))
     return y, logits, index, weight, layout, gates, z
@@ -129,29 +131,26 @@ def _(
 
 @torch.library.custom_op("einlinear::routed_pair_backward", mutates_args=())
 def routed_pair_backward(
-    grad: Tensor | None, dlogits: Tensor | None, x: Tensor, router: Tensor, first: Tensor, second: Tensor,
-    index: Tensor, weight: Tensor, layout: Tensor, gates: Tensor, z: Tensor,
+    grad: Tensor | None, dlogits: Tensor | None, x: Tensor, router: Tensor, scale: float, first: Tensor,
+    second: Tensor, index: Tensor, weight: Tensor, layout: Tensor, gates: Tensor, z: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of `x`, `router`, `first` and `second`."""
     saved = _Saved(x.contiguous(), first.contiguous(), second.contiguous(), index, weight, layout, gates, z)
     grad = x.new_zeros(len(x), second.shape[1] * second.shape[2]) if grad is None else grad.contiguous()
-    dz, dsecond, dweight = _backward_out(grad, saved)
-    total = logits_gradient(dlogits, dweight, x, len(router), index, weight)
-    dx, dfirst, drouter = _backward_into(dz, saved, router.to(x.dtype).contiguous(), total)
-    return dx, (drouter.mT / saved.sizes.active).to(router.dtype), dfirst, dsecond
+    return _backward(grad, saved, _Own(router, scale, None if dlogits is None else dlogits.contiguous()))
 
 
 @routed_pair_backward.register_fake
 def _(
-    grad: Tensor | None, dlogits: Tensor | None, x: Tensor, router: Tensor, first: Tensor, second: Tensor,
-    index: Tensor, weight: Tensor, layout: Tensor, gates: Tensor, z: Tensor,
+    grad: Tensor | None, dlogits: Tensor | None, x: Tensor, router: Tensor, scale: float, first: Tensor,
+    second: Tensor, index: Tensor, weight: Tensor, layout: Tensor, gates: Tensor, z: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     like = (x, router, first, second)
     return tuple(one.new_empty(one.shape) for one in like)  # type: ignore[return-value]
 
 
 def _setup_routed(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
-    x, router, _, first, second, bias, _ = inputs
+    x, router, ctx.scale, _, first, second, bias, _ = inputs
     ctx.has_bias = bias is not None
     ctx.save_for_backward(x, router, first, second, *output[2:])
     ctx.mark_non_differentiable(*output[2:])
@@ -159,9 +158,10 @@ def _setup_routed(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def] 
 
 
 def _routed_backward(ctx, grad: Tensor | None, dlogits: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]  # noqa: ANN001
-    dx, drouter, dfirst, dsecond = routed_pair_backward(grad, dlogits, *ctx.saved_tensors)
+    x, router, *saved = ctx.saved_tensors
+    dx, drouter, dfirst, dsecond = routed_pair_backward(grad, dlogits, x, router, ctx.scale, *saved)
     dbias = grad.sum(0) if ctx.has_bias and grad is not None else None
-    return dx, drouter, None, dfirst, dsecond, dbias, None
+    return dx, drouter, None, None, dfirst, dsecond, dbias, None
 
 
 routed_pair.register_autograd(_routed_backward, setup_context=_setup_routed)
@@ -183,16 +183,16 @@ def _(
 
 @register_flop_formula(torch.ops.einlinear.routed_pair)
 def _(
-    x: list[int], router: list[int], _: object, first: list[int], second: list[int], bias: object, active: int,
-    **__: object,
+    x: list[int], router: list[int], scale: float, _: object, first: list[int], second: list[int], bias: object,
+    active: int, **__: object,
 ) -> int:  # fmt: skip
     return _flops(x, first, second, active) + 2 * x[0] * math.prod(router)
 
 
 @register_flop_formula(torch.ops.einlinear.routed_pair_backward)
 def _(
-    grad: object, dlogits: object, x: list[int], router: list[int], first: list[int], second: list[int],
-    index: list[int], *_: object, **__: object,
+    grad: object, dlogits: object, x: list[int], router: list[int], scale: float, first: list[int],
+    second: list[int], index: list[int], *_: object, **__: object,
 ) -> int:  # fmt: skip
     return 2 * _flops(x, first, second, index[1]) + 4 * x[0] * math.prod(router)
 
@@ -219,19 +219,33 @@ class _Saved:
         return Sizes(len(self.x), len(self.first), self.index.shape[1])
 
 
-def _empty(x: Tensor, first: Tensor, second: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class _Own:
+    """A router of the layer's own, and the gradient that its logits have beside their softmax's."""
+
+    weight: Tensor
+    scale: float
+    dlogits: Tensor | None
+
+
+def _empty(x: Tensor, first: Tensor, second: Tensor, sizes: Sizes, kept: bool = True) -> tuple[Tensor, Tensor]:
     y = x.new_empty(x.shape[0], second.shape[1] * second.shape[2])
-    return y, x.new_empty(sizes.slots // PIECE, first.shape[1] * first.shape[2], PIECE)
+    return y, x.new_empty(sizes.slots // PIECE if kept else 0, first.shape[1] * first.shape[2], PIECE)
 
 
-def _forward(
-    x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None, layout: Tensor, gates: Tensor, active: int
-) -> tuple[Tensor, Tensor]:
+def forward(
+    x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None, layout: Tensor, gates: Tensor, sizes: Sizes,
+    kept: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The result, and the state, which holds nothing unless it is to be `kept`."""
     from einlinear.kernels import tiles_sets
 
-    sizes, x = Sizes(len(x), len(first), active), x.contiguous()
-    y, z = _empty(x, first, second, sizes)
-    _, *tables = sizes.split(layout)
+    x = x.contiguous()
+    y, z = _empty(x, first, second, sizes, kept)
+    if clustered(x, first, second, bias, layout, gates, sizes, y, z if kept else None):
+        return y, z
+    z = z if kept else _empty(x, first, second, sizes)[1]
+    _, *tables, _, _ = sizes.split(layout)
     with torch.cuda.device_of(x):
         tiles_sets.into_forward[(first.shape[1], sizes.runs)](
             x, first.contiguous(), z, *tables, sizes.runs, x.shape[1],
@@ -244,54 +258,52 @@ def _forward(
     return y, z
 
 
-def _backward_out(grad: Tensor, saved: _Saved) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the state, of `second` and of `weight`."""
+def _backward(grad: Tensor, saved: _Saved, own: _Own | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of `x`, of the router (of `weight`, where that is given), of `first` and of `second`."""
     from einlinear.kernels import tiles_sets
 
-    second, sizes, index = saved.second, saved.sizes, saved.index.contiguous()
-    dz, dweight = torch.empty_like(saved.z), saved.weight.new_empty(saved.weight.shape)
+    x, first, second, sizes = saved.x, saved.first, saved.second, saved.sizes
+    starts, *tables, _, _ = sizes.split(saved.layout)
+    rooms, token_of = tables[0], tables[-1]
+    dz, dx, dweight = torch.empty_like(saved.z), torch.empty_like(x), torch.empty_like(saved.weight)
     dgate = saved.gates.new_empty(second.shape[1], sizes.slots)
-    starts, rooms, run_set, runs, token_of = sizes.split(saved.layout)
-    splits = _splits(second, sizes)
-    dsecond = saved.gates.new_empty(splits, second.numel())
-    with torch.cuda.device_of(grad):
-        tiles_sets.out_backward[(second.shape[1], sizes.experts, splits)](
+    splits = _splits(first, sizes), _splits(second, sizes)
+    dfirst, dsecond = (saved.gates.new_empty(n, f.numel()) for n, f in zip(splits, (first, second), strict=True))
+    parts, likes, factors = [dfirst, dsecond], [first, second], [1.0, 1.0]
+    router, scale, dlogits, total, drouter = None, 1.0, None, None, None
+    if own:
+        router, scale, dlogits = own.weight.to(x.dtype).contiguous(), own.scale, own.dlogits
+        total = x.new_empty(len(x), sizes.experts)
+        drouter = saved.gates.new_empty(splits[0] * sizes.experts, router.numel())
+        # Each of a token's experts has added x dlogitsᵀ.
+        parts, likes, factors = [*parts, drouter], [*likes, own.weight], [*factors, scale / sizes.active]
+    into = {**_first(first, sizes), "BLOCK_EXPERTS": tile(sizes.experts), "HAS_ROUTER": own is not None}
+    with torch.cuda.device_of(x):
+        tiles_sets.out_backward[(second.shape[1], sizes.experts, splits[1])](
             grad, saved.z, second, saved.gates, dz, dgate, dsecond, starts, rooms, token_of, sizes.slots, grad.shape[1],
-            **_second(second, sizes), SPLITS=splits, **_launch("out_backward", second),
+            **_second(second, sizes), SPLITS=splits[1], **_launch("out_backward", second),
         )  # fmt: skip
         tiles_sets.add_gates[(sizes.runs,)](
-            dgate, index, dweight, rooms, run_set, runs, token_of, sizes.runs, sizes.slots,
-            SLICES=second.shape[1], EXPERTS=sizes.experts, ACTIVE=sizes.active, RUN=RUN,
+            dgate, saved.index.contiguous(), saved.gates, dlogits, dweight if total is None else total,
+            *tables, sizes.runs, sizes.slots,
+            SLICES=second.shape[1], EXPERTS=sizes.experts, ACTIVE=sizes.active, RUN=RUN, SOME_SLICES=16,
+            BLOCK_EXPERTS=tile(sizes.experts), HAS_ROUTER=own is not None, HAS_LOGITS=dlogits is not None, num_warps=8,
         )  # fmt: skip
-    return dz, add_partials(dsecond, second).view(second.shape), dweight
-
-
-def _backward_into(
-    dz: Tensor, saved: _Saved, router: Tensor | None = None, dlogits: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `x`, its router's included where that is given, and of `first`.
-
-    And that of the router times `active`, `[d_in, experts]`, float32.
-    """
-    from einlinear.kernels import tiles_sets
-
-    x, first, sizes = saved.x, saved.first, saved.sizes
-    dx = torch.empty_like(x)
-    starts, *tables = sizes.split(saved.layout)
-    splits = _splits(first, sizes)
-    dfirst = saved.gates.new_empty(splits, first.numel())
-    drouter = saved.gates.new_empty(splits * sizes.experts, 0 if router is None else router.numel())
-    own = {"BLOCK_EXPERTS": tile(sizes.experts), "HAS_ROUTER": router is not None}
-    with torch.cuda.device_of(x):
         tiles_sets.into_backward_input[(first.shape[1], sizes.runs)](
-            dz, first, router, dlogits, dx, *tables, sizes.runs, x.shape[1],
-            **_first(first, sizes), **own, **_launch("into_backward_input", first),
+            dz, first, router, scale, total, dx, *tables, sizes.runs, x.shape[1],
+            **into, **_launch("into_backward_input", first),
         )  # fmt: skip
-        tiles_sets.into_backward_weight[(first.shape[1], sizes.experts, splits)](
-            dz, x, dlogits, dfirst, drouter, starts, tables[0], tables[-1], x.shape[1],
-            **_first(first, sizes), **own, SPLITS=splits, **_launch("into_backward_weight", first),
+        tiles_sets.into_backward_weight[(first.shape[1], sizes.experts, splits[0])](
+            dz, x, total, dfirst, drouter, starts, rooms, token_of, x.shape[1],
+            **into, SPLITS=splits[0], **_launch("into_backward_weight", first),
         )  # fmt: skip
-    return dx, add_partials(dfirst, first).view(first.shape), add_partials(drouter, drouter).view(x.shape[1], -1)
+        made = [torch.empty_like(like) for like in likes]
+        counts = [like.numel() for like in likes]
+        tiles_sets.add_sums[(sum(-(-count // 1024) for count in counts),)](
+            tuple(parts), tuple(made), tuple(counts), tuple(factors),
+            SPLITS=tuple(len(part) for part in parts), BLOCK=1024, num_warps=8,
+        )  # fmt: skip
+    return dx, made[2] if own else dweight, made[0], made[1]
 
 
 def _splits(factor: Tensor, sizes: Sizes) -> int:
@@ -319,10 +331,11 @@ def _whole(sizes: Sizes) -> dict[str, int]:
 
 def _launch(kernel: str, factor: Tensor) -> dict[str, int]:
     """Tokens at once, warps and pipeline stages."""
-    tokens, warps, stages = LAUNCHES[kernel][_large(factor)]
+    tokens, warps, stages = LAUNCHES[kernel][_size(factor)]
     across = "TILE" if kernel in ("out_backward", "into_backward_weight") else "BLOCK"
     return {across: tokens, "num_warps": warps, "num_stages": stages}
 
 
-def _large(factor: Tensor) -> bool:
-    return tile(factor.shape[2]) * tile(factor.shape[3]) > 64 * 128
+def _size(factor: Tensor) -> int:
+    weights = tile(factor.shape[2]) * tile(factor.shape[3])
+    return (weights > 32 * 32) + (weights > 64 * 128)

@@ -8,11 +8,14 @@ from torch import Tensor
 
 from einlinear.kernels.stage import tile
 
-CHUNK = 128
-"""Tokens sorted by one program."""
+CHUNK = 64
+"""Tokens counted, and put into their places, by one program; so many are routed by one, which counts them too."""
 
 RUN = 256
 """Tokens of one set that one program takes, one block after another, without loading weights again."""
+
+TILE = 32
+"""Tokens of one set that a cluster takes at once: half as many take as long, 2 us on an H200 (benchmarks/NOTES.md)."""
 
 PIECE = 128
 """Slots whose numbers lie side by side in the state; the slots of an expert start at a multiple of it."""
@@ -42,12 +45,17 @@ class Sizes:
 
     @property
     def chunks(self) -> int:
-        return -(-self.tokens // CHUNK)
+        return max(1, -(-self.tokens // CHUNK))
 
     @property
     def runs(self) -> int:
         """The most runs."""
         return -(-self.tokens // RUN) + self.filled
+
+    @property
+    def tiles(self) -> int:
+        """The most tiles."""
+        return -(-self.tokens // TILE) + self.filled
 
     @property
     def filled(self) -> int:
@@ -62,8 +70,10 @@ class Sizes:
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """Lengths of: first slots of experts; their slots, and how many runs; sets of runs; runs; tokens of slots."""
-        return self.experts, self.experts + 1, self.runs, self.active * self.runs, self.slots
+        """Lengths of: first slots of experts; their slots, and how many runs and tiles there are; sets of runs; runs;
+        tokens of slots; sets of tiles; tiles."""
+        runs, tiles = self.runs, self.tiles
+        return self.experts, self.experts + 2, runs, self.active * runs, self.slots, tiles, self.active * tiles
 
     def split(self, layout: Tensor) -> list[Tensor]:
         """The tables."""
@@ -89,35 +99,53 @@ def set_layout(index: Tensor, weight: Tensor, experts: int) -> tuple[Tensor, Ten
     """
     from einlinear.kernels import tiles_route
 
-    sizes = Sizes(len(index), experts, index.shape[1])
-    if sizes.slots >= MOST_SLOTS:
-        raise ValueError(f"cannot sort {sizes.tokens} tokens by their experts: at most {MOST_SLOTS} slots at once")
-    index, weight = index.contiguous(), weight.contiguous()
-    layout, gates = _empty_layout(index, weight, sizes)
-    counts, before = index.new_empty(2, sizes.chunks, sizes.sets, dtype=torch.int32)
-    size, first_run, *place = index.new_empty(2 + sizes.active, sizes.sets, dtype=torch.int32)
-    starts, rooms, run_set, runs, token_of = sizes.split(layout)
-    shape, block = {"EXPERTS": experts, "ACTIVE": sizes.active, "SETS": sizes.sets}, tile(sizes.sets)
+    sizes, index = Sizes(len(index), experts, index.shape[1]), index.contiguous()
+    counts = empty_counts(index, sizes)
     with torch.cuda.device_of(index):
-        tiles_route.count_sets[(sizes.chunks,)](index, counts, sizes.tokens, **shape, BLOCK_SETS=block, CHUNK=CHUNK)
-        tiles_route.add_chunks[(-(-sizes.sets // 16),)](
-            counts, before, size, sizes.chunks,
-            SETS=sizes.sets, SOME_SETS=16, BLOCK_CHUNKS=min(128, tile(sizes.chunks)),
+        tiles_route.count_sets[(sizes.chunks,)](
+            index, counts, sizes.tokens,
+            EXPERTS=experts, ACTIVE=sizes.active, SETS=sizes.sets, BLOCK_SETS=tile(sizes.sets), CHUNK=CHUNK,
         )  # fmt: skip
-        tiles_route.lay_out[(1,)](
-            size, place[0], first_run, starts, rooms,
-            **shape, BLOCK_SETS=block, BLOCK_EXPERTS=tile(experts), RUN=RUN, ALIGN=ALIGN, PIECE=PIECE, num_warps=8,
-        )  # fmt: skip
-        tiles_route.fill_in[(sizes.chunks + sizes.sets,)](
-            index, weight, before, size, place[0], first_run, run_set, runs, token_of, gates,
-            sizes.tokens, sizes.chunks, sizes.runs, **shape, CHUNK=CHUNK, RUN=RUN, ALIGN=ALIGN,
-        )  # fmt: skip
-    return layout, gates
+    return lay_out(index, weight.contiguous(), counts, sizes)
 
 
 @set_layout.register_fake
 def _(index: Tensor, weight: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     return _empty_layout(index, weight, Sizes(index.shape[0], experts, index.shape[1]))
+
+
+def empty_counts(like: Tensor, sizes: Sizes) -> Tensor:
+    """Memory for how many tokens of each chunk have each set, and for a counter.
+
+    Raises:
+        ValueError: for more tokens than can be sorted.
+    """
+    if sizes.slots >= MOST_SLOTS:
+        raise ValueError(f"cannot sort {sizes.tokens} tokens by their experts: at most {MOST_SLOTS} slots at once")
+    return like.new_empty(sizes.chunks * sizes.sets + 1, dtype=torch.int32)
+
+
+def lay_out(index: Tensor, weight: Tensor, counts: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """`set_layout` of what has been counted, `index` and `weight` contiguous."""
+    from einlinear.kernels import tiles_route
+
+    layout, gates = _empty_layout(index, weight, sizes)
+    before = torch.empty_like(counts)
+    size, first_run, first_tile, *place = index.new_empty(3 + sizes.active, sizes.sets, dtype=torch.int32)
+    starts, rooms, run_set, runs, token_of, tile_set, tiles = sizes.split(layout)
+    shape = {"EXPERTS": sizes.experts, "ACTIVE": sizes.active, "SETS": sizes.sets}
+    shape |= {"RUN": RUN, "TILE": TILE, "ALIGN": ALIGN}
+    with torch.cuda.device_of(index):
+        tiles_route.lay_out[(-(-sizes.sets // 16),)](
+            counts, before, size, place[0], first_run, first_tile, starts, rooms, sizes.chunks,
+            **shape, BLOCK_SETS=tile(sizes.sets), SOME_SETS=16, BLOCK_CHUNKS=min(128, tile(sizes.chunks)),
+            BLOCK_EXPERTS=tile(sizes.experts), PIECE=PIECE, num_warps=8,
+        )  # fmt: skip
+        tiles_route.fill_in[(sizes.chunks + sizes.sets,)](
+            index, weight, before, size, place[0], first_run, first_tile, run_set, runs, tile_set, tiles,
+            token_of, gates, sizes.tokens, sizes.chunks, sizes.runs, sizes.tiles, **shape, CHUNK=CHUNK,
+        )  # fmt: skip
+    return layout, gates
 
 
 def _empty_layout(index: Tensor, weight: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:

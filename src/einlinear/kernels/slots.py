@@ -6,7 +6,7 @@ The layout is that of ScatterMoE (Tan et al. 2024, https://arxiv.org/abs/2403.08
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -19,6 +19,9 @@ from einlinear.contract import equation, pad_last
 from einlinear.kernels.pairwise import fill
 from einlinear.links import Link, links
 from einlinear.structure import Structure
+
+MOST_GROUPS = 1023
+"""Matmuls of one `torch._grouped_mm`."""
 
 
 class Slots(NamedTuple):
@@ -241,9 +244,12 @@ def _grouped_on_cuda(a: Tensor, b: Tensor, offsets: Tensor, spec: str, slots: in
     rows, ends, (batch, own, summed, new) = _sorted_rows(a, spec, offsets, slots)
     size = dict(zip(names, a.shape, strict=True)) | dict(zip(factor, b.shape[1:], strict=True))
     weight = b.permute([1 + factor.index(name) for name in batch] + [0] + [1 + factor.index(n) for n in summed + new])
-    weight = weight.reshape(len(ends), math.prod(size[n] for n in summed), -1)
-    y = torch._grouped_mm(rows, _aligned(weight), offs=ends)
-    order = batch + own + new
+    weight = weight.reshape(len(rows), len(ends), rows.shape[2], -1)
+    made_all = [
+        torch._grouped_mm(rows[part].flatten(0, 1), _aligned(weight[part].flatten(0, 1)), offs=of_part)
+        for part, of_part in _parts(rows, ends)
+    ]
+    y, order = torch.cat(made_all), batch + own + new
     return y.reshape([size[name] for name in order]).permute([order.index(name) for name in made]).contiguous()
 
 
@@ -252,15 +258,22 @@ def _grouped_weight_on_cuda(a: Tensor, grad: Tensor, offsets: Tensor, spec: str,
     rows, ends, (batch, _, summed, new) = _sorted_rows(a, spec, offsets, slots)
     other, _, _ = _sorted_rows(grad, f"{made},{factor}->{names}", offsets, slots)
     size = dict(zip(names, a.shape, strict=True)) | dict(zip(made, grad.shape, strict=True))
-    made_all = torch._grouped_mm(other.mT, rows, offs=ends)
+    made_all = [
+        torch._grouped_mm(other[part].flatten(0, 1).mT, rows[part].flatten(0, 1), offs=of_part)
+        for part, of_part in _parts(rows, ends)
+    ]
     order = batch + "E" + new + summed
     size["E"] = offsets.numel() - 1
-    shaped = made_all.reshape([size[name] for name in order])
+    shaped = torch.cat(made_all).reshape([size[name] for name in order])
     return shaped.permute([order.index(name) for name in "E" + factor]).contiguous()
 
 
 def _sorted_rows(a: Tensor, spec: str, offsets: Tensor, slots: int) -> tuple[Tensor, Tensor, tuple[str, str, str, str]]:
-    """`a` as `[rows, summed]`, batch outermost, the end of each group of rows, and what part each letter plays."""
+    """`a` as `[batch, rows, summed]`, where each expert's rows end, and what part each letter plays.
+
+    Contiguous: experts have any number of rows, and a grouped matmul takes only matrices that start at a multiple of
+    16 bytes.
+    """
     names, factor, made = _names(spec)
     batch = "".join(n for n in names if n in factor and n in made)
     own = "".join(sorted((n for n in names if n not in factor), key=lambda n: n != _rows(spec)))
@@ -268,11 +281,20 @@ def _sorted_rows(a: Tensor, spec: str, offsets: Tensor, slots: int) -> tuple[Ten
     new = "".join(n for n in factor if n not in names)
     size = dict(zip(names, a.shape, strict=True))
     each, count = math.prod(size[n] for n in own), math.prod(size[n] for n in batch)
-    rows = a.permute([names.index(n) for n in batch + own + summed]).reshape(count * each, -1)
+    rows = a.permute([names.index(n) for n in batch + own + summed]).reshape(count, each, -1).contiguous()
     # Rows of no expert are computed by the last one, and nobody reads them.
     ends = torch.nn.functional.pad(offsets[1:-1] * (each // slots), (0, 1), value=each)
-    starts = torch.arange(count, device=a.device) * each
-    return rows, (starts[:, None] + ends).flatten().int(), (batch, own, summed, new)
+    return rows, ends, (batch, own, summed, new)
+
+
+def _parts(rows: Tensor, ends: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Parts of a batch that one grouped matmul takes, and where the rows of each expert in each of them end."""
+    count, each = rows.shape[:2]
+    most = MOST_GROUPS // len(ends)
+    for first in range(0, count, most):
+        part = slice(first, min(first + most, count))
+        starts = torch.arange(part.stop - first, device=rows.device) * each
+        yield part, (starts[:, None] + ends).flatten().int()
 
 
 def _aligned(weight: Tensor) -> Tensor:

@@ -184,12 +184,12 @@ def out_backward(
 
 @triton.jit
 def into_backward_input(
-    dz, first, router, dlogits, dx, rooms, run_set, runs, token_of, most, x_token,
+    dz, first, router, scale, dlogits, dx, rooms, run_set, runs, token_of, most, x_token,
     SLICES: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
     EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_EXPERTS: tl.constexpr, HAS_ROUTER: tl.constexpr,
 ):  # fmt: skip
-    """dx[s] = sum over a run's experts of first[e, s]ᵀ dz[s], and routerᵀ dlogits, each row written once."""
+    """dx[s] = sum over a run's experts of first[e, s]ᵀ dz[s], and scale routerᵀ dlogits, each row written once."""
     s, t = tl.program_id(0), tl.program_id(1)
     real, set_, slots, count = find_run(t, rooms, run_set, runs, most, EXPERTS, ACTIVE)
     if real:
@@ -209,7 +209,7 @@ def into_backward_input(
                 total += multiply(tl.trans(ws[j]), tl.load(at, mask=kept, other=0.0))
             if HAS_ROUTER:
                 g = load_rows(dlogits, token, EXPERTS, inside, experts, EXPERTS)
-                total += multiply(tl.trans(r), tl.trans(g))
+                total += multiply(tl.trans(r), tl.trans(g)) * scale
             store_rows(total, dx + s * IN, token, x_token, inside, ins, IN)
 
 
@@ -240,31 +240,69 @@ def into_backward_weight(
         if HAS_ROUTER:
             g = load_rows(dlogits, token, EXPERTS, token >= 0, experts, EXPERTS)
             dr = tl.dot(tl.trans(v), g, dr, input_precision="ieee")
-    at = (split * EXPERTS + e).to(tl.int64) * SLICES + s
-    store_matrix(dw, dfirst + at * OUT * IN, outs, ins, OUT, IN)
+    part = (split * EXPERTS + e).to(tl.int64)
+    store_matrix(dw, dfirst + (part * SLICES + s) * OUT * IN, outs, ins, OUT, IN)
     if HAS_ROUTER:
-        store_matrix(dr, drouter + at * IN * EXPERTS, ins, experts, IN, EXPERTS)
+        rows = drouter + (part * EXPERTS * SLICES + s) * IN + experts[None, :] * (SLICES * IN)
+        tl.store(rows + ins[:, None], dr, mask=(ins < IN)[:, None] & (experts < EXPERTS)[None, :])
 
 
 @triton.jit
 def add_gates(
-    partials, index, dweight, rooms, run_set, runs, token_of, most, all_slots,
-    SLICES: tl.constexpr, EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, RUN: tl.constexpr,
+    partials, index, gates, dlogits, result, rooms, run_set, runs, token_of, most, all_slots,
+    SLICES: tl.constexpr, EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, RUN: tl.constexpr, SOME_SLICES: tl.constexpr,
+    BLOCK_EXPERTS: tl.constexpr, HAS_ROUTER: tl.constexpr, HAS_LOGITS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of each token's weights, from those that the output slices found."""
+    """The gradient of each token's weights, from those that the output slices found.
+
+    With a router, it goes on through the softmax over the chosen, and is added to what the logits have of their own.
+    """
     t = tl.program_id(0)
     real, set_, slots, count = find_run(t, rooms, run_set, runs, most, EXPERTS, ACTIVE)
     if real:
-        here = tl.arange(0, RUN)
+        here, some = tl.arange(0, RUN), tl.arange(0, SOME_SLICES)
         inside = here < count
         token = tl.load(token_of + slots[0] + here, mask=inside, other=0)
+        found = ()
         for j in tl.static_range(ACTIVE):
-            e = member(set_, j, EXPERTS, ACTIVE)
             total = tl.zeros((RUN,), tl.float32)
-            at = partials + slots[j] + here
-            for _ in range(SLICES):
-                total += tl.load(at, mask=inside, other=0.0)
-                at += all_slots
-            for i in tl.static_range(ACTIVE):
-                mine = tl.load(index + token * ACTIVE + i, mask=inside, other=-1).to(tl.int32) == e
-                tl.store(dweight + token * ACTIVE + i, total, mask=inside & mine)
+            for first in range(0, SLICES, SOME_SLICES):
+                at = (first + some).to(tl.int64)[:, None] * all_slots + (slots[j] + here)[None, :]
+                kept = (first + some < SLICES)[:, None] & inside[None, :]
+                total += tl.sum(tl.load(partials + at, mask=kept, other=0.0), axis=0)
+            found += (total,)
+        if HAS_ROUTER:
+            experts, mean = tl.arange(0, BLOCK_EXPERTS), tl.zeros((RUN,), tl.float32)
+            for j in tl.static_range(ACTIVE):
+                mean += tl.load(gates + slots[j] + here, mask=inside, other=0.0) * found[j]
+            at = token[:, None] * EXPERTS + experts[None, :]
+            kept = inside[:, None] & (experts < EXPERTS)[None, :]
+            if HAS_LOGITS:
+                whole = tl.load(dlogits + at, mask=kept, other=0.0)
+            else:
+                whole = tl.zeros((RUN, BLOCK_EXPERTS), tl.float32)
+            for j in tl.static_range(ACTIVE):
+                d = tl.load(gates + slots[j] + here, mask=inside, other=0.0) * (found[j] - mean)
+                whole += tl.where((experts == member(set_, j, EXPERTS, ACTIVE))[None, :], d[:, None], 0.0)
+            tl.store(result + at, whole.to(result.dtype.element_ty), mask=kept)
+        else:
+            for j in tl.static_range(ACTIVE):
+                e = member(set_, j, EXPERTS, ACTIVE)
+                for i in tl.static_range(ACTIVE):
+                    mine = tl.load(index + token * ACTIVE + i, mask=inside, other=-1).to(tl.int32) == e
+                    tl.store(result + token * ACTIVE + i, found[j], mask=inside & mine)
+
+
+@triton.jit
+def add_sums(parts, sums, lengths, factors, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """The sums of several tensors over their first dimensions, each times a factor; always in the same order."""
+    program = tl.program_id(0)
+    for p in tl.static_range(len(parts)):
+        if program >= 0 and program * BLOCK < lengths[p]:
+            at = program * BLOCK + tl.arange(0, BLOCK)
+            total = tl.zeros((BLOCK,), tl.float32)
+            for split in range(SPLITS[p]):
+                part = parts[p] + tl.full((1,), split, tl.int64) * lengths[p]
+                total += tl.load(part + at, mask=at < lengths[p], other=0.0)
+            tl.store(sums[p] + at, (total * factors[p]).to(sums[p].dtype.element_ty), mask=at < lengths[p])
+        program -= (lengths[p] + BLOCK - 1) // BLOCK
