@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from einlinear import clock_experts
 from einlinear.contract import check, equation, pad_last
 from einlinear.cost import flops
 from einlinear.kernels import set_pair, sets
@@ -93,12 +94,13 @@ class Everyone(RoutedKernel):
         return None
 
     def cost(self, structure: Structure, tokens: int, target: Target) -> float:
+        if target.device == "cpu":
+            return clock_experts.cost(self.name, structure, tokens)
         whole = structure.sizes[structure.routed or ""]
         widths = _widths(structure.expert)[1:]
         state = whole * max(widths[:-1] or widths)
         moved = 6 * (2 if target.half else 4) * state * target.ridge  # passes over the states of all experts
-        # On a CPU each of these passes takes as long as some multiply-adds.
-        work = 2.0 * flops(structure) * whole / structure.active + (0 if target.device == "cuda" else 120.0 * state)
+        work = 2.0 * flops(structure) * whole / structure.active
         return 4 * target.launch + tokens * max(work, moved)
 
     def prepare(self, structure: Structure) -> "EveryoneRunner":
@@ -167,14 +169,14 @@ class ExpertSorted(RoutedKernel):
         return f"factor {expert.steps.index(odd[0])} maps by no multiple of 8 features" if odd else None
 
     def cost(self, structure: Structure, tokens: int, target: Target) -> float:
+        if target.device == "cpu":
+            return clock_experts.cost(self.name, structure, tokens)
         expert = structure.expert
         width = 2 if target.half else 4
         # A row is read, written and read once more on its way to a slot and back; so is every state between.
         moved = 3.0 * width * sum(_widths(expert)) * target.ridge
-        # On a CPU sorting and copying cost what some hundred multiply-adds for each feature do.
-        work = flops(expert) + (0 if target.device == "cuda" else 250.0 * (expert.d_in + expert.d_out))
         launches = 8 + 6 * len(expert.factors)
-        return launches * target.launch + tokens * structure.active * max(work, moved)
+        return launches * target.launch + tokens * structure.active * max(flops(expert), moved)
 
     def prepare(self, structure: Structure) -> "SlotsRunner":
         return SlotsRunner(Experts.of(replace(structure.expert, pad_in=0, pad_out=0)))
