@@ -14,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import einlinear as el
 from einlinear.kernels.chain import Chain
+from einlinear.kernels.kernel import CPU
+from einlinear.kernels.routed import ROUTED_KERNELS, RoutedKernel
 
 LARGEST = 2**13  # entries of one step's state and factor together: what keeps an example below milliseconds
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -188,3 +190,41 @@ def test_the_chain_is_the_reference_with_every_gradient():
             results.append([y, *torch.autograd.grad(y, (x, *factors), grad)])
         for name, got, wanted in zip(["output", *names], *results, strict=True):
             assert_close(got, wanted, msg=lambda text, name=name, at=structure: f"{name} of {at!r}: {text}")
+
+
+def routed(source: random.Random, structure: el.Structure) -> el.Structure:
+    """With experts, or any of its axes routed; any number of them active."""
+    if source.random() < 0.5:
+        experts = source.choice((1, 2, 3, 5, 8))
+        return structure.mixture(experts, active=source.randint(1, experts))
+    axis = source.choice([axis for axis in structure.sizes if any(axis in factor for factor in structure.factors)])
+    return structure.route(axis, active=source.randint(1, structure.sizes[axis]))
+
+
+@SETTINGS
+@given(einsums(1, 2, 3, 4), some.randoms(use_true_random=False))
+def test_a_layer_of_any_routed_einsum_is_the_reference_with_every_gradient(structure, source):
+    structure = routed(source, structure)
+    experts, active = structure.sizes[structure.routed], structure.active
+    options = source.choice([{}, {"capacity": 0.5}, {"choice": "expert"}, {"choice": "expert", "capacity": 2.0}])
+    layer = el.Linear(
+        structure.d_in, structure.d_out, structure, dtype=torch.float64,
+        router=el.Router(structure.d_in, experts, active, dtype=torch.float64, **options),
+    )  # fmt: skip
+    torch.manual_seed(structure.d_in)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    shape = source.choice([(), (0,), (1,), (2, 3), (11,)])
+    x = torch.randn(*shape, structure.d_in, dtype=torch.float64, requires_grad=True)
+    gate = layer.router(x).gate(math.prod(shape)).view(*shape, experts)
+    results = []
+    ways = [kernel for kernel in ROUTED_KERNELS if kernel.refuses(layer.structure, CPU) is None]
+    for run in (el.apply(layer.structure, [*layer.factors], x, gate) + layer.bias, layer(x), *ways):
+        if isinstance(run, RoutedKernel):
+            tokens = x.reshape(-1, structure.d_in)
+            flat = run.prepare(layer.structure)([*layer.factors], tokens, layer.router(x), layer.bias)
+            run = flat.view(*shape, structure.d_out)
+        results.append([run, *torch.autograd.grad(run.square().sum(), [x, *layer.parameters()])])
+    for found in results[1:]:
+        assert_close(found, results[0])
+    assert el.balance_loss(layer).isfinite()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import einlinear as el
-from einlinear import clock, clock_cpu
+from einlinear import clock, clock_cpu, clock_experts
 from einlinear.clock import CPU, CPU_HALF, CUDA, CUDA_HALF, WAYS, machine
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "nvidia_h200"
@@ -174,3 +174,20 @@ def test_the_processor_is_known_by_its_flags(monkeypatch) -> None:
     assert clock_cpu.kind.__wrapped__() == "amx"
     monkeypatch.setattr(clock_cpu, "processor", lambda: "arm64")
     assert clock_cpu.kind.__wrapped__() == "avx512"
+
+
+def test_routed_layers_run_on_a_cpu_by_what_is_fastest() -> None:
+    """At widths that no factor was read off; few tokens run by all experts, whose few large matmuls start sooner."""
+    with (RESULTS.parent / "cpu_experts_ways.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["held"] == "1"]
+    losses, experts_sorted = [], {}
+    for row in rows:
+        width, experts, active, tokens = (int(row[name]) for name in ("width", "experts", "active", "tokens"))
+        structure = el.structure(row["family"])(width, width).mixture(experts, active=active).canonical
+        chosen = min(clock_experts.COSTS, key=lambda way, s=structure, n=tokens: clock_experts.cost(way, s, n))
+        losses.append(float(row[chosen]) / min(float(row[way]) for way in clock_experts.COSTS))
+        experts_sorted.setdefault(tokens, []).append(chosen == "expert-sorted")
+    assert len(losses) > 250
+    assert statistics.mean(losses) < 1.04
+    assert statistics.quantiles(losses, n=20)[-1] < 1.25
+    assert statistics.mean(experts_sorted[4]) < 0.5 < 0.7 < statistics.mean(experts_sorted[1024])

@@ -1,12 +1,14 @@
 """Two processes on the CPU hold half of the experts each, and compute what one process does with all of them."""
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.testing import assert_close
 
 import einlinear as el
@@ -28,11 +30,11 @@ def model() -> nn.Module:
     return layers
 
 
-def half_of_it(rank: int, folder: str, x: Tensor) -> None:
+def half_of_it(rank: int, folder: str, x: Tensor, first: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     layers = parallelize_experts(model(), dist.init_device_mesh("cpu", (2,)))
-    loss = layers(x.chunk(2)[rank]).square().mean()
+    loss = layers(x[:first] if rank == 0 else x[first:]).square().sum() / x.shape[0] / 5 * 2
     loss.backward()
     results = {"loss": loss.detach()}
     for name, parameter in layers.named_parameters():
@@ -53,9 +55,10 @@ def half_of_it(rank: int, folder: str, x: Tensor) -> None:
 
 
 @gloo
-def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [20, 40])  # all tokens are one's: nobody knows how many another has
+def test_two_processes_compute_what_one_does(tmp_path: Path, first: int) -> None:
     x = torch.randn(40, 12, dtype=torch.float64)
-    torch.multiprocessing.spawn(half_of_it, (str(tmp_path), x), nprocs=2)
+    torch.multiprocessing.spawn(half_of_it, (str(tmp_path), x, first), nprocs=2)
     found = torch.load(tmp_path / "results", weights_only=True)
     whole = model()
     loss = whole(x).square().mean()
@@ -80,3 +83,32 @@ def test_what_cannot_be_placed_is_one_sentence(tmp_path: Path) -> None:
     Three.ndim = 2
     with pytest.raises(el.StructureError, match="a mesh of 2 dimensions"):
         parallelize_experts(layers, Three())
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
+    """Of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield dist.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@gloo
+def test_experts_that_are_no_maps_or_placed_already_are_refused(mesh: DeviceMesh, tmp_path: Path) -> None:
+    x, routing = torch.randn(3, 12), el.Router(12, 4, 2)(torch.randn(5, 12))
+    for axis, why in (("g", "one of the input or output"), ("r", "to itself")):
+        structure = el.Structure.parse("g i, g s r i, g o r -> g o", g=3, i=4, r=2, o=2, s=2).route(axis, active=1)
+        with pytest.raises(el.StructureError, match=why):
+            parallelize_experts(nn.Sequential(el.Linear(12, 6, structure)), mesh)
+    layers = nn.Sequential(el.Linear(12, 8, "btt", experts=4, active=2, router=False))
+    parallelize_experts(layers, mesh)
+    with pytest.raises(el.StructureError, match=r"to 3 tokens.*route the same tokens"):
+        layers[0](x, routing)
+    with pytest.raises(el.StructureError, match="last dimension must be d_in = 12"):
+        layers[0](x[:, 1:], routing)
+    with pytest.raises(el.StructureError, match=r"sharded already.*fully_shard after it"):
+        parallelize_experts(layers, mesh)
+    with pytest.raises(ValueError, match=r"cannot save '0\.factors\.0'.*each process has a share of it"):
+        el.save(layers, tmp_path / "model.safetensors")
+    x = torch.randn(5, 12)
+    assert_close(copy.deepcopy(layers)[0](x, routing), layers[0](x, routing))  # as an average of weights needs

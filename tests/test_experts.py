@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import einlinear as el
-from einlinear.kernels.routed import Everyone, ExpertSorted
+from einlinear.kernels.routed import Everyone, EveryoneRunner, ExpertSorted, SlotsRunner, routed_plan
 
 KERNELS = (Everyone(), ExpertSorted())
 
@@ -152,6 +152,16 @@ def test_the_planner_takes_sorting_where_experts_are_many():
     assert "numbers of 16 bits" in el.explain(many, device="cuda")
 
 
+def test_what_is_explained_is_what_runs(family):
+    structure = family(64, 64).mixture(8, active=2).canonical
+    runners = {"all experts": EveryoneRunner, "expert-sorted": SlotsRunner}
+    for tokens in (0, 1, 3, 4, 5, 40, 1000, 5000):
+        said = el.explain(structure, tokens=tokens).split("'")
+        (runs,) = [part for part in said if part in runners]
+        runner = routed_plan(structure)._runner([], torch.empty(tokens, 64), tokens)
+        assert type(runner) is runners[runs]
+
+
 # In torch
 
 
@@ -261,6 +271,16 @@ def test_saved_and_loaded(tmp_path):
 
 # What is refused
 
+ROUTED_INPUT = el.BTT(blocks=(2, 2))(8, 8).route("g", active=1)
+
+
+def test_a_map_whose_input_is_routed_is_skipped_or_refused():
+    model = nn.Sequential(nn.Linear(8, 8))
+    assert "one of the input or output" in el.convert(model, {"*": ROUTED_INPUT}).skipped["0"]
+    with pytest.raises(el.StructureError, match=r"which the rule '0' names.*one of the input or output"):
+        el.convert(model, {"0": ROUTED_INPUT})
+    assert el.convert(model, {"*": ROUTED_INPUT}, weights="init").rows
+
 
 @pytest.mark.parametrize(
     "make, says",
@@ -281,6 +301,12 @@ def test_saved_and_loaded(tmp_path):
         ),
         (lambda: el.Linear(8, 8, "btt", experts=4, active=2).to_dense(), "another map for each token"),
         (lambda: el.Mixture("mixture(of='btt', experts=2, active=1)", 2, 1), "has experts already; name what one"),
+        (lambda: el.Linear(8, 8, "btt", experts=4, active=2, router="expert"), "with router='expert': pass None"),
+        (lambda: el.Linear(8, 8, "btt", experts=2, active=1)(torch.rand(3, 8), torch.rand(3, 2)), "of type Tensor"),
+        (lambda: el.Linear(8, 8, ROUTED_INPUT, shared=True), "'g' is one of the input or output; route another"),
+        (lambda: el.Linear.from_dense(nn.Linear(8, 8), ROUTED_INPUT), "'g' is one of the input or output"),
+        (lambda: el.MixtureMLP(8, 8, experts=2, active=1, router=False), "None for a new Router"),
+        (lambda: el.MixtureMLP(8, 8, experts=None, active=None), "of None MLPs.*pass an integer"),
         (lambda: el.Mixture("btt", 2, 3), "choose active between 1 and 2"),
         (lambda: el.Linear(8, 8, "btt", experts=4, active=1.5), "with 1.5 active entries: it has 4"),
         (lambda: el.Linear(8, 8, "btt", experts=4, active="2"), "with '2' active entries: it has 4"),

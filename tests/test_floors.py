@@ -14,7 +14,7 @@ ROOT = Path(einlinear.__file__).parent
 FLOORS = [
     {"structure", "toolchain"},
     {"family", "cost", "scaling", "links", "clusters", "launches"},
-    {"clock_cpu"},
+    {"clock_cpu", "clock_experts"},
     {"clock"},
     {"taxonomy", "equivalence", "structures", "contract", "operator"},
     {"space", "kernels"},

@@ -127,6 +127,26 @@ def test_options_of_decay() -> None:
     assert undecayed == {name for name, p in model.named_parameters() if p.ndim == 1}
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_step_moves_the_logits_of_a_router_alike_at_every_width(optimizer: str) -> None:
+    moved, sizes = [], []
+    for width in (64, 1024):
+        router, x = el.Router(width, 4), torch.randn(32, width)
+        groups = el.parameter_groups(
+            nn.Sequential(router), 0.01, readout=None, optimizer=optimizer, width_mult=width / 64, eps=1e-6
+        )
+        router(x)
+        router.latest.logits[:, 0].mean().backward()
+        sizes.append(router.weight.grad.square().mean().sqrt().item() / groups[0]["eps"])
+        {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[optimizer](
+            [{"params": [router.weight], "lr": groups[0]["lr"]}]
+        ).step()
+        router(x)
+        moved.append(router.latest.logits[:, 0].mean().item())
+    assert moved[1] == pytest.approx(moved[0], rel=0.3)
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.3)  # ε is as small beside its gradients
+
+
 @pytest.mark.parametrize(("optimizer", "exponent"), [("adamw", -0.5), ("muon", -0.5), ("sgd", 0.0)])
 def test_depth_changes_the_rates_of_blocks_alone(optimizer: str, exponent: float) -> None:
     """CompleteP, table 1, at α = 1/2; α = 1 needs no change for normalised updates."""

@@ -218,6 +218,33 @@ def test_capacity_drops_what_comes_last_and_counts_it():
     assert max(statistics.load) <= room / 80 + 1e-6
 
 
+def test_what_a_capacity_drops_is_still_chosen_for_balance():
+    """By what is kept, a router whose experts are all full would look even, and never be taught otherwise."""
+    capped, free, x = el.Router(6, 4, 1, capacity=0.4), el.Router(6, 4, 1), torch.randn(400, 6)
+    free.weight = capped.weight
+    with torch.no_grad():
+        x[:, 0] = torch.where(torch.arange(400) < 280, 1.0, -1.0)  # seven in ten tokens choose the first expert
+        free.weight[0, 0] = 3.0
+    capped(x), free(x)
+    assert el.router_statistics(capped)[""].load == pytest.approx((0.1, 0.075, 0.075, 0.1), abs=0.03)
+    losses = [el.balance_loss(router) for router in (capped, free)]
+    assert_close(losses[0], losses[1])
+    assert losses[0] > 1.8
+    for router in (capped, free):
+        el.rebalance(router)
+    assert capped.bias.sign().tolist() == free.bias.sign().tolist() == [-1, 1, 1, 1]
+
+
+def test_the_bias_keeps_its_steps_in_16_bits():
+    router, x = el.Router(6, 4, 1), torch.randn(3, 6)
+    router.bias.fill_(4.0)
+    router.bfloat16()
+    assert (router.weight.dtype, router.bias.dtype) == (torch.bfloat16, torch.float32)
+    router(x.bfloat16())
+    el.rebalance(router, 0.01)
+    assert (router.bias - 4).abs() == pytest.approx([0.01] * 4, rel=1e-3)
+
+
 def test_experts_that_choose_are_loaded_evenly():
     router, x = drawn(6, 4, 1, choice="expert"), torch.randn(40, 6)
     routing = router(x)
@@ -271,6 +298,11 @@ def test_statistics_name_the_dead():
         ((6, 4, 2), {"choice": "token choice"}, "pass 'token' or 'expert'"),
         ((6, 4, 2), {"capacity": 0.0}, "capacity=0.0"),
         ((6, 4, 2), {"jitter": 1.0}, "jitter=1.0"),
+        ((6, 4, 2), {"jitter": "a little"}, "jitter='a little'"),
+        ((6, 4, 2), {"capacity": float("inf")}, "capacity=inf"),
+        ((6, 4, 2), {"capacity": "2"}, "capacity='2'"),
+        ((6, 4, 2), {"dtype": torch.int64}, "in torch.int64.*pass a real dtype"),
+        ((0, 4, 2), {}, "for 0 features: pass an integer of at least 1"),
     ],
 )
 def test_settings_out_of_range_are_one_sentence(arguments, options, says):

@@ -193,6 +193,13 @@ def test_routes_that_cannot_be(axis, active, says):
         BLOCKS.route(axis, active=active)
 
 
+def test_a_second_axis_is_not_routed_in_place_of_the_first():
+    once = BLOCKS.route("r", active=2)
+    assert once.route("r", active=1) == BLOCKS.route("r", active=1)
+    with pytest.raises(el.StructureError, match="its axis 'r' is routed already, and a map has one such"):
+        once.route("g", active=1)
+
+
 def test_an_axis_that_no_factor_carries_cannot_be_routed():
     passing = el.Structure.parse("b i, o i -> b o", b=4, i=3, o=5)
     with pytest.raises(el.StructureError, match="no factor carries it, so a gate would choose nothing"):

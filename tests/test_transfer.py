@@ -34,6 +34,13 @@ def with_rates(optimizer: str, change: Change) -> Callable[[nn.Module, float], G
     return groups
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_experts_and_their_routers_move_alike_at_every_width(optimizer: str) -> None:
+    report = el.check(el.default_model("mixture(of='btt', experts=4, active=2)"), WIDTHS, optimizer=optimizer, seeds=1)
+    assert report.ok, str(report)
+    assert sum(slope.parameter.endswith("router.weight") for slope in report.slopes) == 4
+
+
 def factor_slopes(report: el.CheckReport) -> list[float]:
     return [slope.update for slope in report.slopes if ".factors." in slope.parameter]
 

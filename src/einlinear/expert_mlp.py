@@ -13,6 +13,7 @@ from einlinear.kernels.routed import ExpertSorted
 from einlinear.kernels.slots import Experts, combine, dispatch
 from einlinear.layer import Linear
 from einlinear.routing import Router
+from einlinear.structure import StructureError, is_count
 
 
 class MixtureMLP(nn.Module):
@@ -58,6 +59,11 @@ class MixtureMLP(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"cannot make an MLP with activation={activation!r}: pass one of {', '.join(ACTIVATIONS)}")
+        if not is_count(experts) or not isinstance(router, Router | None):
+            raise StructureError(
+                f"cannot make a mixture of {experts!r} MLPs with router={router!r}: pass an integer of at least 1, and "
+                f"None for a new Router or one made with other options"
+            )
         self.activation = activation
         options = {"experts": experts, "active": active, "bias": False, "device": device, "dtype": dtype}
         self.up = Linear(d_model, hidden, family, router=router, **options)  # type: ignore[arg-type]

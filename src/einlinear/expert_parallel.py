@@ -11,11 +11,14 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from einlinear.contract import check
 from einlinear.expert_mlp import MixtureMLP
 from einlinear.kernels import Routing
+from einlinear.kernels.kernel import CPU
+from einlinear.kernels.routed import ExpertSorted
 from einlinear.kernels.slots import Experts, combine, dispatch
 from einlinear.layer import Linear
-from einlinear.structure import StructureError
+from einlinear.structure import Structure, StructureError
 
 
 def parallelize_experts(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -35,7 +38,8 @@ def parallelize_experts(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         The model.
 
     Raises:
-        StructureError: where experts cannot be placed evenly, a layer has a cap, or its experts share a factor.
+        StructureError: where experts cannot be placed evenly, are sharded already, are no maps of their own or share a
+            factor, or a layer has a cap.
     """
     if mesh.ndim != 1:
         raise StructureError(
@@ -49,7 +53,7 @@ def parallelize_experts(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         for index, factor in enumerate(layer.factors):
             placed = distribute_tensor(factor.detach(), mesh, [Shard(0)])
             layer.factors[index] = nn.Parameter(placed, requires_grad=factor.requires_grad)
-        layer._routed_plan = ParallelPlan(Experts.of(layer.structure.expert), exchange)  # type: ignore[assignment]
+        layer._routed_plan = ParallelPlan(layer.structure, Experts.of(layer.structure.expert), exchange)  # type: ignore[assignment]
     for module in model.modules():
         if isinstance(module, MixtureMLP):
             module.exchange = exchange
@@ -61,6 +65,10 @@ class Exchange:
     """Sends slots, sorted by expert, to the processes that hold their experts, and what comes of them back."""
 
     group: ProcessGroup
+
+    def __deepcopy__(self, _: dict[int, Any]) -> "Exchange":
+        """Itself: a copy of a model exchanges tokens with the same processes."""
+        return self
 
     def __call__(self, state: Tensor, offsets: Tensor, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """`run(state, offsets)` where the experts are: `state` is `[slots, features]`, `offsets` `[experts + 1]`."""
@@ -88,18 +96,22 @@ class Exchange:
 class ParallelPlan:
     """Takes the place of a layer's `RoutedPlan`."""
 
+    structure: Structure
     experts: Experts
     exchange: Exchange
 
     def __call__(self, factors: Sequence[Tensor], x: Tensor, routing: Routing, bias: Tensor | None = None) -> Tensor:
         """Applies the experts that `routing` names to `x`, `[..., d_in]`, wherever they are."""
+        if x.ndim == 0 or x.shape[-1] != self.structure.d_in:
+            check(self.structure, factors, x)
+        routing.check(self.structure, self.structure.sizes[self.structure.routed or ""], x[..., 0].numel())
         tokens, slots, local = x.reshape(-1, x.shape[-1]), routing.slots(), self.exchange.local(factors)
 
         def run(state: Tensor, offsets: Tensor) -> Tensor:
             return self.experts(local, state, offsets)
 
         y = combine(self.exchange(dispatch(tokens, slots), slots.offsets, run), slots, tokens.shape[0])
-        y = y.reshape(*x.shape[:-1], -1)
+        y = y.reshape(*x.shape[:-1], y.shape[-1])  # -1 would be anything where a process has no tokens
         return y if bias is None else y + bias
 
     def with_router(self, *_: object) -> None:
@@ -127,6 +139,13 @@ def _check(name: str, layer: Linear, processes: int) -> None:
             f"cannot place the {experts} experts of '{name}' on {processes} devices: some would hold more than others; "
             f"use a number of devices that divides {experts}, or of experts that is a multiple of {processes}"
         )
+    if any(isinstance(factor, DTensor) for factor in layer.factors):
+        raise StructureError(
+            f"cannot place the experts of '{name}': they are sharded already; call parallelize_experts once, and "
+            f"fully_shard after it, over another dimension of the mesh"
+        )
+    if refusal := ExpertSorted().refuses(structure, CPU):
+        raise StructureError(f"cannot place the experts of '{name}': {refusal}")
     if layer.gains is not None:
         raise StructureError(f"cannot place the experts of '{name}': its cap is one number for all of them")
     if any(structure.routed not in factor for factor in structure.factors):

@@ -74,8 +74,8 @@ class Linear(nn.Module):
         self._plan = None if self.structure.routed else plan(self.structure)
         self._routed_plan = routed_plan(self.structure) if self.structure.routed else None
         self.router = _router(self.structure, router, device, dtype)
-        one = self.structure.expert
-        self.shared = Linear(d_in, d_out, one, False, device, dtype, cap=cap, zero=zero) if shared else None
+        one = alone(self.structure) if shared else None
+        self.shared = Linear(d_in, d_out, one, False, device, dtype, cap=cap, zero=zero) if one else None
         self._ceilings = tuple(scale.std for scale in spectral(self.structure))
         shapes = self.structure.matrix_shapes
         self.factors = nn.ParameterList(torch.empty(shape, device=device, dtype=dtype) for shape in shapes)
@@ -111,6 +111,11 @@ class Linear(nn.Module):
                 raise StructureError(f"cannot apply a layer of {self.structure!r} with a routing: it has no experts")
             assert self._plan is not None
             return self._plan(*self.operands(x)).contiguous()
+        if routing is not None and not isinstance(routing, Routing):
+            raise StructureError(
+                f"cannot apply a layer of {self.structure!r} with a routing of type {type(routing).__name__}: pass "
+                f"what a Router returned; einlinear.apply(structure, factors, x, gate) takes weights of all experts"
+            )
         factors, tokens, bias = self.operands(x)
         if routing is None:
             y = self._routed(x, factors, tokens, bias)
@@ -166,7 +171,7 @@ class Linear(nn.Module):
         weight = linear.weight
         options = {"device": weight.device, "dtype": weight.dtype, "experts": experts, "active": active}
         new = cls(linear.in_features, linear.out_features, family, linear.bias is not None, **options)  # type: ignore[arg-type]
-        one = new.structure.expert
+        one = alone(new.structure)
         with torch.no_grad():
             for factor, value in zip(new.factors, project(weight, one, moments), strict=True):
                 factor.view(-1, *value.shape).copy_(value)
@@ -200,6 +205,22 @@ class Linear(nn.Module):
         return ", ".join([repr(self.structure), *(f"{name}={value}" for name, value in options.items())])
 
 
+def alone(structure: Structure) -> Structure:
+    """The map that stands for all experts of a structure: a shared one, or the one that all of them start as.
+
+    Raises:
+        StructureError: where an expert is no map of the layer's widths.
+    """
+    one = structure.expert
+    if (one.d_in, one.d_out) != (structure.d_in, structure.d_out):
+        raise StructureError(
+            f"cannot take one expert of {structure!r} for a map from {structure.d_in} to {structure.d_out} features: "
+            f"its routed axis '{structure.routed}' is one of the input or output; route another, or add one by "
+            f".mixture(experts, active=...)"
+        )
+    return one
+
+
 def _structure(
     d_in: int, d_out: int, family: Family | Structure | str, experts: int | None, active: int | None, shared: bool
 ) -> Structure:
@@ -229,6 +250,11 @@ def _structure(
 def _router(
     structure: Structure, router: Router | bool | None, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> Router | None:
+    if not isinstance(router, Router | bool | None):
+        raise StructureError(
+            f"cannot make a layer of {structure!r} with router={router!r}: pass None for a new Router, one made with "
+            f"other options, or False where its choices come from elsewhere"
+        )
     if structure.routed is None:
         if router:
             raise StructureError(f"cannot make a layer of {structure!r} with a router: pass experts= and active= too")

@@ -158,7 +158,7 @@ def parameter_groups(
 def _width_rate(use: _Use, optimizer: str, width_mult: float) -> float:
     """The multiplier of the base rate: that of the dense layer, times that of the factor in it."""
     of = rule(optimizer)
-    if use.role in ("scalar", "gain", "router"):
+    if use.role in ("scalar", "gain"):
         return 1.0
     if use.role != "hidden":
         dense = of.of_vector(width_mult)
@@ -182,7 +182,7 @@ def _depth_rate(optimizer: str, depth_mult: float, alpha: float) -> float:
 
 def _gradient_size(use: _Use, width_mult: float) -> float:
     """How the gradient's entries scale: the loss is shared out over the outputs of a layer, or of a factor."""
-    if use.role in ("scalar", "gain", "router"):
+    if use.role in ("scalar", "gain"):
         return 1.0
     if use.structure is None or use.index is None:
         return 1 / width_mult

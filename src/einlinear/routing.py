@@ -1,7 +1,7 @@
 """`Router`: which experts run on which tokens, how evenly, and the losses that keep it so."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -19,10 +19,14 @@ optimizer, as they must for a learning rate that does not depend on the width.""
 
 
 class Choices(NamedTuple):
-    """What a router did in one call: logits `[tokens, experts]`, and its choices as in `Routing.chosen`."""
+    """What a router did in one call: logits `[tokens, experts]`, its choices, and as in `Routing.chosen` those kept.
+
+    What was chosen too often for a capacity is in `chosen`: by what is kept, a router would look evenly loaded.
+    """
 
     logits: Tensor
     chosen: Tensor
+    kept: Tensor
 
 
 class Router(nn.Module):
@@ -74,14 +78,19 @@ class Router(nn.Module):
         doing = f"cannot make a router of {active!r} of {experts!r} experts"
         if not is_count(experts) or not is_count(active):
             raise StructureError(f"{doing}: pass two integers of at least 1")
+        if not is_count(d_in):
+            raise StructureError(f"{doing} for {d_in!r} features: pass an integer of at least 1")
         if active > experts:
             raise StructureError(f"{doing}: choose active between 1 and {experts}")
         if choice not in ("token", "expert"):
             raise StructureError(f"{doing} with choice={choice!r}: pass 'token' or 'expert'")
-        if (capacity is not None and not capacity > 0) or not 0 <= jitter < 1:
-            raise StructureError(f"{doing} with {capacity=} and {jitter=}: one is positive or None, one in [0, 1)")
-        if (dtype or torch.get_default_dtype()).is_complex:
-            raise StructureError(f"{doing} in {dtype}: complex logits have no largest ones; pass a real dtype")
+        numbers = all(isinstance(number, int | float) for number in (capacity or 0.0, jitter))
+        if not numbers or not (capacity is None or 0 < capacity < math.inf) or not 0 <= jitter < 1:
+            raise StructureError(
+                f"{doing} with {capacity=} and {jitter=}: one is a positive number or None, one is in [0, 1)"
+            )
+        if not (dtype or torch.get_default_dtype()).is_floating_point:
+            raise StructureError(f"{doing} in {dtype}: its logits are learned and compared; pass a real dtype")
         self.d_in, self.experts, self.active = d_in, experts, active
         self.choice, self.capacity, self.jitter = choice, capacity, jitter
         self.weight = nn.Parameter(torch.empty(experts, d_in, device=device, dtype=dtype))
@@ -110,15 +119,16 @@ class Router(nn.Module):
         else:
             logits = self._logits(tokens)
             index, weight = self._chosen(logits)
+        kept = index
         if self.choice == "token" and self.capacity is not None:
-            index, weight = self._within_capacity(index, weight)
-        self.record(logits, index)
-        return Routing(index, weight, self.experts, self.choice == "expert", self.capacity is not None)
+            kept, weight = self._within_capacity(index, weight)
+        self.record(logits, index, kept)
+        return Routing(kept, weight, self.experts, self.choice == "expert", self.capacity is not None)
 
-    def record(self, logits: Tensor, chosen: Tensor) -> None:
-        """Keeps what was chosen in training, for `balance_loss` and `router_statistics`."""
+    def record(self, logits: Tensor, chosen: Tensor, kept: Tensor | None = None) -> None:
+        """Keeps what was chosen in training, for `balance_loss` and `router_statistics`; None drops nothing."""
         if self.training and not _recomputing():
-            self.latest = Choices(logits, chosen)
+            self.latest = Choices(logits, chosen, chosen if kept is None else kept)
 
     def joins(self, x: Tensor) -> bool:
         """Whether a layer may route `x` in an operator of its own, and then `record` what was chosen."""
@@ -162,6 +172,14 @@ class Router(nn.Module):
         kept = place <= self._room(index.shape[0])
         return torch.where(kept, index, self.experts), torch.where(kept, weight, 0.0)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        """Moves and casts as any module, but for the type of `bias`: in 16 bits its steps would round to nothing."""
+        before = self.bias
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if before is not None and self.bias is not None and self.bias.dtype != before.dtype:
+            self.bias = before.to(self.bias.device)
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         # What was recorded belongs to a graph, which neither copies nor pickles.
         return {**self.__dict__, "latest": None, "collected": None}
@@ -183,8 +201,8 @@ def balance_loss(model: nn.Module, z: float = 0.1) -> Tensor:
         loss = cross_entropy(model(x), y) + 0.01 * el.balance_loss(model)
 
     For each router E · Σ_e p̄_e f̄_e + z · mean(logsumexp(logits)²), with p̄ the mean probability of an expert over
-    tokens and f̄ its share of the choices made: 1 where loads are even and logits small. A router whose
-    experts choose has the second term alone.
+    tokens and f̄ its share of the choices made, those that a capacity then drops too: 1 where loads are even and
+    logits small. A router whose experts choose has the second term alone.
 
     The contract: a forward pass in training mode leaves each router's logits, part of the graph, in
     `router.latest`, and this function takes them: call it once after each forward pass and before
@@ -203,7 +221,7 @@ def balance_loss(model: nn.Module, z: float = 0.1) -> Tensor:
     for name, router in _routers(model):
         if router.latest is None:
             continue
-        logits, index = router.latest
+        logits, chosen, kept = router.latest
         if torch.is_grad_enabled() and router.weight.requires_grad and not logits.requires_grad:
             raise RuntimeError(
                 f"cannot collect the balance loss: the router '{name}' ran without recording gradients; do not run it "
@@ -213,11 +231,11 @@ def balance_loss(model: nn.Module, z: float = 0.1) -> Tensor:
         tokens = max(1, logits.shape[0])
         loss = z * logits.logsumexp(-1).square().sum() / tokens
         if router.choice == "token":
-            load = _counts(index, router.experts)
+            load = _counts(chosen, router.experts)
             share = logits.softmax(-1).sum(0) / tokens
             loss = loss + router.experts * (share * load / load.sum().clamp(min=1)).sum()
         losses.append(loss)
-        router.latest, router.collected = None, Choices(logits.detach(), index)
+        router.latest, router.collected = None, Choices(logits.detach(), chosen, kept)
     if not losses:
         raise RuntimeError(
             "cannot collect the balance loss: no router of the model has run in training mode since it was last "
@@ -253,7 +271,7 @@ def router_statistics(model: nn.Module) -> dict[str, RouterStatistics]:
         seen = router.latest or router.collected
         if seen is None:
             continue
-        logits, index = seen
+        logits, _, index = seen
         count, choices = max(1, logits.shape[0]), max(1, index.numel())
         share = logits.log_softmax(-1)
         entropy = -(share.exp() * share).sum() / (count * math.log(max(2, router.experts)))

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from einlinear.fast_path import leave_fast_path
 from einlinear.layer import Linear
@@ -89,8 +90,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     once. The file appears when it is complete; one that was there before is replaced then.
 
     Raises:
-        ValueError: for a layer by itself, and for a tensor that is on the meta device or of a type without a place in
-            the format; its name is told.
+        ValueError: for a layer by itself, and for a tensor that is on the meta device, sharded over processes or of a
+            type without a place in the format; its name is told.
         FileNotFoundError: where there is no such folder.
     """
     path = Path(path)
@@ -110,6 +111,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         if value.is_meta:
             raise ValueError(
                 f"cannot save '{name}' of the {type(model).__name__}: it is on the meta device; load it first"
+            )
+        if isinstance(value, DTensor):
+            raise ValueError(
+                f"cannot save '{name}' of the {type(model).__name__}: each process has a share of it; save by "
+                f"torch.distributed.checkpoint, or gather it by get_model_state_dict(model, options="
+                f"StateDictOptions(full_state_dict=True)), load that into a model of one process and save that"
             )
         if value.dtype == torch.complex128:
             raise ValueError(

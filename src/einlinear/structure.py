@@ -151,6 +151,11 @@ class Structure:
         """
         if axis not in self.sizes:
             raise StructureError(f"cannot route axis '{axis}' of {self}: it has only {', '.join(self.sizes)}")
+        if self.routed not in (None, axis):
+            raise StructureError(
+                f"cannot route axis '{axis}' of {self!r}: its axis '{self.routed}' is routed already, and a map "
+                f"has one such; route one axis of the structure without a gate"
+            )
         if not any(axis in factor for factor in self.factors):
             raise StructureError(
                 f"cannot route axis '{axis}' of {self}: no factor carries it, so a gate would choose nothing; "

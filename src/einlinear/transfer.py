@@ -13,6 +13,7 @@ from einlinear.family import Family
 from einlinear.layer import Linear
 from einlinear.muon import Muon
 from einlinear.optim import Group, parameter_groups
+from einlinear.routing import Router
 
 VOCABULARY = 64
 """Kinds of token that the default model reads and predicts."""
@@ -205,8 +206,8 @@ def _measure(
     calls: dict[str, tuple[tuple[object, ...], dict[str, object], Tensor]] = {}
 
     def record(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[object, ...], options: dict[str, object], output: object) -> None:
-            calls.setdefault(name, (args, options, _first(output).detach()))
+        def hook(module: nn.Module, args: tuple[object, ...], options: dict[str, object], output: object) -> None:
+            calls.setdefault(name, (args, options, _told(module, output)))
 
         return hook
 
@@ -229,12 +230,13 @@ def _measure(
         for name, parameter in model.named_parameters():
             parameter.copy_(before[name])
         for layer, (args, options, output) in inputs.items():
-            for local, parameter in layers[layer].named_parameters(recurse=isinstance(layers[layer], Linear)):
+            module = layers[layer]
+            for local, parameter in module.named_parameters(recurse=isinstance(module, Linear)):
                 name = f"{layer}.{local}".lstrip(".")
-                if not parameter.requires_grad:
+                if not parameter.requires_grad or (local.startswith("router.") and f"{layer}.router" in layers):
                     continue
                 parameter.copy_(after[name])
-                change = _first(layers[layer](*args, **options)) - output
+                change = _told(module, module(*args, **options)) - output
                 parameter.copy_(before[name])
                 sizes[name] = (_log_rms(calls[layer][2]), _log_rms(change))
     return sizes
@@ -245,6 +247,13 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
     owners = {name: module for name, module in model.named_modules() if list(module.parameters(recurse=False))}
     linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
     return {name: module for name, module in (owners | linears).items() if not isinstance(module, nn.ParameterList)}
+
+
+def _told(module: nn.Module, output: object) -> Tensor:
+    """What a call of a module is measured by: its output, and of a router its logits, as choices jump."""
+    if isinstance(module, Router) and module.latest is not None:
+        return module.latest.logits.detach()
+    return _first(output).detach()
 
 
 def _first(output: object) -> Tensor:

@@ -140,6 +140,22 @@ def test_routing_is_that_of_the_router(bias: Tensor | None) -> None:
         _close(f"the gradient of {name}", mine, their)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_whatever_the_logits_each_token_has_experts_of_its_own(monkeypatch) -> None:
+    """Tokens are sorted by sets of experts: twice the same, or one that is none, would be written anywhere."""
+    monkeypatch.setattr(routing, "routes", lambda tokens, experts: True)
+    for active in (2, 5):
+        router, x = el.Router(24, 5, active), torch.randn(9, 24)
+        torch.nn.init.normal_(router.weight)
+        whole = router(x)
+        x[3, 0], x[5, 1], x[6, 1] = math.nan, math.inf, -math.inf
+        x[7] *= 1e30
+        found = router(x)
+        assert (found.chosen[[0, 1, 2, 4, 8]] == whole.chosen[[0, 1, 2, 4, 8]]).all()
+        assert all(sorted({*token}) == sorted(token) for token in found.chosen.tolist())
+        assert ((found.chosen >= 0) & (found.chosen < 5)).all()
+
+
 def test_a_new_router_spreads_its_tokens_like_the_kernel() -> None:
     router, x = el.Router(16, 5, 2), torch.randn(33, 16)
     _, index, weight = route(x, router.weight, router.scale, None, 2)

@@ -12,7 +12,7 @@ from einlinear.contract import Factors
 from einlinear.conversion.report import Report, Row, converted, reversed_row
 from einlinear.conversion.rules import Rules, choose, wild, with_experts
 from einlinear.fast_path import leave_fast_path
-from einlinear.layer import Linear
+from einlinear.layer import Linear, alone
 from einlinear.projection.moments import Moments
 from einlinear.projection.nearest import project
 from einlinear.structure import Structure
@@ -154,7 +154,7 @@ def structured(
         new.factors = first.factors
     elif nearest is not None:
         with torch.no_grad():
-            one = new.structure.expert  # what every expert starts as
+            one = alone(new.structure)  # what every expert starts as
             for factor, value in zip(new.factors, nearest(layer.name, old.weight, one), strict=True):
                 factor.view(-1, *value.shape).copy_(value)
     made.setdefault(weight, new)

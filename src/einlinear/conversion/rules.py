@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from einlinear.family import Family
 from einlinear.family import structure as family_of
-from einlinear.layer import Linear
+from einlinear.layer import Linear, alone
 from einlinear.projection.refinement import projectable
 from einlinear.structure import Structure, StructureError
 from einlinear.structures import Dense, Mixture
@@ -118,7 +118,10 @@ def _plan(
             continue
         d_out, d_in = layer.linear.weight.shape
         try:
-            planned[layer] = Linear(d_in, d_out, family, device="meta").structure
+            structure = Linear(d_in, d_out, family, device="meta").structure
+            if weights == "project":
+                alone(structure)
+            planned[layer] = structure
         except StructureError as error:
             refused[layer] = str(error)
 

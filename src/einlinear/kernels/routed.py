@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from einlinear import clock_experts
 from einlinear.contract import check, equation, pad_last
 from einlinear.cost import flops
 from einlinear.kernels import set_pair, set_result, sets
@@ -36,6 +37,14 @@ class Routing(NamedTuple):
     experts: int
     chosen_by_experts: bool = False
     partial: bool = False
+
+    def check(self, structure: Structure, experts: int, tokens: int) -> None:
+        """Refuses a layer of another number of experts, or other tokens, in a sentence."""
+        if self.experts != experts or not (self.chosen_by_experts or self.chosen.shape[0] == tokens):
+            raise StructureError(
+                f"cannot apply {structure!r} to {tokens} tokens: it has {experts} experts, and the routing is "
+                f"that of {tuple(self.chosen.shape)} choices among {self.experts}; route the same tokens"
+            )
 
     def gate(self, tokens: int) -> Tensor:
         """The weight of every expert for every token, `[tokens, experts]`, zero where it does not run."""
@@ -90,12 +99,13 @@ class Everyone(RoutedKernel):
         return None
 
     def cost(self, structure: Structure, tokens: int, target: Target) -> float:
+        if target.device == "cpu":
+            return clock_experts.cost(self.name, structure, tokens)
         whole = structure.sizes[structure.routed or ""]
         widths = _widths(structure.expert)[1:]
         state = whole * max(widths[:-1] or widths)
         moved = 6 * (2 if target.half else 4) * state * target.ridge  # passes over the states of all experts
-        # On a CPU each of these passes takes as long as some multiply-adds.
-        work = 2.0 * flops(structure) * whole / structure.active + (0 if target.device == "cuda" else 120.0 * state)
+        work = 2.0 * flops(structure) * whole / structure.active
         return 4 * target.launch + tokens * max(work, moved)
 
     def prepare(self, structure: Structure) -> "EveryoneRunner":
@@ -166,14 +176,14 @@ class ExpertSorted(RoutedKernel):
         return f"factor {expert.steps.index(odd[0])} maps by no multiple of 8 features" if odd else None
 
     def cost(self, structure: Structure, tokens: int, target: Target) -> float:
+        if target.device == "cpu":
+            return clock_experts.cost(self.name, structure, tokens)
         expert = structure.expert
         width = 2 if target.half else 4
         # A row is read, written and read once more on its way to a slot and back; so is every state between.
         moved = 3.0 * width * sum(_widths(expert)) * target.ridge
-        # On a CPU sorting and copying cost what some hundred multiply-adds for each feature do.
-        work = flops(expert) + (0 if target.device == "cuda" else 250.0 * (expert.d_in + expert.d_out))
         launches = 8 + 6 * len(expert.factors)
-        return launches * target.launch + tokens * structure.active * max(work, moved)
+        return launches * target.launch + tokens * structure.active * max(flops(expert), moved)
 
     def prepare(self, structure: Structure) -> "SlotsRunner":
         return SlotsRunner(Experts.of(replace(structure.expert, pad_in=0, pad_out=0)))
@@ -301,11 +311,7 @@ class RoutedPlan:
             check(self.structure, factors, x)
         tokens = pad_last(x, self.pad_in).reshape(-1, self.d_in + self.pad_in)
         count = tokens.shape[0]
-        if routing.experts != self.experts or not (routing.chosen_by_experts or routing.chosen.shape[0] == count):
-            raise StructureError(
-                f"cannot apply {self.structure!r} to {count} tokens: it has {self.experts} experts, and the routing is "
-                f"that of {tuple(routing.chosen.shape)} choices among {routing.experts}; route the same tokens"
-            )
+        routing.check(self.structure, self.experts, count)
         run = self._runner(factors, x, count)
         y = run(factors, tokens, routing, None if bias is None else pad_last(bias, self.pad_out))
         return y[:, : self.d_out].reshape(*x.shape[:-1], self.d_out)
@@ -357,9 +363,13 @@ def routed_plan(structure: Structure) -> RoutedPlan:
     )
 
 
+LIMITS = tuple(2**power for power in range(25))
+"""Numbers of tokens between which the choice may change; it is made for the larger one."""
+
+
 def _choices(structure: Structure, target: Target) -> tuple[tuple[float, RoutedRunner], ...]:
     """A runner for each range of token counts, up to powers of two."""
-    best = [(2.0**power, choose(structure, target, 2**power)) for power in range(25)]
+    best = [(float(limit), choose(structure, target, limit)) for limit in LIMITS]
     ends = [(limit, kernel) for (limit, kernel), (_, larger) in pairwise(best) if kernel is not larger]
     runners = {kernel: kernel.prepare(structure) for _, kernel in best}
     return tuple((limit, runners[kernel]) for limit, kernel in [*ends, (math.inf, best[-1][1])])
@@ -374,12 +384,14 @@ def choose(structure: Structure, target: Target, tokens: int) -> RoutedKernel:
 def explain_routed(structure: Structure, tokens: int, device: torch.device | str, dtype: torch.dtype) -> str:
     """Each kernel's modelled cost or refusal, as text."""
     canonical, target = structure.canonical, Target.of(device, dtype)
-    chosen, dense = choose(canonical, target, tokens), 2 * structure.d_in * structure.d_out
-    lines = [f"{structure!r}", f"runs {tokens} tokens by '{chosen.name}' on {device} in {dtype}"]
+    judged = next((limit for limit in LIMITS if tokens <= limit), LIMITS[-1])
+    chosen, dense = choose(canonical, target, judged), 2 * structure.d_in * structure.d_out
+    bound = "" if judged == tokens else f", as up to {judged}"
+    lines = [f"{structure!r}", f"runs {tokens} tokens{bound} by '{chosen.name}' on {device} in {dtype}"]
     for kernel in ROUTED_KERNELS:
         verdict = kernel.refuses(canonical, target)
         if verdict is None:
-            verdict = f"fits, modelled cost {kernel.cost(canonical, tokens, target) / (tokens * dense):.4g} of dense"
+            verdict = f"fits, modelled cost {kernel.cost(canonical, judged, target) / (judged * dense):.4g} of dense"
             verdict += kernel.remark(canonical)
         lines.append(f"  {kernel.name:13} {verdict}")
     return "\n".join(lines)

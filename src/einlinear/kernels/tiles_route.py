@@ -53,6 +53,8 @@ def route_forward(
     score = total + TIE / EXPERTS * ((experts[None, :] - here[:, None] % EXPERTS + EXPERTS) % EXPERTS).to(tl.float32)
     if HAS_BIAS:
         score += tl.load(bias + experts, mask=experts < EXPERTS, other=0.0)[None, :]
+    # No number is as small as what is taken or none: a logit that is infinite, or no number, is an expert all the same.
+    score = tl.where(score != score, float("inf"), tl.maximum(score, -3.4e38))
     score = tl.where(real, score, float("-inf"))
     chosen_experts, chosen_logits = (), ()
     largest = tl.full((BLOCK_TOKENS,), float("-inf"), tl.float32)

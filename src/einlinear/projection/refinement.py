@@ -349,7 +349,10 @@ def checked(weight: Tensor, structure: Structure) -> Tensor:
             f"it needs [d_out, d_in] = [{structure.d_out}, {structure.d_in}]"
         )
     if structure.routed:
-        raise StructureError(f"cannot project onto {structure!r}: a routed structure has no single matrix; unroute it")
+        raise StructureError(
+            f"cannot project onto {structure!r}: a routed structure has no single matrix; project onto "
+            f"structure.expert, the map of one expert"
+        )
     if weight.is_meta or not projectable(weight):
         raise StructureError(
             f"cannot project a weight of {weight.dtype} ({weight.layout}) on the device '{weight.device}': it needs "
