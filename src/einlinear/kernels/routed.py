@@ -12,7 +12,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from einlinear import clock_experts
+from einlinear.clock_experts import cost as cost_on_cpu
 from einlinear.contract import check, equation, pad_last
 from einlinear.cost import flops
 from einlinear.kernels import set_pair, set_result, sets
@@ -100,7 +100,7 @@ class Everyone(RoutedKernel):
 
     def cost(self, structure: Structure, tokens: int, target: Target) -> float:
         if target.device == "cpu":
-            return clock_experts.cost(self.name, structure, tokens)
+            return cost_on_cpu(self.name, structure, tokens)
         whole = structure.sizes[structure.routed or ""]
         widths = _widths(structure.expert)[1:]
         state = whole * max(widths[:-1] or widths)
@@ -177,7 +177,7 @@ class ExpertSorted(RoutedKernel):
 
     def cost(self, structure: Structure, tokens: int, target: Target) -> float:
         if target.device == "cpu":
-            return clock_experts.cost(self.name, structure, tokens)
+            return cost_on_cpu(self.name, structure, tokens)
         expert = structure.expert
         width = 2 if target.half else 4
         # A row is read, written and read once more on its way to a slot and back; so is every state between.
