@@ -17,7 +17,6 @@ constexpr int ET = E / 8;                    // tiles of 8 features of a slice o
 constexpr int NW = FS * ET / WARPS;          // those of one warp
 constexpr int P = NW < ET ? NW : ET, FW = NW / P;
 constexpr int PAIRS = P % 4 == 0 ? 4 : P % 2 == 0 ? 2 : 1;  // of features that a thread stores at a time
-constexpr int RUN = PAIRS == 4 ? P : PAIRS;                  // that it has one after the other
 constexpr int ST = ROUNDED / 32;
 constexpr int GW = MT > RT ? MT / RT : 1;    // slices of the input that a warp reads
 constexpr int LINE = GW * A * 2;             // and their bytes, for one token
@@ -34,8 +33,9 @@ static_assert(NW * WARPS == FS * ET && FW * P == NW && ET % P == 0, "a warp has 
 // The order in which a tile's tokens lie in shared memory: those that a thread holds follow each other in the state.
 __device__ __forceinline__ int token_at(int row) { return ((row & 7) >> 1) * (2 * NT) + 2 * (row >> 3) + (row & 1); }
 
-// The features that a thread has of P tiles of 8: RUN pairs follow each other, then those of the next thread.
-__device__ __forceinline__ int feature_at(int q, int tile) { return tile / RUN * (8 * RUN) + q * (2 * RUN) + tile % RUN * 2; }
+// The features that a thread has of P tiles of 8: what it stores at a time follows each other, and then what the next
+// thread does, so that a store fills whole sectors.
+__device__ __forceinline__ int feature_at(int q, int tile) { return tile / PAIRS * (8 * PAIRS) + q * (2 * PAIRS) + tile % PAIRS * 2; }
 
 // Where the state's row of one sum lies: those that one instruction reads lie in different banks.
 __device__ __forceinline__ int place(int sum) { return (sum & ~31) | ((sum & 7) << 2) | ((sum >> 3) & 3); }
