@@ -108,6 +108,11 @@ def test_a_layer_is_one_import_away():
     assert run("from einlinear import Linear; print(Linear(4, 4, 'btt').in_features)") == "4"
 
 
+def test_kernels_are_imported_before_anything_else_that_needs_torch():
+    """`from einlinear import <module>` asks for a lazy name first, and with it for all that needs torch."""
+    assert run("import einlinear; from einlinear.kernels import KERNELS; print(len(KERNELS) > 1)") == "True"
+
+
 def test_help_needs_no_torch():
     code = """
 import sys

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from einlinear.launches import tile as tile
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -205,11 +207,6 @@ def padded(tokens: int) -> int:
 def narrow(state: Tensor, names: str, tokens: int) -> Tensor:
     """`state` without surplus tokens; `names` are the letters of its dimensions."""
     return state[..., :tokens] if names[-1] == "m" and state.shape[-1] != tokens else state
-
-
-def tile(size: int) -> int:
-    """The side of a tile that holds `size`: a power of two, at least what the matrix unit takes."""
-    return max(16, 1 << (size - 1).bit_length())
 
 
 def multiprocessors(device: torch.device) -> int:
