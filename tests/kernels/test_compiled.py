@@ -26,7 +26,7 @@ from einlinear.kernels import tiles, tiles_bottleneck, tiles_junction, tiles_pai
 from einlinear.kernels import tiles_route, tiles_sets
 
 half, sums = "*bf16", "*fp32"
-alone, hold = dict(LEADS=False, FOLLOWS=False), dict(HOLD_BIASES=True)
+alone, hold = dict(LEADS=False, FOLLOWS=False, GROUP=1), dict(HOLD_BIASES=True)
 
 def stage(parts=1, **more):
     blocks = (64,) * parts
@@ -62,7 +62,7 @@ cases = {
     "stage_forward into": (tiles.stage_forward, stage() | into | alone | dict(y_token=1), 1, 4, 3),
     "stage_forward out": (tiles.stage_forward, stage() | out | alone | dict(y_feature=1), 1, 4, 3),
     "stage_forward follows": (
-        tiles.stage_forward, stage() | out | dict(y_feature=1, LEADS=False, FOLLOWS=True), 1, 4, 1),
+        tiles.stage_forward, stage() | out | dict(y_feature=1, LEADS=False, FOLLOWS=True, GROUP=1), 1, 4, 1),
     "stage_forward of three": (tiles.stage_forward, stage(3) | into | alone | dict(y_token=1), 3, 4, 3),
     "stage_backward into": (tiles.stage_backward, stage() | into | dict(dx_feature=1, y_tokens_apart=(1,)), 1, 8, 3),
     "stage_backward out": (tiles.stage_backward, stage() | out | dict(dx_token=1, y_features=(1,)), 1, 8, 3),

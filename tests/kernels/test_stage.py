@@ -1,11 +1,12 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
 import einlinear as el
 from einlinear.kernels.chain import Tiles
 from einlinear.kernels.kernel import CUDA_HALF
-from einlinear.kernels.stage import Launch, padded, stage
+from einlinear.kernels.stage import Launch, empty_state, launch_forward, padded, stage
 from einlinear.links import STAGES as SPECS
 
 pytest.importorskip("triton", reason="Triton is not installed: its interpreter runs these kernels")
@@ -66,6 +67,17 @@ def test_a_gradient_has_a_gradient() -> None:
 
     for mine, their in zip(penalty(_stage(*inputs, spec)), penalty(_reference(spec, *inputs)), strict=True):
         _close("second derivative", mine, their)
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4])
+@pytest.mark.parametrize("spec", SPECS[:2])
+def test_tiles_in_any_order_are_each_made_once(spec: str, group: int) -> None:
+    """Also where a group does not go into the number of tiles."""
+    x = torch.randn((64, 3, 16) if spec[0] == "m" else (16, 3, 64), dtype=torch.float16)
+    weight = torch.randn(3, 16, 16, dtype=torch.float16)
+    y = empty_state(x, weight, spec, 64).fill_(torch.nan)
+    launch_forward(x, [weight], None, [y], spec, 64, Launch(tokens=16, group=group))
+    assert_close(y, torch.einsum(spec, x, weight), rtol=1e-2, atol=1e-2)
 
 
 def test_the_ranges_of_tokens_cover_them_all_and_none_is_empty() -> None:

@@ -19,12 +19,13 @@ from einlinear.launches import tile as tile
 
 @dataclass(frozen=True)
 class Launch:
-    """Tokens of a tile, warps, pipeline stages, and programs that share a multiprocessor."""
+    """Tokens of a tile, warps, pipeline stages, programs that share a multiprocessor, and tiles in a row of a slice."""
 
     tokens: int = 128
     warps: int = 4
     stages: int = 3
     resident: int = 2
+    group: int = 1
 
     def splits(self, tokens: int, slices: int, device: torch.device) -> tuple[int, int]:
         """Into how many ranges the tokens are cut, and the tokens of each, so that no multiprocessor is long idle."""
@@ -134,14 +135,15 @@ def launch_forward(
         raise ValueError(f"cannot apply factors of {weights[0].dtype} to an input of {x.dtype}: convert one of the two")
     outs, (slices, _, width) = [weight.shape[1] for weight in weights], weights[0].shape
     y_strides = [_strides(y, spec[-3:]) for y in ys]
+    count = -(-tokens // launch.tokens)
     with torch.cuda.device_of(x):
-        tiles.stage_forward[(slices, -(-tokens // launch.tokens))](
+        tiles.stage_forward[(slices, count)](
             x, tuple(weight.contiguous() for weight in weights), bias, tuple(ys),
             _length(x, spec[:3], tokens), _length(ys[0], spec[-3:], tokens),
             *_strides(x, spec[:3]), tuple(slice_ for slice_, _, _ in y_strides), *y_strides[0][1:],
             OUTS=tuple(outs), IN=width, BLOCK_OUTS=tuple(map(tile, outs)), BLOCK_IN=tile(width),
             BLOCK_TOKENS=launch.tokens, X_MINOR=spec[2] == "m", Y_MINOR=spec[-1] == "m", HAS_BIAS=bias is not None,
-            LEADS=overlap == "leads", FOLLOWS=overlap == "follows",
+            LEADS=overlap == "leads", FOLLOWS=overlap == "follows", GROUP=1 if count % launch.group else launch.group,
             num_warps=launch.warps, num_stages=launch.stages, launch_pdl=overlap == "follows",
         )  # fmt: skip
 

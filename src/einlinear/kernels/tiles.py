@@ -79,17 +79,20 @@ def stage_forward(
     x_tokens, y_tokens, x_slice, x_feature, x_token, y_slices, y_feature, y_token,
     OUTS: tl.constexpr, IN: tl.constexpr, BLOCK_OUTS: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     X_MINOR: tl.constexpr, Y_MINOR: tl.constexpr, HAS_BIAS: tl.constexpr,
-    LEADS: tl.constexpr, FOLLOWS: tl.constexpr,
+    LEADS: tl.constexpr, FOLLOWS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """y[s] = weight[s] x[s] + bias[s] for every slice s and every weight; one program a tile of x.
 
+    `GROUP` tiles of tokens of one slice follow each other, then those of the next slice.
     Of two launches that overlap, the one that leads lets the other start at once, and the one that
     follows loads its weights before it waits for what the first has made.
     """
     if LEADS:
         tl.extra.cuda.gdc_launch_dependents()
-    s = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1).to(tl.int64) * BLOCK_TOKENS
+    number = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    group, place = number // (tl.num_programs(0) * GROUP), number % (tl.num_programs(0) * GROUP)
+    s = (place // GROUP).to(tl.int64)
+    first = (group * GROUP + place % GROUP).to(tl.int64) * BLOCK_TOKENS
     here = tl.arange(0, BLOCK_TOKENS)
     ins = tl.arange(0, BLOCK_IN)
     ws = ()
