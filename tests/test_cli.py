@@ -92,7 +92,6 @@ def test_describe_proposes_a_cheaper_order():
         (["describe", "btt(size=2)"], "no setting 'size'"),
         (["describe", "i, r i, o r -> o", "i=10", "r=x", "o=2"], "expected axis=number"),
         (["describe", "mixture(of='btt', experts=4, active=5)"], "choose active between 1 and 4"),
-        (["describe", "btt", "512", "512"], "the widths of a family are --in and --out"),
         (["describe", "i, r i, o r -> q", "i=10", "r=2", "o=2"], "axis 'q' of the output comes from nowhere"),
         (["describe", "monarch(blocks=7)", "--in", "16", "--out", "16"], "padding may add at most 15%"),
         (["table", "--in", "0"], "greater than or equal to 1"),

@@ -72,6 +72,20 @@ def test_imports_point_down(file):
             assert LEVEL[here] >= LEVEL["lab"], f"{file.name}:{line} imports the package's entrance: {name}"
 
 
+@pytest.mark.parametrize("file", [file for file in FILES if room(file) not in ENTRANCES], ids=lambda f: f.stem)
+def test_no_module_is_asked_of_the_entrance(file):
+    """It would load all that needs torch to look for it, and what is being loaded is then asked for itself."""
+    here = LEVEL[room(file)]
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "einlinear" and here < LEVEL["lab"]:
+            pytest.fail(f"{file.name}:{node.lineno} imports from the entrance; write import einlinear.name as name")
+
+
+@pytest.mark.parametrize("module", ["einlinear.kernels", "einlinear.lab.bench"])
+def test_any_module_may_be_loaded_first(module):
+    subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
+
+
 @pytest.mark.parametrize(
     "name", sorted(FLOORS[0] | FLOORS[1] | {"taxonomy", "structures", "allocation", "cli", "__main__"})
 )

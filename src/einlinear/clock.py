@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from einlinear import clock_cpu, launches, toolchain
+import einlinear.clock_cpu as clock_cpu
+import einlinear.launches as launches
+import einlinear.toolchain as toolchain
 from einlinear.clusters import Cut, cut
 from einlinear.launches import Blocks
 from einlinear.links import INTO, OUT_OF, STAGES, links

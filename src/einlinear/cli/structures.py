@@ -110,11 +110,6 @@ def describe(
                 f"cannot use '{' '.join(sizes)}' with a family: its widths are given as --in 512 --out 512"
             )
         family = el.structure(structure)
-        if sizes:
-            raise ValueError(
-                f"cannot describe {structure} with the sizes {' '.join(sizes)}: they are an einsum's; the widths of a "
-                f"family are --in and --out"
-            )
         spec = family(d_in, d_out)
         psi, nu, omega = el.taxonomy(family)
         typer.echo(f"{family}: {(type(family).__doc__ or '').splitlines()[0]}")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from einlinear import launches
+import einlinear.launches as launches
 from einlinear.kernels.kernel import InTriton, Runner
 from einlinear.kernels.stage import multiprocessors
 from einlinear.launches import Blocks, Launch, Sums, tile
