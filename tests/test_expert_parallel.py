@@ -1,14 +1,18 @@
 """Two processes on the CPU hold half of the experts each, and compute what one process does with all of them."""
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
 
 import einlinear as el
@@ -30,41 +34,44 @@ def model() -> nn.Module:
     return layers
 
 
-def half_of_it(rank: int, folder: str, x: Tensor, first: int) -> None:
+SPLITS = (20, 40)  # tokens of the first process; with all of them there, the other has none
+
+
+def half_of_it(rank: int, folder: str, x: Tensor) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    layers = parallelize_experts(model(), dist.init_device_mesh("cpu", (2,)))
-    loss = layers(x[:first] if rank == 0 else x[first:]).square().sum() / x.shape[0] / 5 * 2
-    loss.backward()
-    results = {"loss": loss.detach()}
-    for name, parameter in layers.named_parameters():
-        grad = parameter.grad
-        results[name] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
-        if grad is results[name]:  # whole on both: as DistributedDataParallel does
-            dist.all_reduce(grad)
-            grad /= 2
-    dist.all_reduce(results["loss"])
-    results["loss"] /= 2
-    if rank == 0:
-        assert [tuple(f.to_local().shape) for f in layers[0].factors] == [
-            (shape[0] // 2, *shape[1:]) for shape in model()[0].structure.matrix_shapes
-        ]
-        torch.save(results, f"{folder}/results")
+    for first in SPLITS:
+        layers = parallelize_experts(model(), dist.init_device_mesh("cpu", (2,)))
+        loss = layers(x[:first] if rank == 0 else x[first:]).square().sum() / 100
+        loss.backward()
+        results = {"loss": loss.detach()}
+        for name, parameter in layers.named_parameters():
+            grad = parameter.grad
+            results[name] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+            if grad is results[name]:  # whole on both: as DistributedDataParallel does
+                dist.all_reduce(grad)
+                grad /= 2
+        dist.all_reduce(results["loss"])
+        results["loss"] /= 2
+        if rank == 0:
+            assert [tuple(f.to_local().shape) for f in layers[0].factors] == [
+                (shape[0] // 2, *shape[1:]) for shape in model()[0].structure.matrix_shapes
+            ]
+            torch.save(results, f"{folder}/results {first}")
     dist.barrier()  # gloo's threads let go of the tensors before Python shuts down
     dist.destroy_process_group()
 
 
 @gloo
-@pytest.mark.parametrize("first", [20, 40])  # all tokens are one's: nobody knows how many another has
-def test_two_processes_compute_what_one_does(tmp_path: Path, first: int) -> None:
+def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
     x = torch.randn(40, 12, dtype=torch.float64)
-    torch.multiprocessing.spawn(half_of_it, (str(tmp_path), x, first), nprocs=2)
-    found = torch.load(tmp_path / "results", weights_only=True)
+    torch.multiprocessing.spawn(half_of_it, (str(tmp_path), x), nprocs=2)
     whole = model()
     loss = whole(x).square().mean()
     loss.backward()
-    assert_close(found.pop("loss"), loss.detach())
-    assert_close(found, {name: parameter.grad for name, parameter in whole.named_parameters()})
+    wanted = {"loss": loss.detach()} | {name: parameter.grad for name, parameter in whole.named_parameters()}
+    for first in SPLITS:
+        assert_close(torch.load(tmp_path / f"results {first}", weights_only=True), wanted)
 
 
 @gloo
@@ -83,6 +90,53 @@ def test_what_cannot_be_placed_is_one_sentence(tmp_path: Path) -> None:
     Three.ndim = 2
     with pytest.raises(el.StructureError, match="a mesh of 2 dimensions"):
         parallelize_experts(layers, Three())
+
+
+def a_quarter_of_it(rank: int, folder: str, x: Tensor) -> None:
+    """Two processes hold all experts, and two such pairs share each parameter: a step, kept, lost and loaded again."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=4)
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "experts"))
+    layers = parallelize_experts(model(), mesh["experts"])
+    fully_shard(layers, mesh=mesh["data"])
+    optimizer = torch.optim.SGD(layers.parameters(), 0.1)
+    (layers(x.chunk(4)[rank]).square().sum() / 50 + el.balance_loss(layers)).backward()
+    for parameter in layers.parameters():
+        if "experts" not in parameter.device_mesh.mesh_dim_names:  # the pair has it twice
+            dist.all_reduce(parameter.grad.to_local(), group=mesh["experts"].get_group())
+            parameter.grad.to_local().div_(2)
+    optimizer.step()
+    el.rebalance(layers)
+    dist.checkpoint.save({"model": get_model_state_dict(layers)}, checkpoint_id=f"{folder}/kept")
+    with torch.no_grad():
+        for tensor in layers.state_dict().values():
+            tensor.zero_()
+    state = {"model": get_model_state_dict(layers)}
+    dist.checkpoint.load(state, checkpoint_id=f"{folder}/kept")
+    set_model_state_dict(layers, state["model"])
+    whole = get_model_state_dict(layers, options=StateDictOptions(full_state_dict=True))
+    if rank == 0:
+        torch.save(whole, f"{folder}/results")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@gloo
+@pytest.mark.filterwarnings("ignore")
+def test_experts_are_sharded_further_and_checkpointed(tmp_path: Path) -> None:
+    x = torch.randn(40, 12, dtype=torch.float64)
+    torch.multiprocessing.spawn(a_quarter_of_it, (str(tmp_path), x), nprocs=4)
+    whole = model()
+    optimizer, loads = torch.optim.SGD(whole.parameters(), 0.1), Counter()
+    for part in x.chunk(4):  # routers balance what each process sees, biases what all of them do
+        (whole(part).square().sum() / 50 + el.balance_loss(whole)).div(4).backward()
+        for name, router in whole.named_modules():
+            if isinstance(router, el.Router):
+                loads[name] += router.collected.chosen.flatten().bincount(minlength=4).float()
+    optimizer.step()
+    for name, load in loads.items():
+        whole.get_submodule(name).bias += 0.01 * (load.mean() - load).sign()
+    assert_close(torch.load(tmp_path / "results", weights_only=True), dict(whole.state_dict()))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -125,6 +126,27 @@ def test_the_work_is_that_of_the_active_experts(family, experts):
     with FlopCounterMode(display=False) as counter:
         layer(x, routing)
     assert counter.get_total_flops() == 50 * el.flops(layer.structure) == 50 * 2 * el.flops(layer.structure.expert)
+
+
+def test_memory_kept_for_gradients_is_that_of_the_active_experts(family):
+    def kept(experts: int, active: int) -> int:
+        layer = drawn(by(ExpertSorted(), el.Linear(36, 64, family, experts=experts, active=active)))
+        x, sizes = torch.randn(200, 36, requires_grad=True), {}
+        owned = {tensor.untyped_storage().data_ptr() for tensor in (x, *layer.parameters())}
+        routing = layer.router(x)
+
+        def keep(tensor: Tensor) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = layer(x, routing)
+        del y
+        return sum(size for place, size in sizes.items() if place not in owned)
+
+    few, many, more = kept(4, 2), kept(64, 2), kept(64, 8)
+    assert many < 1.05 * few
+    assert 2.5 * many < more
 
 
 def test_start_and_rates_are_those_of_one_expert(family, widths):
