@@ -65,6 +65,12 @@ def fitted(runs: tuple[Run, ...], family: str, base: str, axis: Axis) -> Multipl
     return multiplier(runs, family, base, axis)
 
 
+@cache
+def off_hulls(runs: tuple[Run, ...], family: str, base: str, axis: Axis) -> list[Multiplier]:
+    """One reading of two hulls for all the tables that show it."""
+    return interpolated_multiplier(runs, LOSSES, family, base, axis)
+
+
 def verdict(scale: str) -> str:
     """The claim for each baseline and cost, by BTT-MoE of two active experts: as one number, and loss by loss."""
     runs, lines = results(scale), []
@@ -78,7 +84,7 @@ def verdict(scale: str) -> str:
             )
             by = "training FLOPs" if axis == "flops" else "seconds"
             told = f"At equal loss, {named(base)} takes so many times what BTT-MoE takes: {each}."
-            by_loss = {family: interpolated_multiplier(runs, LOSSES, family, base, axis) for family in found}
+            by_loss = {family: off_hulls(tuple(runs), family, base, axis) for family in found}
             if any(not one.reason for curve in by_loss.values() for one in curve):
                 told += " Off the hulls: " + "; ".join(
                     f"{_experts(family)} {_decided(curve)}" for family, curve in by_loss.items()
@@ -207,7 +213,7 @@ def by_loss(scale: str, axis: Axis = "flops") -> str:
     for base in BASELINES[:2]:
         for family in ranked([run for run in runs if run.purpose == "measure"]):
             if family not in ("dense", base):
-                found = interpolated_multiplier(runs, LOSSES, family, base, axis)
+                found = off_hulls(tuple(runs), family, base, axis)
                 if sum(not one.reason for one in found) > 1:
                     lines.append(f"| {named(family)}, over {named(base)} | " + " | ".join(map(_told, found)) + " |")
     return "\n".join(lines)
