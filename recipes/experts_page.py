@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 
-from experts import PLANS, RESULTS, STANDARD
+import altair as alt
+from experts import PLANS, RESULTS, STANDARD, everywhere
 from experts_results import NAMES, OTHERS, batch_of, named, rank, ranked, read, results
 from experts_routers import health_by_width, health_chart, health_table
 
 from einlinear.lab.laws import Axis, Cell, Multiplier, interpolated_multiplier, measured, multiplier, multiplier_at
 from einlinear.lab.laws.cells import cells_of
 from einlinear.lab.report import save_figure, write_report
+from einlinear.lab.report.charts import INK, Specification, finished, plotted
 from einlinear.lab.report.page import quantity, save_picture
 from einlinear.lab.run import Run
 from einlinear.lab.studies import read_steps
@@ -224,6 +226,29 @@ def by_loss_seconds(scale: str) -> str:
     return by_loss(scale, "seconds")
 
 
+def by_loss_chart(scale: str) -> Specification:
+    """Multipliers over dense layers off the hulls, with their intervals, against the loss."""
+    runs, rows = results(scale), []
+    for family in NAMES:
+        found = interpolated_multiplier(runs, [loss / 100 for loss in range(100, 205, 5)], family)
+        rows += [
+            {"family": named(family), "loss": one.loss_low, "value": one.value, "low": one.low, "high": one.high}
+            for one in found
+            if not one.reason
+        ]
+    y = alt.Y("value:Q", scale=alt.Scale(type="log", domain=[0.35, 3.5], clamp=True), axis=alt.Axis(title="cost of dense layers over its own",
+              values=[0.4, 0.5, 0.7, 1, 1.4, 2, 2.8]))  # fmt: skip
+    base = plotted(rows).encode(
+        x=alt.X("loss:Q", scale=alt.Scale(reverse=True, zero=False), axis=alt.Axis(title="validation loss (nats)")),
+        color=alt.Color("family:N", title=None, scale=alt.Scale(range=["#009e73", "#cc79a7", "#d55e00", "#0072b2"],
+                        domain=[named(everywhere(e, 2)) for e in (4, 8, 16)] + [named(STANDARD)])),
+    )  # fmt: skip
+    bands = base.mark_area(opacity=0.13).encode(y=alt.Y("low:Q"), y2="high:Q")
+    even = plotted([{"value": 1}]).mark_rule(color=INK, strokeDash=[2, 3], opacity=0.7).encode(y="value:Q")
+    chart = alt.layer(even, bands, base.mark_line(strokeWidth=1.8, point=True).encode(y=y))
+    return finished(chart, 300, "Multipliers over dense layers against the loss")
+
+
 def steps(scale: str) -> str:
     """Milliseconds of a step of every family and width, timed in turns."""
     timed = {(one.family, one.width): one.seconds for one in read_steps(RESULTS / f"experts_{scale}_clock.csv")}
@@ -331,8 +356,10 @@ def main() -> None:
     save_picture(health_chart(), DOCS / "img" / "experts_health.svg")
     for scale in PLANS:
         if done(scale):
-            save_figure(results(scale), DOCS / "img" / f"experts_{scale}.svg")
+            shown = [run for run in results(scale) if run.family not in OTHERS]
+            save_figure(shown, DOCS / "img" / f"experts_{scale}.svg")
     if done("h200"):
+        save_picture(by_loss_chart("h200"), DOCS / "img" / "experts_h200_by_loss.svg")
         write_report(results("h200"), REPORT, command="python recipes/experts_page.py")
 
 
