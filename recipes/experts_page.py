@@ -236,8 +236,10 @@ def by_loss_chart(scale: str) -> Specification:
             for one in found
             if not one.reason
         ]
-    y = alt.Y("value:Q", scale=alt.Scale(type="log", domain=[0.35, 3.5], clamp=True), axis=alt.Axis(title="cost of dense layers over its own",
-              values=[0.4, 0.5, 0.7, 1, 1.4, 2, 2.8]))  # fmt: skip
+    y = alt.Y(
+        "value:Q", scale=alt.Scale(type="log", domain=[0.35, 3.5], clamp=True),
+        axis=alt.Axis(title="cost of dense layers over its own", values=[0.4, 0.5, 0.7, 1, 1.4, 2, 2.8]),
+    )  # fmt: skip
     base = plotted(rows).encode(
         x=alt.X("loss:Q", scale=alt.Scale(reverse=True, zero=False), axis=alt.Axis(title="validation loss (nats)")),
         color=alt.Color("family:N", title=None, scale=alt.Scale(range=["#009e73", "#cc79a7", "#d55e00", "#0072b2"],
