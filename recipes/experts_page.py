@@ -252,8 +252,9 @@ def by_loss_chart(scale: str) -> Specification:
 
 
 def steps(scale: str) -> str:
-    """Milliseconds of a step of every family and width, timed in turns."""
-    timed = {(one.family, one.width): one.seconds for one in read_steps(RESULTS / f"experts_{scale}_clock.csv")}
+    """Milliseconds of a step of every family and width, of two blocks."""
+    file = RESULTS / f"experts_{scale}_clock.csv"
+    timed = {(one.family, one.width): one.seconds / one.depth * 2 for one in read_steps(file)}
     widths = sorted({width for _, width in timed})
     lines = ["| | " + " | ".join(f"width {width}" for width in widths) + " |", "|---|" + "---|" * len(widths)]
     for family in sorted({family for family, _ in timed}, key=rank):
