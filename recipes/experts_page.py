@@ -221,11 +221,6 @@ def by_loss(scale: str, axis: Axis = "flops") -> str:
     return "\n".join(lines)
 
 
-def by_loss_seconds(scale: str) -> str:
-    """The same by seconds."""
-    return by_loss(scale, "seconds")
-
-
 def by_loss_chart(scale: str) -> Specification:
     """Multipliers over dense layers off the hulls, with their intervals, against the loss."""
     runs, rows = results(scale), []
@@ -340,7 +335,7 @@ PARTS = {"health": health_table, "one_active": one_active} | {
     for scale, parts in {
         "small": (protocol, table, verdict),
         "h200": (
-            *(protocol, table, verdict, noise, curve, by_loss, steps, by_loss_seconds),
+            *(protocol, table, verdict, noise, curve, by_loss, steps),
             *(moves, losses, tuned, checks, health_by_width),
         ),
     }.items()
