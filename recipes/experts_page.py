@@ -221,6 +221,11 @@ def by_loss(scale: str, axis: Axis = "flops") -> str:
     return "\n".join(lines)
 
 
+def by_loss_seconds(scale: str) -> str:
+    """The same by seconds."""
+    return by_loss(scale, "seconds")
+
+
 def by_loss_chart(scale: str) -> Specification:
     """Multipliers over dense layers off the hulls, with their intervals, against the loss."""
     runs, rows = results(scale), []
@@ -247,9 +252,9 @@ def by_loss_chart(scale: str) -> Specification:
 
 
 def steps(scale: str) -> str:
-    """Milliseconds of a step of every family and width, of two blocks."""
+    """Milliseconds of a step of every family and width, timed in turns."""
     file = RESULTS / f"experts_{scale}_clock.csv"
-    timed = {(one.family, one.width): one.seconds / one.depth * 2 for one in read_steps(file)}
+    timed = {(one.family, one.width): one.seconds for one in read_steps(file)}
     widths = sorted({width for _, width in timed})
     lines = ["| | " + " | ".join(f"width {width}" for width in widths) + " |", "|---|" + "---|" * len(widths)]
     for family in sorted({family for family, _ in timed}, key=rank):
@@ -335,7 +340,7 @@ PARTS = {"health": health_table, "one_active": one_active} | {
     for scale, parts in {
         "small": (protocol, table, verdict),
         "h200": (
-            *(protocol, table, verdict, noise, curve, by_loss, steps),
+            *(protocol, table, verdict, noise, curve, by_loss, steps, by_loss_seconds),
             *(moves, losses, tuned, checks, health_by_width),
         ),
     }.items()
