@@ -27,6 +27,8 @@ from einlinear.lab.laws import (
     fit_frontier,
     fit_surface,
     from_frame,
+    hull,
+    interpolated_multiplier,
     isoflop,
     scaled_surface,
     variable_projection,
@@ -34,6 +36,7 @@ from einlinear.lab.laws import (
 from einlinear.lab.laws.cells import cells_of
 from einlinear.lab.laws.parametric import NAMES
 from einlinear.lab.laws.rows import optima, rows_of
+from einlinear.lab.run import Run
 
 TRUTH = Surface(E=1.8, A=400.0, B=2000.0, alpha=0.34, beta=0.37)
 RHO = 1.5
@@ -168,6 +171,49 @@ def trunk_case(noise: float, shared: float, widths: int = 4, horizons: int = 2) 
     return draw
 
 
+def hulls_case(noise: float, seeds: int, widths: int = 4, horizons: int = 4) -> Callable[[int], Hits]:
+    """Two families whose curves are not parallel, off their hulls; the truth is what the hulls say without noise.
+
+    Four fifths of a run's noise are its trunk's, and it is twice as large at half of the longest horizon and before.
+    """
+
+    def runs(seed: int, noise: float) -> list[Run]:
+        generator = np.random.default_rng(seed)
+        found = []
+        for family, late in (("dense", 0.0), ("other", 0.2)):
+            for width in range(widths):
+                for replica in range(seeds):
+                    common = generator.normal()
+                    for horizon in range(horizons):
+                        N, D = 1e5 * 4**width, 4e6 * 2 ** (horizon + 0.75 * width)
+                        own = noise * (1 if horizon == horizons - 1 else 2)
+                        error = own * (0.8**0.5 * common + 0.2**0.5 * generator.normal())
+                        loss = TRUTH.loss(100 * N * (D / 4e6) ** late, 100 * D)
+                        found.append(
+                            Run(
+                                task="t", fingerprint="f", family=family, width=2**width, depth=1, tokens=int(D),
+                                rate=1.0, seed=replica, parameters=int(N), flops=int(6 * N * D),
+                                loss=float(loss * np.exp(error)), trunk=f"{family}/{width}/{replica}",
+                            )
+                        )  # fmt: skip
+        return found
+
+    exact = hull(runs(0, 0.0))
+    low = max(cells[-1].loss for cells in exact.values())
+    high = min(cells[0].loss for cells in exact.values())
+    losses = [high * (low / high) ** share for share in (0.3, 0.5, 0.7)]
+    truth = [one.value for one in interpolated_multiplier(runs(0, 0.0), losses, "other")]
+
+    def draw(seed: int) -> Hits:
+        found = interpolated_multiplier(runs(seed, noise), losses, "other")
+        return {
+            f"multiplier, no law, at {share}": within((one.low, one.high), value)
+            for share, one, value in zip((0.3, 0.5, 0.7), found, truth, strict=True)
+        }
+
+    return draw
+
+
 CASES: dict[str, Callable[[int], Hits]] = {
     "surface, 5 × 4 grid, noise .005": surface_case(rectangle(5, 4), 0.005, 1e-3),
     "surface, 6 × 6 grid, noise .005": surface_case(rectangle(6, 6), 0.005, 1e-3),
@@ -183,6 +229,8 @@ CASES: dict[str, Callable[[int], Hits]] = {
     "frontier, 4 widths × 2 horizons, noise .005": trunk_case(0.005, 0.0),
     "frontier, 4 widths × 2 horizons, noise .005, trunks share .8": trunk_case(0.005, 0.8),
     "frontier, 6 widths × 3 horizons, noise .01, trunks share .5": trunk_case(0.01, 0.5, 6, 3),
+    "hulls, 4 widths × 4 horizons × 2 seeds, noise .01": hulls_case(0.01, 2),
+    "hulls, 5 widths × 5 horizons × 2 seeds, noise .01": hulls_case(0.01, 2, 5, 5),
 }
 
 

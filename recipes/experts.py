@@ -182,6 +182,23 @@ def health(steps: int, seeds: Iterable[int], machine: Machine, results: Path) ->
             watched(runs, results, "health")
 
 
+def one_active(steps: int, results: Path, machine: Machine) -> None:
+    """Why one active expert fails: what evens experts out, step by step less, beside two active ones."""
+    task = load("bytes", context=64)
+    rows: list[dict[str, object]] = []
+    for active, balance, step in ((1, 0.1, 0.01), (1, 0.1, 0.0), (1, 0.0, 0.0), (2, 0.1, 0.01), (2, 0.1, 0.0)):
+        recipe = Recipe(batch=16, base_width=64, base_depth=1, balance=balance, rebalance=step)
+        family = everywhere(8, active)
+        trunk = Trunk(family=family, width=64, depth=1, rate=2**-8, seed=0, horizons=(steps,), recipe=recipe)
+        (run,) = train(trunk, task, execution=machine)
+        entropies = [router["entropy"] for router in json.loads(run.routers).values()]
+        rows.append(
+            {"active": active, "balance": balance, "rebalance": step, "loss": run.loss, "entropy": min(entropies)}
+        )
+        print(rows[-1], flush=True)
+        write(results / "experts_one_active.csv", rows)
+
+
 def watched(runs: Iterable[Run], results: Path, name: str) -> None:
     """Two tables of what runs tell of their routers: every window of training, and loads at its end."""
     windows: list[dict[str, object]] = []
@@ -251,6 +268,7 @@ def main() -> None:
     parser.add_argument("--checks", action="store_true", help="train what may explain the outcome, instead")
     parser.add_argument("--clock", action="store_true", help="time a step of each, instead")
     parser.add_argument("--health", type=int, nargs="?", const=1000, help="steps to watch routers for, instead")
+    parser.add_argument("--one-active", action="store_true", help="why one active expert fails, instead (500 steps)")
     options = parser.parse_args()
     try:
         carry_out(options)
@@ -277,6 +295,10 @@ def carry_out(options: argparse.Namespace) -> None:
     if options.health:
         torch.set_num_threads(1)
         health(options.health, plan.seeds, machine, options.results)
+        return
+    if options.one_active:
+        torch.set_num_threads(1)
+        one_active(500, options.results, machine)
         return
     if options.clock:
         clock(plan, machine, options)

@@ -3,23 +3,21 @@
 python recipes/experts_page.py    # writes runs/experts_h200.html beside the page
 """
 
-import csv
 import json
 import math
 import re
 import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from collections.abc import Sequence
 from functools import cache, partial
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import altair as alt
 from experts import PLANS, RESULTS, STANDARD, everywhere
+from experts_results import NAMES, OTHERS, batch_of, named, rank, ranked, read, results
+from experts_routers import health_by_width, health_chart, health_table
 
-from einlinear.lab.laws import Axis, Multiplier, interpolated_multiplier, multiplier, multiplier_at
+from einlinear.lab.laws import Axis, Cell, Multiplier, interpolated_multiplier, measured, multiplier, multiplier_at
+from einlinear.lab.laws.cells import cells_of
 from einlinear.lab.report import save_figure, write_report
 from einlinear.lab.report.charts import INK, Specification, finished, plotted
 from einlinear.lab.report.page import quantity, save_picture
@@ -30,52 +28,9 @@ from einlinear.lab.train import Recipe
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "experts.md"
 REPORT = Path("runs/experts_h200.html")  # not in the docs: most of it is the code that draws its figures
-NAMES = {STANDARD: "standard mixture, E = 8"} | {everywhere(e, 2): f"BTT-MoE, E = {e}" for e in (4, 8, 16)}
-OTHERS = {everywhere(e, k): f"BTT-MoE, E = {e}, k = {k}" for e, k in ((8, 1), (16, 1), (4, 4), (8, 4))}
 BASELINES = ("dense", STANDARD, "btt(rank=2)")
 EVENED = {"balance": Recipe.balance, "rebalance": Recipe.rebalance}  # where a setup does not say
 AXES: tuple[Axis, ...] = ("flops", "seconds")
-
-
-def named(family: str) -> str:
-    """A family as the page calls it."""
-    return (NAMES | OTHERS).get(family, family)
-
-
-def read(file: Path) -> list[dict[str, str]]:
-    with file.open(newline="") as rows:
-        return list(csv.DictReader(rows))
-
-
-def results(scale: str) -> list[Run]:
-    """The runs of a scale; their seconds are steps times what a step takes alone (`experts.clock`).
-
-    Steps that were timed at another depth count by their blocks. A family that was not timed at every width of its runs
-    has no seconds.
-    """
-    kinds: dict[str, Any] = {field.name: field.type for field in fields(Run)}
-    runs = []
-    for row in read(RESULTS / f"experts_{scale}.csv"):
-        loss = float(row.pop("loss")) if row["loss"] else None
-        runs.append(Run(loss=loss, **{name: kinds[name](value) for name, value in row.items()}))
-    file = RESULTS / f"experts_{scale}_clock.csv"
-    if not file.exists():
-        return runs
-    of_block = {(one.family, one.width): one.seconds / one.depth for one in read_steps(file)}
-    untimed = {run.family for run in runs if (run.family, run.width) not in of_block}
-    return [
-        replace(
-            run,
-            seconds=0.0 if run.family in untimed
-            else of_block[run.family, run.width] * run.depth * run.tokens / _batch(run),
-        )
-        for run in runs
-    ]  # fmt: skip
-
-
-def _batch(run: Run) -> int:
-    setup = json.loads(run.setup)
-    return int(setup["batch"] * setup["context"])
 
 
 def table(scale: str) -> str:
@@ -112,22 +67,47 @@ def fitted(runs: tuple[Run, ...], family: str, base: str, axis: Axis) -> Multipl
     return multiplier(runs, family, base, axis)
 
 
+@cache
+def off_hulls(runs: tuple[Run, ...], family: str, base: str, axis: Axis) -> list[Multiplier]:
+    """One reading of two hulls for all the tables that show it."""
+    return interpolated_multiplier(runs, LOSSES, family, base, axis)
+
+
 def verdict(scale: str) -> str:
-    """The claim in a sentence for each baseline and cost, by BTT-MoE of two active experts."""
+    """The claim for each baseline and cost, by BTT-MoE of two active experts: as one number, and loss by loss."""
     runs, lines = results(scale), []
     for base in BASELINES[:2]:
         for axis in AXES:
             found = {family: fitted(tuple(runs), family, base, axis) for family in NAMES if family != STANDARD}
             words = {one.verdict for one in found.values() if not one.reason}
-            said = {("better",): "holds", ("worse",): "does not hold"}.get(tuple(words), "undecided")
+            said = {("better",): "holds", ("worse",): "does not hold", (): "not timed"}.get(tuple(words), "undecided")
             each = ", ".join(
-                f"{named(family).partition(', ')[2]}: {'not timed' if one.reason else one}"
-                for family, one in found.items()
+                f"{_experts(family)}: {'not timed' if one.reason else one}" for family, one in found.items()
             )
             by = "training FLOPs" if axis == "flops" else "seconds"
             told = f"At equal loss, {named(base)} takes so many times what BTT-MoE takes: {each}."
-            lines.append(f"* Over {named(base)}, by {by}: **{said} at this scale**. {told}")
+            by_loss = {family: off_hulls(tuple(runs), family, base, axis) for family in found}
+            if any(not one.reason for curve in by_loss.values() for one in curve):
+                told += " Off the hulls: " + "; ".join(
+                    f"{_experts(family)} {_decided(curve)}" for family, curve in by_loss.items()
+                )
+                told += "."
+            lines.append(f"* Over {named(base)}, by {by}: one number for all losses **{said} at this scale**. {told}")
     return "\n".join(lines)
+
+
+def _experts(family: str) -> str:
+    return named(family).partition(", ")[2]
+
+
+def _decided(found: Sequence[Multiplier]) -> str:
+    """At which losses a family is better or worse, in words."""
+    told = []
+    for word in ("better", "worse"):
+        at = [one.loss_low for one in found if not one.reason and one.verdict == word]
+        if at:
+            told.append(f"**{word}** at {max(at):g}" + (f" to {min(at):g} nats" if len(at) > 1 else " nats"))
+    return " and ".join(told) or "undecided at every loss"
 
 
 def protocol(scale: str) -> str:
@@ -140,7 +120,7 @@ def protocol(scale: str) -> str:
     return (
         f"{len(runs)} runs, of them {len(runs) - len(measured)} to tune, to check or failed: `{runs[0].task}`, GPTs of "
         f"depth {plan.depth} and widths {', '.join(map(str, sorted(widths)))}, batches of "
-        f"{_batch(runs[0])} tokens, {_lengths(sorted(horizons), len(plan.horizons))} tokens "
+        f"{batch_of(runs[0])} tokens, {_lengths(sorted(horizons), len(plan.horizons))} tokens "
         f"(each a cooled-down branch), seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, "
         f"{quantity(min(flops))} to {quantity(max(flops))} training FLOPs, on {runs[0].device}; "
         f"commit {' and '.join(dict.fromkeys(run.commit[:7] for run in runs))}."
@@ -151,75 +131,6 @@ def _lengths(horizons: Sequence[int], count: int) -> str:
     if len(horizons) <= count:
         return f"horizons of {', '.join(map(quantity, horizons))}"
     return f"{count} horizons at each width, from {quantity(horizons[0])} to {quantity(horizons[-1])}"
-
-
-def health_chart() -> Specification:
-    """The loads of the busiest and the idlest expert of each router over training, in even shares."""
-    rows = [
-        {"layer": row["layer"].removeprefix("blocks.0."), "tokens": int(row["tokens"]), "expert": which,
-         "load": max(16 * float(row[which]), 0.01)}
-        for row in read(RESULTS / "experts_health.csv") if row["family"] == everywhere(16, 2) and row["seed"] == "0"
-        for which in ("busiest", "idlest")
-    ]  # fmt: skip
-    lines = (
-        plotted(rows)
-        .mark_line(strokeWidth=1.8)
-        .encode(
-            x=alt.X("tokens:Q", axis=alt.Axis(title="training tokens", format="~s")),
-            y=alt.Y("load:Q", scale=alt.Scale(type="log", domain=[0.05, 8], clamp=True),
-                    axis=alt.Axis(title="load, in even shares", values=[0.05, 0.1, 0.25, 0.5, 1, 2, 4])),
-            color=alt.Color("layer:N", title=None, scale=alt.Scale(range=["#d55e00", "#0072b2", "#009e73", "#cc79a7"])),
-            strokeDash=alt.StrokeDash("expert:N", title=None),
-        )
-    )  # fmt: skip
-    even = plotted([{"load": 1}]).mark_rule(color=INK, strokeDash=[2, 3], opacity=0.7).encode(y="load:Q")
-    return finished(alt.layer(even, lines), 300, "Loads of the busiest and the idlest expert over training")
-
-
-def health_table() -> str:
-    """Each router at the end of 1000 steps, and the windows of training in which it left an expert idle."""
-    lines = [
-        "| | router | experts | least and most loaded | dead | entropy | windows with an idle expert |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for (family, _, _, layer), shares, seen in routers("health"):
-        idle = sum(row["dead"] != "0" for row in seen)
-        lines.append(
-            f"| {family.partition('(')[0]} | {layer.removeprefix('blocks.0.')} | {len(shares)} | {min(shares):.1%} to "
-            f"{max(shares):.1%} | {shares.count(0.0)} | {float(seen[-1]['entropy']):.2f} | {idle} of {len(seen)} |"
-        )
-    return "\n".join(lines)
-
-
-def routers(name: str) -> Iterator[tuple[tuple[str, str, str, str], list[float], list[dict[str, str]]]]:
-    """Of each router (family, width, seed, layer): the loads of its experts at the end, and its windows of training."""
-    about = ("family", "width", "seed", "layer")
-    windows, loads = (
-        {key: list(rows) for key, rows in groupby(read(RESULTS / f"experts_{name}{part}.csv"), itemgetter(*about))}
-        for part in ("", "_loads")
-    )
-    for key, rows in loads.items():
-        yield key, [float(row["load"]) for row in rows], windows[key]
-
-
-def health_by_width(scale: str) -> str:
-    """All routers of each model of 16 experts, at the end of its longest run and in the windows before."""
-    lines = [
-        "| | width | steps | routers | least and most loaded expert | dead | windows with an idle expert |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    runs = results(scale)
-    for (family, width), own in groupby(routers(f"{scale}_routers"), lambda one: one[0][:2]):
-        found = list(own)
-        shares = [share * len(loads) for _, loads, _ in found for share in loads]
-        seen = [row for _, _, windows in found for row in windows]
-        idle = sum(row["dead"] != "0" for row in seen)
-        steps, name = int(found[0][2][-1]["tokens"]) // _batch(runs[0]), family.partition("(")[0]
-        lines.append(
-            f"| {name} | {width} | {steps} | {len(found)} | {min(shares):.2f} to {max(shares):.2f} of an even share | "
-            f"{shares.count(0.0)} | {idle} of {len(seen)} |"
-        )
-    return "\n".join(lines)
 
 
 def losses(scale: str) -> str:
@@ -245,6 +156,26 @@ def losses(scale: str) -> str:
     return "\n".join(lines)
 
 
+def noise(scale: str) -> str:
+    """By how much seeds differ at the longest horizon of each size that has two, and what laws leave unexplained."""
+    runs = results(scale)
+    ends: dict[tuple[str, int], Cell] = {}
+    for family, cells in cells_of(measured(runs)).items():
+        for cell in cells:
+            if len(cell.runs) > 1 and cell.tokens > getattr(ends.get((family, cell.width)), "tokens", 0):
+                ends[family, cell.width] = cell
+    apart = []
+    for cell in ends.values():
+        found = [run.loss for run in cell.runs if run.loss is not None]
+        apart.append(max(found) / min(found) - 1)
+    scatter = [fitted(tuple(runs), family, "dense", "flops").scatter for family in NAMES]
+    return (
+        f"Two seeds of {len(ends)} sizes differ by {min(apart):.2%} to {max(apart):.1%} at their longest horizon "
+        f"(median {statistics.median(apart):.1%}); one law for all losses leaves {min(scatter):.1%} to "
+        f"{max(scatter):.1%}."
+    )
+
+
 LOSSES = (1.7, 1.6, 1.5, 1.4, 1.3, 1.2, 1.1)
 STEPS = 450  # below which a run is left out of the curves
 
@@ -256,7 +187,7 @@ def curve(scale: str) -> str:
     others: with all runs, and one number for all losses, no number of runs would have decided.
     """
     lines = ["| | " + " | ".join(f"{loss:g} nats" for loss in LOSSES) + " |", "|---|" + "---|" * len(LOSSES)]
-    runs = [run for run in results(scale) if run.tokens // _batch(run) >= STEPS]
+    runs = [run for run in results(scale) if run.tokens // batch_of(run) >= STEPS]
     for base in BASELINES[:2]:
         for family in ranked([run for run in runs if run.purpose == "measure" and run.seed == 0]):
             if family in ("dense", base):
@@ -274,19 +205,61 @@ def _told(found: Multiplier) -> str:
     return f"**{found}**" if found.verdict != "undecided" else f"{found}"
 
 
-def by_loss(scale: str) -> str:
-    """Multipliers by training FLOPs read off the hulls, loss by loss: no law, and intervals from seeds.
+def by_loss(scale: str, axis: Axis = "flops") -> str:
+    """Multipliers read off the hulls, loss by loss: no law, and intervals from seeds.
 
-    Chosen after the second of the windows of training, and before the third.
+    Chosen after the third of the windows of training, and before the fourth.
     """
     lines = ["| | " + " | ".join(f"{loss:g} nats" for loss in LOSSES) + " |", "|---|" + "---|" * len(LOSSES)]
     runs = results(scale)
     for base in BASELINES[:2]:
         for family in ranked([run for run in runs if run.purpose == "measure"]):
             if family not in ("dense", base):
-                found = interpolated_multiplier(runs, LOSSES, family, base)
+                found = off_hulls(tuple(runs), family, base, axis)
                 if sum(not one.reason for one in found) > 1:
                     lines.append(f"| {named(family)}, over {named(base)} | " + " | ".join(map(_told, found)) + " |")
+    return "\n".join(lines)
+
+
+def by_loss_seconds(scale: str) -> str:
+    """The same by seconds."""
+    return by_loss(scale, "seconds")
+
+
+def by_loss_chart(scale: str) -> Specification:
+    """Multipliers over dense layers off the hulls, with their intervals, against the loss."""
+    runs, rows = results(scale), []
+    for family in NAMES:
+        found = interpolated_multiplier(runs, [loss / 100 for loss in range(100, 205, 5)], family)
+        rows += [
+            {"family": named(family), "loss": one.loss_low, "value": one.value, "low": one.low, "high": one.high}
+            for one in found
+            if not one.reason
+        ]
+    y = alt.Y(
+        "value:Q", scale=alt.Scale(type="log", domain=[0.35, 3.5], clamp=True),
+        axis=alt.Axis(title="cost of dense layers over its own", values=[0.4, 0.5, 0.7, 1, 1.4, 2, 2.8]),
+    )  # fmt: skip
+    base = plotted(rows).encode(
+        x=alt.X("loss:Q", scale=alt.Scale(reverse=True, zero=False), axis=alt.Axis(title="validation loss (nats)")),
+        color=alt.Color("family:N", title=None, scale=alt.Scale(range=["#009e73", "#cc79a7", "#d55e00", "#0072b2"],
+                        domain=[named(everywhere(e, 2)) for e in (4, 8, 16)] + [named(STANDARD)])),
+    )  # fmt: skip
+    bands = base.mark_area(opacity=0.13).encode(y=alt.Y("low:Q"), y2="high:Q")
+    even = plotted([{"value": 1}]).mark_rule(color=INK, strokeDash=[2, 3], opacity=0.7).encode(y="value:Q")
+    chart = alt.layer(even, bands, base.mark_line(strokeWidth=1.8, point=True).encode(y=y))
+    return finished(chart, 300, "Multipliers over dense layers against the loss")
+
+
+def steps(scale: str) -> str:
+    """Milliseconds of a step of every family and width, timed in turns."""
+    file = RESULTS / f"experts_{scale}_clock.csv"
+    timed = {(one.family, one.width): one.seconds for one in read_steps(file)}
+    widths = sorted({width for _, width in timed})
+    lines = ["| | " + " | ".join(f"width {width}" for width in widths) + " |", "|---|" + "---|" * len(widths)]
+    for family in sorted({family for family, _ in timed}, key=rank):
+        found = (timed.get((family, width)) for width in widths)
+        lines.append(f"| {named(family)} | " + " | ".join(f"{1e3 * s:.2f} ms" if s else "–" for s in found) + " |")
     return "\n".join(lines)
 
 
@@ -294,15 +267,6 @@ def _common(runs: Sequence[Run]) -> int:
     """The longest horizon that all families have."""
     horizons = [{run.tokens for run in runs if run.family == family} for family in {run.family for run in runs}]
     return max(set.intersection(*horizons))
-
-
-def ranked(runs: Sequence[Run]) -> list[str]:
-    """The families of runs, as the page orders them."""
-    return sorted({run.family for run in runs}, key=ranked_key)
-
-
-def ranked_key(family: str) -> int:
-    return ["dense", "btt", "btt(rank=2)", *NAMES, *OTHERS].index(family)
 
 
 def moves(scale: str) -> str:
@@ -340,6 +304,17 @@ def checks(scale: str) -> str:
     return "\n".join(lines)
 
 
+def one_active() -> str:
+    """One active expert of eight, evened out less and less, beside two."""
+    lines = ["| active | weight of the loss | step of the bias | loss | least entropy |", "|---|---|---|---|---|"]
+    for row in read(RESULTS / "experts_one_active.csv"):
+        lines.append(
+            f"| {row['active']} of 8 | {row['balance']} | {row['rebalance']} | {float(row['loss']):.3f} | "
+            f"{float(row['entropy']):.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def tuned(scale: str) -> str:
     """The loss of every trial; in bold the best rate of a family."""
     trials = [run for run in results(scale) if run.purpose == "tune"]
@@ -360,11 +335,14 @@ def done(scale: str) -> bool:
     return (RESULTS / f"experts_{scale}.csv").exists()
 
 
-PARTS = {"health": health_table} | {
+PARTS = {"health": health_table, "one_active": one_active} | {
     f"{part.__name__} {scale}": partial(part, scale)
     for scale, parts in {
         "small": (protocol, table, verdict),
-        "h200": (protocol, table, verdict, curve, by_loss, moves, losses, tuned, checks, health_by_width),
+        "h200": (
+            *(protocol, table, verdict, noise, curve, by_loss, steps, by_loss_seconds),
+            *(moves, losses, tuned, checks, health_by_width),
+        ),
     }.items()
     for part in parts
     if done(scale)
@@ -381,8 +359,10 @@ def main() -> None:
     save_picture(health_chart(), DOCS / "img" / "experts_health.svg")
     for scale in PLANS:
         if done(scale):
-            save_figure(results(scale), DOCS / "img" / f"experts_{scale}.svg")
+            shown = [run for run in results(scale) if run.family not in OTHERS]
+            save_figure(shown, DOCS / "img" / f"experts_{scale}.svg")
     if done("h200"):
+        save_picture(by_loss_chart("h200"), DOCS / "img" / "experts_h200_by_loss.svg")
         write_report(results("h200"), REPORT, command="python recipes/experts_page.py")
 
 

@@ -32,7 +32,7 @@ def page(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     import experts_page
 
     yield experts_page
-    for name in ("experts", "experts_page"):
+    for name in ("experts", "experts_page", "experts_results", "experts_routers"):
         del sys.modules[name]
 
 
@@ -41,7 +41,7 @@ def test_it_stops_goes_on_and_is_read_back(
 ) -> None:
     recipe = sys.modules["experts"]
     monkeypatch.setitem(recipe.PLANS, "small", TINY)
-    monkeypatch.setattr(page, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys.modules["experts_results"], "RESULTS", tmp_path)
     places = ["--store", tmp_path / "runs.sqlite", "--report", tmp_path / "r.html", "--results", tmp_path]
 
     def call(*options: str) -> str:
@@ -77,5 +77,5 @@ def test_the_page_is_that_of_the_results(page: ModuleType) -> None:
 @pytest.mark.parametrize(("name", "rows"), [("health", 64), ("h200_routers", 3 * 8 * 16)])
 def test_no_expert_is_dead_at_the_end(page: ModuleType, name: str, rows: int) -> None:
     """The committed results: of `python recipes/experts.py --health`, and of the longest runs on an H200."""
-    loads = page.read(page.RESULTS / f"experts_{name}_loads.csv")
+    loads = sys.modules["experts_results"].read(page.RESULTS / f"experts_{name}_loads.csv")
     assert len(loads) >= rows and min(float(row["load"]) for row in loads) > 0
