@@ -22,6 +22,9 @@ LARGER = (*SIZES, 16)
 TILE_BYTES = 7e6
 """What two launches move on an H200 in the 2.2 us in which a cluster is done with a tile (benchmarks/NOTES.md)."""
 
+CHOSEN = False
+"""Whether clusters run at all: with tiles of 32 tokens they are right on emulated threads, and no GPU has run them."""
+
 
 def set_cut(first: tuple[int, ...], second: tuple[int, ...], active: int) -> Cut | str:
     """How the experts of a set are cut over a cluster, from factors of one expert, or why they are not."""
@@ -48,7 +51,7 @@ def clustered(
     y: Tensor, z: Tensor | None,
 ) -> bool:  # fmt: skip
     """Fills `y`, and `z` where it is given, if that is faster than two launches; returns whether it did."""
-    found = _pays(x, first, second, bias, sizes)
+    found = _pays(x, first, second, bias, sizes) if CHOSEN else None
     if found is None:
         return False
     with torch.cuda.device_of(x):
