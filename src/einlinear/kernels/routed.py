@@ -17,7 +17,7 @@ from einlinear.contract import check, equation, pad_last
 from einlinear.cost import flops
 from einlinear.kernels import set_pair, set_result, sets
 from einlinear.kernels.kernel import CPU, CUDA, CUDA_HALF, Target
-from einlinear.kernels.set_cluster import CHOSEN, set_cut
+from einlinear.kernels.set_cluster import set_cut
 from einlinear.kernels.slots import MOST_GROUPS, Experts, Slots, by_expert, by_token, combine, dispatch, expert_links
 from einlinear.kernels.transforms import exported, transformed
 from einlinear.links import INTO, OUT_OF
@@ -238,8 +238,6 @@ class SetSorted(RoutedKernel):
         return SetsRunner(first, second, ExpertSorted().prepare(structure))
 
     def remark(self, structure: Structure) -> str:
-        if not CHOSEN:
-            return ""
         first, second = structure.expert.matrix_shapes
         found = set_cut(first, second, structure.active)
         if isinstance(found, str):

@@ -19,11 +19,8 @@ SOURCES = tuple(Path(__file__).with_name(name) for name in ("hopper.cuh", "clust
 LARGER = (*SIZES, 16)
 """Multiprocessors in a cluster, up to what a Hopper GPU has."""
 
-TILE_BYTES = 7e6
-"""What two launches move on an H200 in the 2.2 us in which a cluster is done with a tile (benchmarks/NOTES.md)."""
-
-CHOSEN = False
-"""Whether clusters run at all: with tiles of 32 tokens they are right on emulated threads, and no GPU has run them."""
+TILE_BYTES = 1e7
+"""What two launches move on an H200 in the 3 us in which a cluster is done with a tile (benchmarks/NOTES.md)."""
 
 
 def set_cut(first: tuple[int, ...], second: tuple[int, ...], active: int) -> Cut | str:
@@ -51,7 +48,7 @@ def clustered(
     y: Tensor, z: Tensor | None,
 ) -> bool:  # fmt: skip
     """Fills `y`, and `z` where it is given, if that is faster than two launches; returns whether it did."""
-    found = _pays(x, first, second, bias, sizes) if CHOSEN else None
+    found = _pays(x, first, second, bias, sizes)
     if found is None:
         return False
     with torch.cuda.device_of(x):
