@@ -19,8 +19,8 @@ SOURCES = tuple(Path(__file__).with_name(name) for name in ("hopper.cuh", "clust
 LARGER = (*SIZES, 16)
 """Multiprocessors in a cluster, up to what a Hopper GPU has."""
 
-TILE_BYTES = 7e6
-"""What two launches move on an H200 in the 2.2 us in which a cluster is done with a tile (benchmarks/NOTES.md)."""
+TILE_BYTES = 1e7
+"""What two launches move on an H200 in the 3 us in which a cluster is done with a tile (benchmarks/NOTES.md)."""
 
 
 def set_cut(first: tuple[int, ...], second: tuple[int, ...], active: int) -> Cut | str:

@@ -15,7 +15,7 @@ RUN = 256
 """Tokens of one set that one program takes, one block after another, without loading weights again."""
 
 TILE = 32
-"""Tokens of one set that a cluster takes at once: half as many take as long, 2 us on an H200 (benchmarks/NOTES.md)."""
+"""Tokens of one set that a cluster takes at once: half as many take nearly as long (benchmarks/NOTES.md)."""
 
 PIECE = 128
 """Slots whose numbers lie side by side in the state; the slots of an expert start at a multiple of it."""
