@@ -15,10 +15,6 @@ FITTED = ("512", "1024", "2048", "4096")
 """Widths whose kernels the constants were read off; the other rows of layers.csv were held back."""
 
 
-BEFORE = {("decode", "low_rank"), ("few", "low_rank(rank=64)"), ("few", "monarch(blocks=4)")}
-"""Measured before launches of few blocks became what they are."""
-
-
 def rows(name: str) -> list[dict[str, str]]:
     with (RESULTS / f"{name}.csv").open() as file:
         return list(csv.DictReader(file))
@@ -52,7 +48,7 @@ def test_layers_of_widths_held_back_are_foretold_within_a_quarter() -> None:
 
 @pytest.mark.parametrize("name, share", [("layers", 0.95), ("kernels", 0.95), ("decode", 0.9), ("few", 0.9)])
 def test_all_that_was_measured_is_foretold(name: str, share: float) -> None:
-    found = errors([row for row in rows(name) if (name, row["family"]) not in BEFORE])
+    found = errors(rows(name))
     assert within(found) >= share
     assert max(map(abs, found)) < 0.6
     assert statistics.median(map(abs, found)) < 0.1

@@ -265,7 +265,7 @@ def cluster(structure: Structure, tokens: int, here: Machine, training: bool) ->
     taken = found.tokens * found.line
     rounds = math.ceil(math.ceil(tokens / found.tokens) / RESIDENT[found.size])
     each, filling = taken / 6.4e10 + passed / 5.0e10 + written / 3.2e10, (taken + passed + written) / 1.04e11
-    forward = 2.3e-6 + here.bytes * found.weights / 5.7e10 + rounds * each + min(rounds - 1, 3) * filling
+    forward = 2.7e-6 + here.bytes * found.weights / 5.7e10 + rounds * each + min(rounds - 1, 3) * filling
     return forward + (_again(structure, tokens, here) if training else 0.0)
 
 
@@ -277,7 +277,7 @@ def _again(structure: Structure, tokens: int, here: Machine) -> float:
 def bottleneck(structure: Structure, tokens: int, here: Machine, training: bool) -> float:
     """One launch, or two that overlap; the input's gradient as many, and one or two for those of the weights."""
     blocks, tokens = Blocks.of(*structure.matrix_shapes), max(1, tokens)
-    # The launches of several blocks were read off up to 8192 tokens; with 16384, 8 blocks took 1.7 times as long as told.
+    # Launches of several blocks were read off up to 8192 tokens; with 16384, 8 blocks took 1.7 times as long as told.
     beyond = 1.7 if tokens > launches.SUMMED_BLOCKS and not blocks.is_one else 1.0
     forward = beyond * launches.forward(blocks.sizes, tokens)[1]
     if not training:
