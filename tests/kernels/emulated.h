@@ -21,6 +21,7 @@ struct float2 { float x, y; };
 static uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 using std::min;
+#define INSTRUCTION inline
 #define __global__
 #define __device__
 #define __forceinline__ inline

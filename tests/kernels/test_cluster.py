@@ -21,7 +21,7 @@ from einlinear.kernels.kernel import CUDA, CUDA_HALF
 
 ENTRY = """
 #include "{emulated}"
-#include "{kernel}"
+{kernel}
 extern "C" void run(const u16* x, const u16* first, const u16* second, const u16* bias, u16* y, int tokens, int x_token,
                     int clusters, int memory, int late) {{
   emulate(clusters, memory, late, [=] {{ layer(x, first, second, bias, y, tokens, x_token); }});
@@ -51,7 +51,12 @@ def emulated(folder: Path, first: Shape, second: Shape, dtype: torch.dtype, bias
     if compiler is None:
         pytest.skip(toolchain.refusal())
     source = folder / "run.cpp"
-    source.write_text(ENTRY.format(emulated=Path(__file__).with_name("emulated.h"), kernel=SOURCES[-1]))
+    source.write_text(
+        ENTRY.format(
+            emulated=Path(__file__).with_name("emulated.h"),
+            kernel="\n".join(f'#include "{source}"' for source in SOURCES[1:]),
+        )
+    )
     given = [f"-D{name}={value}" for name, value in defines(whole(first, second), first, second, bias, dtype)]
     options = ["-std=c++17", "-O2", "-w", "-fPIC", "-shared", "-o", str(folder / "run.so")]
     subprocess.run([compiler, *given, *options, str(source)], check=True, timeout=120)

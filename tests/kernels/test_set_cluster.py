@@ -19,7 +19,7 @@ from einlinear.kernels.sets import Sizes, set_layout
 
 ENTRY = """
 #include "{emulated}"
-#include "{kernel}"
+{kernel}
 extern "C" void run(const u16* x, const u16* first, const u16* second, const u16* bias, u16* y, u16* z,
                     const int* rooms, const int* token_of, const int* tile_set, const int* tiles, const float* gates,
                     int most, int x_token, int clusters, int memory, int late) {{
@@ -48,7 +48,12 @@ def test_the_kernel_on_emulated_threads_is_the_sum_over_a_tokens_experts(
     if compiler is None:
         pytest.skip(toolchain.refusal())
     assert isinstance(found, Cut), found
-    (tmp_path / "run.cpp").write_text(ENTRY.format(emulated=Path(__file__).with_name("emulated.h"), kernel=SOURCES[-1]))
+    (tmp_path / "run.cpp").write_text(
+        ENTRY.format(
+            emulated=Path(__file__).with_name("emulated.h"),
+            kernel="\n".join(f'#include "{source}"' for source in SOURCES[1:]),
+        )
+    )
     named = [f"-D{n}={v}" for n, v in defines(found, first, second, experts, active, kept, bias, dtype)]
     options = ["-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-o", str(tmp_path / "run.so")]
     subprocess.run([compiler, *named, *options, str(tmp_path / "run.cpp")], check=True, timeout=120)

@@ -19,7 +19,7 @@ from einlinear.kernels.kernel import CPU, InTriton, Runner, Target
 from einlinear.kernels.pair import by_stages, gradients_again
 from einlinear.structure import Structure
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("hopper.cuh", "cluster.cu"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("hopper.cuh", "cluster.cuh", "cluster.cu"))
 
 
 class Cluster(InTriton):
@@ -113,11 +113,11 @@ def _launch(found: Cut, x: Tensor, first: Tensor, second: Tensor, bias: Tensor |
 def defines(
     found: Cut, first: Sequence[int], second: Sequence[int], has_bias: bool, dtype: torch.dtype
 ) -> nvrtc.Defines:
-    """What cluster.cu is compiled with."""
+    """What cluster.cuh is compiled with."""
     (slices, _, width), (later, out, sums) = first, second
     letters = (("G", slices), ("A", width), ("R", sums // slices), ("F", later), ("E", out))
     tiles = (("CLUSTER", found.size), ("WARPS", WARPS), ("TOKENS", found.tokens), ("STAGES", TILES), ("STATES", TILES))
-    return (*letters, *tiles, ("BIAS", int(has_bias)), ("BFLOAT16", int(dtype == torch.bfloat16)))
+    return (*letters, *tiles, ("ACTIVE", 1), ("BIAS", int(has_bias)), ("BFLOAT16", int(dtype == torch.bfloat16)))
 
 
 def _read(x: Tensor, step: int) -> Tensor:

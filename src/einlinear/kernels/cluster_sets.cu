@@ -1,51 +1,18 @@
-// A whole layer of BTT experts in one launch: input read once, result written once. The layout of cluster.cu, for tokens
-// that are sorted by their set of experts (sets.py): the experts of a set are one layer of `ACTIVE` times the rank, whose
-// factors a cluster loads again where its next tokens have another set. Weights of tokens go on the state, in float32.
+// A whole layer of BTT experts in one launch: input read once, result written once. Cut as by cluster.cuh, for tokens
+// that are sorted by their set of experts (sets.py): the experts of a set are one layer of `ACTIVE` times the rank,
+// whose factors a cluster loads again where its next tokens have another set. Weights of tokens go on the state, in
+// float32.
 //
-// The multiprocessors of a cluster share the features of one layer. Each keeps its slices of both factors in
-// registers, makes its part of the state of a tile of tokens, sends it into the shared memory of those that read it,
-// and makes its part of the result. The letters of a BTT: first factor [g, (r f), a], second one [f, e, (g r)].
-//
-// What the machine does in one instruction is in hopper.cuh. The host defines G A R F E, CLUSTER, TOKENS (in a tile), STAGES (tiles of input on their way), STATES (tiles of the
-// state in shared memory), WARPS, and whether there is a BIAS and numbers are BFLOAT16 (or float16).
+// Besides what cluster.cuh names the host defines EXPERTS, PIECE (slots that lie together in a state) and whether it is
+// KEPT.
 
-constexpr int GS = G / CLUSTER, FS = F / CLUSTER;
-constexpr int EACH = R * F, ROWS = ACTIVE * EACH;   // rows of a slice of the first factor, of one expert and of all active
-constexpr int OWN = G * R, SUMS = ACTIVE * OWN, ROUNDED = (SUMS + 31) / 32 * 32;
-constexpr int NT = TOKENS / 8;               // tiles of 8 tokens
-constexpr int RT = ROWS / 16;                // tiles of 16 rows of a slice of the first factor
-constexpr int MT = GS * RT / WARPS;          // those of one warp
-constexpr int KT = A / 32;                   // sums of the first factor, 32 at a time
-constexpr int ET = E / 8;                    // tiles of 8 features of a slice of the result
-constexpr int NW = FS * ET / WARPS;          // those of one warp
-constexpr int P = NW < ET ? NW : ET, FW = NW / P;
-constexpr int PAIRS = P % 4 == 0 ? 4 : P % 2 == 0 ? 2 : 1;  // of features that a thread stores at a time
-constexpr int RUN = PAIRS == 4 ? P : PAIRS;                  // that it has one after the other
-constexpr int ST = ROUNDED / 32;
-constexpr int GW = MT > RT ? MT / RT : 1;    // slices of the input that a warp reads
-constexpr int LINE = GW * A * 2;             // and their bytes, for one token
-constexpr int INPUT = TOKENS * LINE;
-constexpr int CHUNKS = TOKENS / 8;           // of 16 bytes, in a row of the state
-constexpr int SHIFT = 1;
-constexpr int SLICE = (ROUNDED + 1) * TOKENS * 2;  // bytes of the state that one f reads; a row more spreads the banks
-constexpr int STATE = FS * SLICE;
 static_assert(TOKENS == 32 && PIECE % 8 == 0, "a thread has eight tokens, in one piece of the state");
-static_assert(G % CLUSTER == 0 && F % CLUSTER == 0 && A % 32 == 0 && ROWS % 16 == 0 && SUMS % 8 == 0 && E % 8 == 0, "");
-static_assert(MT * WARPS == GS * RT && (MT % RT == 0 || RT % MT == 0), "a warp has rows of whole slices, or of one");
-static_assert(NW * WARPS == FS * ET && FW * P == NW && ET % P == 0, "a warp has features of whole slices, or of one");
 
-// The order in which a tile's tokens lie in shared memory: those that a thread holds follow each other in the state.
-__device__ __forceinline__ int token_at(int row) { return ((row & 7) >> 1) * (2 * NT) + 2 * (row >> 3) + (row & 1); }
-
-// The features that a thread has of P tiles of 8: RUN pairs follow each other, then those of the next thread.
-__device__ __forceinline__ int feature_at(int q, int tile) { return tile / RUN * (8 * RUN) + q * (2 * RUN) + tile % RUN * 2; }
-
-// Where the state's row of one sum lies: those that one instruction reads lie in different banks.
-__device__ __forceinline__ int place(int sum) { return (sum & ~31) | ((sum & 7) << 2) | ((sum >> 3) & 3); }
-
-extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(WARPS * 32, 1)
-void layer(const u16* x, const u16* first, const u16* second, const u16* bias, u16* y, u16* z, const int* rooms,
-           const int* token_of, const int* tile_set, const int* tiles_at, const float* gates, int most, int x_token) {
+extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1)
+    __launch_bounds__(WARPS * 32, 1) void layer(const u16* x, const u16* first, const u16* second, const u16* bias,
+                                                u16* y, u16* z, const int* rooms, const int* token_of,
+                                                const int* tile_set, const int* tiles_at, const float* gates, int most,
+                                                int x_token) {
   const int warp = thread() / 32, lane = thread() % 32, row = lane / 4, q = lane % 4;
   const u32 rank = cluster_rank(), cluster = cluster_index(), clusters = cluster_count();
   // Of each tile of the state: whether it is there, and whether it was read.
@@ -56,7 +23,8 @@ void layer(const u16* x, const u16* first, const u16* second, const u16* bias, u
   const int mine = (int)((long long)tiles * (cluster + 1) / clusters) - begin;
   auto tile = [&](int i) { return begin + min(i, mine - 1); };
 
-  // Every warp fetches its own input: where its tokens lie was asked for a tile earlier, and where that stands another one.
+  // Every warp fetches its own input: where its tokens lie was asked for a tile earlier, and where that stands another
+  // one.
   const int slice = warp * MT / RT;
   const u16* source = x + (rank * GS + slice) * A;
   constexpr int COPIES = INPUT / 16 / 32;
@@ -66,7 +34,8 @@ void layer(const u16* x, const u16* first, const u16* second, const u16* bias, u
 #pragma unroll
       for (int n = 0; n < COPIES; n++) {
         const int token = token_at((n * 32 + lane) / (LINE / 16));
-        tokens_at[n] = token_of[packed / 64 + (token < packed % 64 + 1 ? token : 0)];  // the rest of a tile is made and not stored
+        tokens_at[n] =
+            token_of[packed / 64 + (token < packed % 64 + 1 ? token : 0)];  // the rest of a tile is made and not stored
       }
     }
   };
@@ -94,15 +63,15 @@ void layer(const u16* x, const u16* first, const u16* second, const u16* bias, u
   for (int i = 0; i < STAGES; i++) fetch_next(i);
 
   if (ROUNDED > SUMS)  // what is summed beyond the state counts as zeros
-    for (int at = thread() * 16; at < STATES * STATE; at += WARPS * 32 * 16)
-      store(states + at, make_uint4(0, 0, 0, 0));
+    for (int at = thread() * 16; at < STATES * STATE; at += WARPS * 32 * 16) store(states + at, make_uint4(0, 0, 0, 0));
   if (thread() == 0) {
     for (int i = 0; i < STATES; i++) initialise(whole + 8 * i, 1), initialise(read + 8 * i, WARPS * CLUSTER);
     barriers_are_there();
   }
   cluster_arrive();
 
-  // The sums of a matmul come in any order that both operands share: here a thread's eight numbers of 32 follow each other.
+  // The sums of a matmul come in any order that both operands share: here a thread's eight numbers of 32 follow each
+  // other.
   u32 wa[MT][KT][2][4], wb[FW][P][ST][2][2];
   auto expert = [&](int set, int j) {  // in ascending order, the first the leading digit
 #pragma unroll
@@ -116,7 +85,8 @@ void layer(const u16* x, const u16* first, const u16* second, const u16* bias, u
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const int of = (warp * MT + u) * 16 + h * 8 + row, at = of % ROWS;
-        const u16* from = first + ((size_t)(expert(set, at / EACH) * G + rank * GS + of / ROWS) * EACH + at % EACH) * A + q * 8;
+        const u16* from =
+            first + ((size_t)(expert(set, at / EACH) * G + rank * GS + of / ROWS) * EACH + at % EACH) * A + q * 8;
 #pragma unroll
         for (int k = 0; k < KT; k++) {
           const uint4 v = *(const uint4*)(from + k * 32);
@@ -132,8 +102,10 @@ void layer(const u16* x, const u16* first, const u16* second, const u16* bias, u
 #pragma unroll
         for (int k = 0; k < ST; k++) {
           const int e = (warp * NW + w * P) * 8 + feature_at(row >> 1, j) + (row & 1), sum = k * 32 + q * 8;
-          const uint4 v = sum < SUMS ? *(const uint4*)(second + ((size_t)expert(set, sum / OWN) * F * E + rank * FS * E + e) * OWN + sum % OWN)
-                                     : make_uint4(0, 0, 0, 0);
+          const uint4 v =
+              sum < SUMS ? *(const uint4*)(second + ((size_t)expert(set, sum / OWN) * F * E + rank * FS * E + e) * OWN +
+                                           sum % OWN)
+                         : make_uint4(0, 0, 0, 0);
           wb[w][j][k][0][0] = v.x, wb[w][j][k][0][1] = v.y, wb[w][j][k][1][0] = v.z, wb[w][j][k][1][1] = v.w;
         }
   };
@@ -176,7 +148,8 @@ void layer(const u16* x, const u16* first, const u16* second, const u16* bias, u
       weigh();
       look(i + 1);
       if (set != first_kept) keep_first(first_kept = set);
-      const u32 input = inputs + (i % STAGES) * INPUT, there = whole + 8 * (i % STATES), state = states + (i % STATES) * STATE;
+      const u32 input = inputs + (i % STAGES) * INPUT, there = whole + 8 * (i % STATES),
+                state = states + (i % STATES) * STATE;
       if (thread() == 0) expect(there, FS * SUMS * TOKENS * 2);
       copies_wait<STAGES - 1>();
       warp_sync();
@@ -185,14 +158,7 @@ void layer(const u16* x, const u16* first, const u16* second, const u16* bias, u
       for (int u = 0; u < MT; u++) {
         const int m = (warp * MT + u) % RT, g = u / RT;
         if (u % RT == 0) {
-#pragma unroll
-          for (int j = 0; j < NT; j++)
-#pragma unroll
-            for (int k = 0; k < KT; k++) {
-              const int chunk = (g * A + k * 32) / 8 + q;
-              const uint4 v = load(input + (j * 8 + row) * LINE + ((LINE % 128 ? chunk : chunk ^ (row & 1) * 4) * 16));
-              xb[j][k][0][0] = v.x, xb[j][k][0][1] = v.y, xb[j][k][1][0] = v.z, xb[j][k][1][1] = v.w;
-            }
+          load_input(xb, input, g);
           if (u + RT >= MT) {
             warp_sync();
             fetch_next(i + STAGES);
@@ -208,14 +174,17 @@ void layer(const u16* x, const u16* first, const u16* second, const u16* bias, u
           for (int j = 0; j < NT; j++) mma(made[j], wa[u][k / 2][k % 2], xb[j][k / 2][k % 2]);
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-          const int at = m * 16 + h * 8 + row, f = at % F, j = at / EACH, sum = place(j * OWN + (rank * GS + slice + g) * R + at % EACH / F);
-          const u32 into = of_rank(state + (f % FS) * SLICE + sum * (TOKENS * 2), f / FS), barrier = of_rank(there, f / FS);
+          const int at = m * 16 + h * 8 + row, f = at % F, j = at / EACH,
+                    sum = place(j * OWN + (rank * GS + slice + g) * R + at % EACH / F);
+          const u32 into = of_rank(state + (f % FS) * SLICE + sum * (TOKENS * 2), f / FS),
+                    barrier = of_rank(there, f / FS);
           if (KEPT) {
             int packed = slots[0];
 #pragma unroll
             for (int other = 1; other < ACTIVE; other++)
               if (j == other) packed = slots[other];
-            const int slot = packed / 64 + q * 8, count = packed % 64 + 1 - q * 8, feature = (rank * GS + slice + g) * EACH + at % EACH;
+            const int slot = packed / 64 + q * 8, count = packed % 64 + 1 - q * 8,
+                      feature = (rank * GS + slice + g) * EACH + at % EACH;
             u32 own[NT];
             u16* to = z + ((size_t)(slot / PIECE) * (G * EACH) + feature) * PIECE + slot % PIECE;
 #pragma unroll
@@ -250,37 +219,12 @@ void layer(const u16* x, const u16* first, const u16* second, const u16* bias, u
 #pragma unroll
         for (int m = 0; m < TOKENS / 16; m++) {
           float made[P][4];
-#pragma unroll
-          for (int j = 0; j < P; j++) made[j][0] = made[j][1] = made[j][2] = made[j][3] = 0.0f;
-#pragma unroll
-          for (int k = 0; k < 2 * ST; k++) {
-            const int of = lane % 8, sum = place((k / 2) * 32 + (of >> 1) * 8 + (k % 2) * 4 + (lane / 16) * 2 + (of & 1)), chunk = m * 2 + (lane / 8) % 2;
-            u32 za[4];
-            load_turned(za, state + f * SLICE + sum * (TOKENS * 2) + ((chunk ^ ((sum >> SHIFT) & (CHUNKS - 1))) * 16));
-#pragma unroll
-            for (int j = 0; j < P; j++) mma(made[j], za, wb[w][j][k / 2][k % 2]);
-          }
-          if (BIAS) {
-#pragma unroll
-            for (int j = 0; j < P; j++) {
-              const float2 added = widened(*(const u32*)(bias + e + feature_at(q, j)));
-              made[j][0] += added.x, made[j][1] += added.y, made[j][2] += added.x, made[j][3] += added.y;
-            }
-          }
+          multiply_state(made, wb[w], state + f * SLICE, m);
+          if (BIAS) add_bias(made, bias + e);
 #pragma unroll
           for (int h = 0; h < 2; h++) {
             const int token = there_tokens[m][h];
-            if (token >= 0) {
-              u32 v[P];
-#pragma unroll
-              for (int j = 0; j < P; j++) v[j] = pack(made[j][2 * h], made[j][2 * h + 1]);
-              u16* to = y + (size_t)token * (F * E) + e;
-#pragma unroll
-              for (int j = 0; j < P; j += PAIRS)
-                if constexpr (PAIRS == 4) write(to + feature_at(q, j), make_uint4(v[j], v[j + 1], v[j + 2], v[j + 3]));
-                else if constexpr (PAIRS == 2) write(to + feature_at(q, j), make_uint2(v[j], v[j + 1]));
-                else write(to + feature_at(q, j), v[j]);
-            }
+            if (token >= 0) store_result(y + (size_t)token * (F * E) + e, made, h);
           }
         }
       }

@@ -50,70 +50,84 @@ INSTRUCTION u32 of_rank(u32 address, u32 rank) {
 }
 
 INSTRUCTION void store(u32 to, uint4 v) {
-  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" :: "r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
 INSTRUCTION uint4 load(u32 from) {
   uint4 v;
-  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(from)
+               : "memory");
   return v;
 }
 
 // Four matrices of 8 x 8, turned; each thread names the address of one row.
 INSTRUCTION void load_turned(u32 (&a)[4], u32 from) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(from) : "memory");
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+               : "r"(from)
+               : "memory");
 }
 
 // Into memory. Left to itself the compiler takes a vector apart where its registers do not follow each other.
-INSTRUCTION void write(u16* to, u32 v) { asm volatile("st.global.b32 [%0], %1;" :: "l"(to), "r"(v) : "memory"); }
+INSTRUCTION void write(u16* to, u32 v) { asm volatile("st.global.b32 [%0], %1;" ::"l"(to), "r"(v) : "memory"); }
 
 INSTRUCTION void write(u16* to, uint2 v) {
-  asm volatile("st.global.v2.b32 [%0], {%1,%2};" :: "l"(to), "r"(v.x), "r"(v.y) : "memory");
+  asm volatile("st.global.v2.b32 [%0], {%1,%2};" ::"l"(to), "r"(v.x), "r"(v.y) : "memory");
 }
 
 INSTRUCTION void write(u16* to, uint4 v) {
-  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" :: "l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
 // 16 bytes from memory; what was asked for until `copies_end` is one group.
 INSTRUCTION void copy_there(u32 to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(to), "l"(from) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
 INSTRUCTION void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Until this thread waits for at most so many groups.
 template <int GROUPS>
-INSTRUCTION void copies_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(GROUPS) : "memory"); }
+INSTRUCTION void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
 
 // A barrier turns over when `count` arrivals and all bytes that it expects are there.
 INSTRUCTION void initialise(u32 barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(count) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
 
 INSTRUCTION void barriers_are_there() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 INSTRUCTION void expect(u32 barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-INSTRUCTION void arrive(u32 barrier) { asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" :: "r"(barrier) : "memory"); }
+INSTRUCTION void arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
 
 INSTRUCTION void wait(u32 barrier, u32 parity) {
-  asm volatile("{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @done bra.uni over; bra.uni again; over: }"
-               :: "r"(barrier), "r"(parity) : "memory");
+  asm volatile(
+      "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @done bra.uni over; bra.uni again; over: }" ::
+          "r"(barrier),
+      "r"(parity)
+      : "memory");
 }
 
 // Into the shared memory of another multiprocessor, whose barrier counts the bytes.
 INSTRUCTION void send(u32 to, uint2 v, u32 barrier) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1,%2}, [%3];"
-               :: "r"(to), "r"(v.x), "r"(v.y), "r"(barrier) : "memory");
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1,%2}, [%3];" ::"r"(to), "r"(v.x),
+               "r"(v.y), "r"(barrier)
+               : "memory");
 }
 
 INSTRUCTION void send(u32 to, uint4 v, u32 barrier) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4}, [%5];"
-               :: "r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier) : "memory");
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(to),
+               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier)
+               : "memory");
 }
 
 // Two float32 numbers rounded into one register, and back.
@@ -129,7 +143,8 @@ INSTRUCTION float2 widened(u32 two) {
 #else
   float2 made;
   asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
-      : "=f"(made.x), "=f"(made.y) : "r"(two));
+      : "=f"(made.x), "=f"(made.y)
+      : "r"(two));
   return made;
 #endif
 }

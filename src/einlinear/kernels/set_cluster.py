@@ -15,7 +15,7 @@ from einlinear.clusters import SIZES, TILES, WARPS, Cut, cut
 from einlinear.kernels import nvrtc
 from einlinear.kernels.sets import PIECE, TILE, Sizes
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("hopper.cuh", "cluster_sets.cu"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("hopper.cuh", "cluster.cuh", "cluster_sets.cu"))
 LARGER = (*SIZES, 16)
 """Multiprocessors in a cluster, up to what a Hopper GPU has."""
 
