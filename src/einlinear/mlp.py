@@ -1,6 +1,7 @@
 """`StructuredMLP`: structured layers with an activation between, run as one where their blocks nest."""
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -115,11 +116,10 @@ class StructuredMLP(nn.Module):
             nested = "only one of gate and up has a bias"
         self.unfused = nested if isinstance(nested, str) else None
         self._nested = None if isinstance(nested, str) else nested
+        self._planned = [*ups, self.down.structure]
 
     def _layer(self, part: str) -> Linear:
-        layer = self._modules[self._names[part]]
-        assert isinstance(layer, Linear)
-        return layer
+        return cast(Linear, self._modules[self._names[part]])
 
     @property
     def up(self) -> Linear:
@@ -140,8 +140,18 @@ class StructuredMLP(nn.Module):
         """What reads the input: the gate, where there is one, first."""
         return [self.up] if self.gate is None else [self.gate, self.up]
 
+    def _is_as_planned(self) -> bool:
+        """Whether no other layer was put in the place of one, a dense one say."""
+        layers = zip((*self._ups(), self.down), self._planned, strict=True)
+        return all(isinstance(layer, Linear) and layer.structure is planned for layer, planned in layers)
+
     def forward(self, x: Tensor) -> Tensor:
-        if self._nested is not None and x.is_cuda and not any(map(hooked, self._modules.values())):
+        if (
+            self._nested is not None
+            and x.is_cuda
+            and self._is_as_planned()
+            and not any(map(hooked, self._modules.values()))
+        ):
             operands = [layer.operands(x) for layer in self._ups()]
             factors, tokens = [factors for factors, _, _ in operands], operands[0][1]
             simple = ordinary(tokens, *factors[0]) and not transformed(tokens, *factors[0])

@@ -1,6 +1,9 @@
+import copy
+
 import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
 import einlinear as el
 from einlinear.kernels.junction import ACTIVATIONS, junction, nest
@@ -178,3 +181,15 @@ def _reference(
 def _close(what: str, mine: Tensor, theirs: Tensor) -> None:
     error = (mine.double() - theirs).norm() / theirs.double().norm()
     assert error < 2e-6, f"{what} differs by {error:.2g}"
+
+
+def test_layers_of_an_mlp_may_be_replaced() -> None:
+    """The junction was planned for those that were there: what takes their place runs as it stands."""
+    mlp = el.StructuredMLP(64, 128, "btt(blocks=(4, 4))")
+    assert mlp._is_as_planned() and copy.deepcopy(mlp)._is_as_planned()
+    x = torch.randn(5, 64)
+    mlp.up = el.Linear(64, 128, "low_rank(rank=4)")
+    assert mlp.up is mlp.get_submodule("up") and not mlp._is_as_planned()
+    assert_close(mlp(x), mlp.down(torch.nn.functional.gelu(mlp.up(x))))
+    mlp.down = torch.nn.Linear(128, 64)
+    assert_close(mlp(x), mlp.down(torch.nn.functional.gelu(mlp.up(x))))
